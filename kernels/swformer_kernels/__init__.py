@@ -1,0 +1,1 @@
+"""Triton kernels of swformer_fast: one file per op family, `@triton.jit` functions and their launchers."""
