@@ -1,0 +1,134 @@
+// Fixed-width vectors on the compiler's vector extensions (GCC, Clang), as wide as the instruction set this file is compiled for.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace simd {
+
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+// Arithmetic type for storage type T: everything but double computes in float.
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+template <class A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kBytes)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+template <class A>
+constexpr int kLanes = kBytes / sizeof(A);
+
+using VecF = Vec<float>;
+constexpr int kFloats = kLanes<float>;
+typedef uint32_t VecU __attribute__((vector_size(kBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(kBytes / 2)));
+
+template <class V>
+inline V load_raw(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+inline void store_raw(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+template <class A>
+inline Vec<A> broadcast(A a) {
+  return Vec<A>{} + a;
+}
+
+inline VecF load(const float* p) { return load_raw<VecF>(p); }
+inline Vec<double> load(const double* p) { return load_raw<Vec<double>>(p); }
+inline void store(float* p, VecF v) { store_raw(p, v); }
+inline void store(double* p, Vec<double> v) { store_raw(p, v); }
+
+inline VecF load(const BFloat16* p) {
+  VecU wide = __builtin_convertvector(load_raw<VecU16>(p), VecU) << 16;
+  return reinterpret_cast<VecF>(wide);
+}
+inline void store(BFloat16* p, VecF v) {
+  VecU bits = reinterpret_cast<VecU>(v);
+  VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  // Rounding must not carry a NaN's payload into infinity.
+  VecU is_nan = reinterpret_cast<VecU>(v != v);
+  store_raw(p, __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), VecU16));
+}
+
+inline VecF load(const Half* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  VecF v;
+  for (int i = 0; i < kFloats; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+inline void store(Half* p, VecF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kFloats; ++i) p[i] = static_cast<Half>(v[i]);
+#endif
+}
+
+namespace detail {
+template <class V, size_t... I>
+inline void deinterleave(V a, V b, V& even, V& odd, std::index_sequence<I...>) {
+  even = __builtin_shufflevector(a, b, (2 * I)...);
+  odd = __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+template <class V, size_t... I>
+inline void interleave(V even, V odd, V& a, V& b, std::index_sequence<I...>) {
+  constexpr size_t n = sizeof...(I);
+  a = __builtin_shufflevector(even, odd, (I / 2 + (I % 2) * n)...);
+  b = __builtin_shufflevector(even, odd, (n / 2 + I / 2 + (I % 2) * n)...);
+}
+template <class V>
+using Indices = std::make_index_sequence<sizeof(V) / sizeof(std::declval<V>()[0])>;
+}  // namespace detail
+
+// (a, b) as one run of elements -> those at even places and those at odd places.
+template <class V>
+inline void deinterleave(V a, V b, V& even, V& odd) {
+  detail::deinterleave(a, b, even, odd, detail::Indices<V>{});
+}
+template <class V>
+inline void interleave(V even, V odd, V& a, V& b) {
+  detail::interleave(even, odd, a, b, detail::Indices<V>{});
+}
+
+}  // namespace simd

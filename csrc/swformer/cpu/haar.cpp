@@ -1,0 +1,354 @@
+// Learnable-filter 2-D Haar transforms. All four ops are one walk over 2 x 2 pixel blocks: a block's pixels (a, b) and its bands
+// (p, q) are tied by band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or its transpose (synthesis), and every filter gradient
+// is a contraction of the 16 sums correlation[p, q][a, b] = sum over blocks of band * pixel.
+#include <algorithm>
+
+#include "tensor.h"
+
+namespace {
+
+using simd::Acc;
+using tensor::Strides;
+using tensor::Tensor;
+
+enum class Out { kNone, kBands, kPixels };
+constexpr int64_t kBlocksPerTask = 8192;
+constexpr int64_t kBlocksPerFlush = 512;  // float sums stay this short before they are added up in double
+
+template <class A>
+struct Filters {
+  A lo[2], hi[2];
+  Filters(const Tensor& low, const Tensor& high) {
+    auto l = tensor::read<A>(low), h = tensor::read<A>(high);
+    std::copy(l.begin(), l.end(), lo);
+    std::copy(h.begin(), h.end(), hi);
+  }
+};
+
+// Bands in the order LL, LH (high along H), HL (high along W), HH; pixels in the order 00, 01, 10, 11.
+template <class A, class V>
+inline void analyse(const Filters<A>& f, const V (&x)[4], V (&y)[4]) {
+  V low0 = f.lo[0] * x[0] + f.lo[1] * x[1], high0 = f.hi[0] * x[0] + f.hi[1] * x[1];
+  V low1 = f.lo[0] * x[2] + f.lo[1] * x[3], high1 = f.hi[0] * x[2] + f.hi[1] * x[3];
+  y[0] = f.lo[0] * low0 + f.lo[1] * low1;
+  y[1] = f.hi[0] * low0 + f.hi[1] * low1;
+  y[2] = f.lo[0] * high0 + f.lo[1] * high1;
+  y[3] = f.hi[0] * high0 + f.hi[1] * high1;
+}
+
+template <class A, class V>
+inline void synthesise(const Filters<A>& f, const V (&y)[4], V (&x)[4]) {
+  V low0 = f.lo[0] * y[0] + f.hi[0] * y[1], high0 = f.lo[0] * y[2] + f.hi[0] * y[3];
+  V low1 = f.lo[1] * y[0] + f.hi[1] * y[1], high1 = f.lo[1] * y[2] + f.hi[1] * y[3];
+  x[0] = f.lo[0] * low0 + f.hi[0] * high0;
+  x[1] = f.lo[1] * low0 + f.hi[1] * high0;
+  x[2] = f.lo[0] * low1 + f.hi[0] * high1;
+  x[3] = f.lo[1] * low1 + f.hi[1] * high1;
+}
+
+template <class A>
+struct IsVector {
+  static constexpr bool value = !std::is_arithmetic_v<A>;
+};
+
+template <class V, class T>
+inline V load(const T* p) {
+  if constexpr (IsVector<V>::value)
+    return simd::load(p);
+  else
+    return static_cast<V>(*p);
+}
+template <class V, class T>
+inline void store(T* p, V v) {
+  if constexpr (IsVector<V>::value)
+    simd::store(p, v);
+  else
+    *p = static_cast<T>(v);
+}
+
+// Neighbours along W: interleaved in memory, or `stride` apart where a vector runs over the channels.
+template <bool kChannelsLast, class V, class T>
+inline void load_pair(const T* p, int64_t stride, V& even, V& odd) {
+  if constexpr (!kChannelsLast && IsVector<V>::value) {
+    constexpr int n = simd::kLanes<Acc<T>>;
+    simd::deinterleave(load<V>(p), load<V>(p + n), even, odd);
+  } else {
+    even = load<V>(p);
+    odd = load<V>(p + stride);
+  }
+}
+template <bool kChannelsLast, class V, class T>
+inline void store_pair(T* p, int64_t stride, V even, V odd) {
+  if constexpr (!kChannelsLast && IsVector<V>::value) {
+    constexpr int n = simd::kLanes<Acc<T>>;
+    V a, b;
+    simd::interleave(even, odd, a, b);
+    store(p, a);
+    store(p + n, b);
+  } else {
+    store(p, even);
+    store(p + stride, odd);
+  }
+}
+
+template <class T>
+struct Problem {
+  int64_t batch, channels, height, width;  // of the pixels
+  const T* pixels = nullptr;
+  Strides pixel_strides{};
+  const T* bands = nullptr;
+  Strides band_strides{};
+  T* out = nullptr;
+  Strides out_strides{};
+};
+
+// kReplicate: the sample missing at an odd border is its neighbour (gradients fold onto it); else it is zero (and cropped).
+template <class T, bool kChannelsLast, bool kReplicate, Out kOut, bool kCorrelate>
+void walk(const Problem<T>& g, const Filters<Acc<T>>& f, double* correlation) {
+  using A = Acc<T>;
+  using V = simd::Vec<A>;
+  constexpr int n = simd::kLanes<A>;
+  constexpr bool kReadPixels = kCorrelate || kOut == Out::kBands;
+  constexpr bool kReadBands = kCorrelate || kOut == Out::kPixels;
+  const int64_t rows = (g.height + 1) / 2, cols = (g.width + 1) / 2, whole_cols = g.width / 2;
+  const int64_t lines = g.batch * rows * (kChannelsLast ? 1 : g.channels);
+  const int64_t line_blocks = cols * (kChannelsLast ? g.channels : 1);
+  const int64_t lines_per_task = std::max<int64_t>(1, kBlocksPerTask / std::max<int64_t>(1, line_blocks));
+  const int64_t tasks = (lines + lines_per_task - 1) / lines_per_task;
+  const std::vector<T> zeros(std::max(kChannelsLast ? g.channels : g.width, int64_t{2}), static_cast<T>(0.0f));
+  std::vector<double> partial(kCorrelate ? tasks * 16 : 0);
+
+  torch::stable::parallel_for(0, tasks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      V vector_sums[16] = {};
+      A scalar_sums[16] = {};
+      double totals[16][n] = {};
+      int64_t unflushed = 0;
+      auto flush = [&] {
+        for (int k = 0; k < 16; ++k) {
+          for (int lane = 0; lane < n; ++lane) totals[k][lane] += vector_sums[k][lane];
+          totals[k][0] += scalar_sums[k];
+          vector_sums[k] = V{};
+          scalar_sums[k] = 0;
+        }
+        unflushed = 0;
+      };
+      for (int64_t line = task * lines_per_task; line < std::min(lines, (task + 1) * lines_per_task); ++line) {
+        const int64_t i = line % rows, c = kChannelsLast ? 0 : line / rows % g.channels;
+        const int64_t b = line / rows / (kChannelsLast ? 1 : g.channels);
+        const bool single_row = 2 * i + 1 == g.height;
+        const T* row0 = g.pixels + (kReadPixels ? b * g.pixel_strides.b + c * g.pixel_strides.c + 2 * i * g.pixel_strides.h : 0);
+        const T* row1 = !single_row ? row0 + g.pixel_strides.h : kReplicate ? row0 : zeros.data();
+        const bool zero_row = single_row && !kReplicate;
+        const T* band[4];
+        T* band_out[4];
+        for (int k = 0; k < 4; ++k) {
+          const int64_t channel = k * g.channels + c;
+          if (kReadBands) band[k] = g.bands + b * g.band_strides.b + channel * g.band_strides.c + i * g.band_strides.h;
+          if (kOut == Out::kBands) band_out[k] = g.out + b * g.out_strides.b + channel * g.out_strides.c + i * g.out_strides.h;
+        }
+        T* out0 = g.out + (kOut == Out::kPixels ? b * g.out_strides.b + c * g.out_strides.c + 2 * i * g.out_strides.h : 0);
+        T* out1 = out0 + g.out_strides.h;
+
+        // One block, or one vector of blocks: at column j, channel k; `single` where the block has one pixel column.
+        auto block = [&](auto& sums, int64_t j, int64_t k, bool single) __attribute__((always_inline)) {
+          using B = std::remove_reference_t<decltype(sums[0])>;
+          B x[4], y[4];
+          if constexpr (kReadPixels) {
+            const int64_t at = 2 * j * (kChannelsLast ? g.pixel_strides.w : 1) + k;
+            const int64_t step = kChannelsLast ? g.pixel_strides.w : 1;
+            const T* p0 = row0 + at;
+            const T* p1 = zero_row ? zeros.data() + (kChannelsLast ? k : 2 * j) : row1 + at;
+            if (single) {
+              x[0] = load<B>(p0);
+              x[2] = load<B>(p1);
+              x[1] = kReplicate ? x[0] : B{};
+              x[3] = kReplicate ? x[2] : B{};
+            } else {
+              load_pair<kChannelsLast>(p0, step, x[0], x[1]);
+              load_pair<kChannelsLast>(p1, zero_row && kChannelsLast ? 0 : step, x[2], x[3]);
+            }
+          }
+          if constexpr (kReadBands) {
+            const int64_t at = j * (kChannelsLast ? g.band_strides.w : 1) + k;
+            for (int q = 0; q < 4; ++q) y[q] = load<B>(band[q] + at);
+          }
+          if constexpr (kCorrelate) {
+            for (int q = 0; q < 4; ++q)
+              for (int a = 0; a < 4; ++a) sums[4 * q + a] += y[q] * x[a];
+          }
+          if constexpr (kOut == Out::kBands) {
+            B z[4];
+            analyse(f, x, z);
+            const int64_t at = j * (kChannelsLast ? g.out_strides.w : 1) + k;
+            for (int q = 0; q < 4; ++q) store(band_out[q] + at, z[q]);
+          }
+          if constexpr (kOut == Out::kPixels) {
+            B z[4];
+            synthesise(f, y, z);
+            if (kReplicate && single) z[0] += z[1], z[2] += z[3];
+            if (kReplicate && single_row) z[0] += z[2], z[1] += z[3];
+            const int64_t step = kChannelsLast ? g.out_strides.w : 1, at = 2 * j * step + k;
+            if (single) {
+              store(out0 + at, z[0]);
+              if (!single_row) store(out1 + at, z[2]);
+            } else {
+              store_pair<kChannelsLast>(out0 + at, step, z[0], z[1]);
+              if (!single_row) store_pair<kChannelsLast>(out1 + at, step, z[2], z[3]);
+            }
+          }
+        };
+        if constexpr (kChannelsLast) {
+          for (int64_t j = 0; j < cols; ++j) {
+            int64_t k = 0;
+            for (; k + n <= g.channels; k += n) block(vector_sums, j, k, j >= whole_cols);
+            for (; k < g.channels; ++k) block(scalar_sums, j, k, j >= whole_cols);
+          }
+        } else {
+          int64_t j = 0;
+          for (; j + n <= whole_cols; j += n) block(vector_sums, j, 0, false);
+          for (; j < whole_cols; ++j) block(scalar_sums, j, 0, false);
+          if (j < cols) block(scalar_sums, j, 0, true);
+        }
+        if (kCorrelate && (unflushed += line_blocks) >= kBlocksPerFlush) flush();
+      }
+      if (kCorrelate) {
+        flush();
+        for (int k = 0; k < 16; ++k)
+          for (int lane = 0; lane < n; ++lane) partial[task * 16 + k] += totals[k][lane];
+      }
+    }
+  });
+  if (kCorrelate) {
+    std::fill(correlation, correlation + 16, 0.0);
+    for (int64_t task = 0; task < tasks; ++task)
+      for (int k = 0; k < 16; ++k) correlation[k] += partial[task * 16 + k];
+  }
+}
+
+// Each filter acts along H (its first index into a band) and along W (its second): both roles add to its gradient.
+template <class A>
+void filter_gradients(const Filters<A>& f, const double* correlation, double (&low)[2], double (&high)[2]) {
+  const A* taps[2] = {f.lo, f.hi};
+  double grad[2][2] = {};
+  for (int p = 0; p < 2; ++p)
+    for (int q = 0; q < 2; ++q)
+      for (int a = 0; a < 2; ++a)
+        for (int b = 0; b < 2; ++b) {
+          const double sum = correlation[4 * (p + 2 * q) + 2 * a + b];
+          grad[p][a] += sum * taps[q][b];
+          grad[q][b] += sum * taps[p][a];
+        }
+  std::copy(grad[0], grad[0] + 2, low);
+  std::copy(grad[1], grad[1] + 2, high);
+}
+
+template <bool kReplicate, Out kOut, bool kCorrelate, class T>
+void walk_layout(bool channels_last, const Problem<T>& g, const Filters<Acc<T>>& f, double* correlation) {
+  if (g.batch * g.channels == 0) {
+    if (kCorrelate) std::fill(correlation, correlation + 16, 0.0);
+    return;
+  }
+  if (channels_last)
+    walk<T, true, kReplicate, kOut, kCorrelate>(g, f, correlation);
+  else
+    walk<T, false, kReplicate, kOut, kCorrelate>(g, f, correlation);
+}
+
+// The shared body of the backward ops; out is written where need_out, filter gradients where need_filters.
+template <bool kReplicate, Out kOut>
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& pixels, const Tensor& bands, const Tensor& like, const Tensor& low, const Tensor& high, bool channels_last,
+    bool need_out, bool need_filters) {
+  Tensor out = need_out ? tensor::empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, channels_last)
+                        : tensor::empty(like, {0});
+  double correlation[16], grad_low[2], grad_high[2];
+  tensor::dispatch(like.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    Filters<Acc<T>> f(low, high);
+    Problem<T> g{pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)};
+    g.pixels = static_cast<const T*>(pixels.const_data_ptr());
+    g.pixel_strides = tensor::strides_of(pixels);
+    g.bands = static_cast<const T*>(bands.const_data_ptr());
+    g.band_strides = tensor::strides_of(bands);
+    if (need_out) {
+      g.out = static_cast<T*>(out.mutable_data_ptr());
+      g.out_strides = tensor::strides_of(out);
+    }
+    if (need_out && need_filters) walk_layout<kReplicate, kOut, true>(channels_last, g, f, correlation);
+    if (need_out && !need_filters) walk_layout<kReplicate, kOut, false>(channels_last, g, f, correlation);
+    if (!need_out && need_filters) walk_layout<kReplicate, Out::kNone, true>(channels_last, g, f, correlation);
+    if (need_filters) filter_gradients(f, correlation, grad_low, grad_high);
+  });
+  if (!need_filters) return {out, tensor::empty(low, {0}), tensor::empty(high, {0})};
+  return {out, tensor::write(low, grad_low), tensor::write(high, grad_high)};
+}
+
+Tensor haar_dwt2d(const Tensor& x, const Tensor& dec_lo, const Tensor& dec_hi) {
+  const bool channels_last = tensor::is_channels_last(x);
+  const Tensor dense = tensor::with_format(x, channels_last);
+  Tensor y = tensor::empty(x, {x.size(0), 4 * x.size(1), (x.size(2) + 1) / 2, (x.size(3) + 1) / 2}, channels_last);
+  tensor::dispatch(x.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    Problem<T> g{x.size(0), x.size(1), x.size(2), x.size(3)};
+    g.pixels = static_cast<const T*>(dense.const_data_ptr());
+    g.pixel_strides = tensor::strides_of(dense);
+    g.out = static_cast<T*>(y.mutable_data_ptr());
+    g.out_strides = tensor::strides_of(y);
+    walk_layout<true, Out::kBands, false>(channels_last, g, Filters<Acc<T>>(dec_lo, dec_hi), nullptr);
+  });
+  return y;
+}
+
+Tensor haar_idwt2d(const Tensor& y, const Tensor& rec_lo, const Tensor& rec_hi, int64_t height, int64_t width) {
+  const bool channels_last = tensor::is_channels_last(y);
+  const Tensor dense = tensor::with_format(y, channels_last);
+  Tensor x = tensor::empty(y, {y.size(0), y.size(1) / 4, height, width}, channels_last);
+  tensor::dispatch(y.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    Problem<T> g{y.size(0), y.size(1) / 4, height, width};
+    g.bands = static_cast<const T*>(dense.const_data_ptr());
+    g.band_strides = tensor::strides_of(dense);
+    g.out = static_cast<T*>(x.mutable_data_ptr());
+    g.out_strides = tensor::strides_of(x);
+    walk_layout<false, Out::kPixels, false>(channels_last, g, Filters<Acc<T>>(rec_lo, rec_hi), nullptr);
+  });
+  return x;
+}
+
+std::tuple<Tensor, Tensor, Tensor> haar_dwt2d_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& dec_lo, const Tensor& dec_hi, bool need_x, bool need_filters) {
+  const bool channels_last = tensor::is_channels_last(x);
+  return backward<true, Out::kPixels>(
+      tensor::with_format(x, channels_last), tensor::with_format(grad, channels_last), x, dec_lo, dec_hi, channels_last, need_x,
+      need_filters);
+}
+
+std::tuple<Tensor, Tensor, Tensor> haar_idwt2d_backward(
+    const Tensor& grad, const Tensor& y, const Tensor& rec_lo, const Tensor& rec_hi, int64_t, int64_t, bool need_y,
+    bool need_filters) {
+  const bool channels_last = tensor::is_channels_last(y);
+  return backward<false, Out::kBands>(
+      tensor::with_format(grad, channels_last), tensor::with_format(y, channels_last), y, rec_lo, rec_hi, channels_last, need_y,
+      need_filters);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
+  m.def("haar_dwt2d(Tensor x, Tensor dec_lo, Tensor dec_hi) -> Tensor");
+  m.def(
+      "haar_dwt2d_backward(Tensor grad, Tensor x, Tensor dec_lo, Tensor dec_hi, bool need_x, bool need_filters)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("haar_idwt2d(Tensor y, Tensor rec_lo, Tensor rec_hi, int height, int width) -> Tensor");
+  m.def(
+      "haar_idwt2d_backward(Tensor grad, Tensor y, Tensor rec_lo, Tensor rec_hi, int height, int width, bool need_y,"
+      " bool need_filters) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
+  m.impl("haar_dwt2d", TORCH_BOX(&haar_dwt2d));
+  m.impl("haar_dwt2d_backward", TORCH_BOX(&haar_dwt2d_backward));
+  m.impl("haar_idwt2d", TORCH_BOX(&haar_idwt2d));
+  m.impl("haar_idwt2d_backward", TORCH_BOX(&haar_idwt2d_backward));
+}

@@ -1,0 +1,162 @@
+"""Which backends can run here, which one an op takes, and why: `use_backend`, `backends`, `why_not`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGE = __package__ or "swformer_fast"
+BACKENDS = ("auto", "reference", "cpp", "triton")
+_ENVIRONMENT = f"{PACKAGE.upper()}_BACKEND"
+_chosen: list[str] = []
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator and its implementations, all with the same signature."""
+
+    name: str
+    family: str
+    reference: Callable[..., Any]
+    limits: Callable[..., str | None]
+    """limits(backend, *args): why that backend cannot take these arguments, or None."""
+
+
+OPS: dict[str, Op] = {}
+
+
+@cache
+def _extension() -> str | None:
+    """Load the compiled extension for this CPU, once; why it cannot be used, or None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    sets = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("neon",))
+    folder = Path(__file__).parent
+    for instruction_set in sets:
+        library = folder / f"_C_{instruction_set}.so"
+        if library.exists():
+            torch.ops.load_library(str(library))
+            return None
+    if any(folder.glob("_C_*.so")):
+        return f"the compiled extension has no variant for this CPU (torch reports {capability})"
+    return "the compiled extension was not built (install with a C++ compiler and pip install --no-build-isolation)"
+
+
+@cache
+def _triton_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _kernels(family: str) -> ModuleType:
+    return importlib.import_module(f"swformer_kernels.{family}")
+
+
+def _implementation(op: Op, backend: str) -> Callable[..., Any]:
+    if backend == "cpp":
+        return getattr(torch.ops._swformer_fast, op.name)
+    if backend == "triton":
+        return getattr(_kernels(op.family), op.name)
+    return op.reference
+
+
+def _problem(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
+    """Why `backend` cannot run `op` on `args`, in words, or None."""
+    if backend == "reference":
+        return None
+    device = next(a for a in args if isinstance(a, Tensor)).device.type
+    if backend == "cpp":
+        if device != "cpu":
+            return f"the tensors are on {device}, not on the CPU"
+        reason = _extension()
+        if reason is None and not hasattr(torch.ops._swformer_fast, op.name):
+            reason = f"{op.name} has no C++ kernel"
+    else:
+        reason = _triton_problem()
+        if reason is None and device != "cuda" and not (device == "cpu" and _interpreting()):
+            reason = f"the tensors are on {device}: no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+        if reason is None and importlib.util.find_spec(f"swformer_kernels.{op.family}") is None:
+            reason = f"{op.name} has no Triton kernel"
+    return reason or op.limits(backend, *args)
+
+
+def default_backend() -> str:
+    """The backend asked for by `use_backend`, else by the environment variable, else "auto"."""
+    name = _chosen[-1] if _chosen else os.environ.get(_ENVIRONMENT, "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"{_ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _choose(op: Op, args: tuple[Any, ...]) -> tuple[str, str | None]:
+    """The backend that runs `op` on `args`, and why the fast one of this device does not (None if it does)."""
+    asked = default_backend()
+    if asked != "auto":
+        reason = _problem(op, asked, args)
+        if reason is not None:
+            raise RuntimeError(f"backend {asked!r} was asked for, but it cannot run {op.name}: {reason}")
+        return asked, f"backend {asked!r} was asked for" if asked == "reference" else None
+    device = next(a for a in args if isinstance(a, Tensor)).device.type
+    fast = "cpp" if device == "cpu" else "triton"
+    reason = _problem(op, fast, args)
+    return (fast, None) if reason is None else ("reference", f"not {fast}: {reason}")
+
+
+def run(op: Op, args: tuple[Any, ...]) -> Any:
+    """Run `op` on `args` with the backend that `_choose` picks."""
+    return _implementation(op, _choose(op, args)[0])(*args)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Inside, every op runs on backend `name`: "auto", "reference", "cpp" or "triton".
+
+    An op that the named backend cannot run raises RuntimeError that says why; "auto" falls back to the reference
+    instead. The setting holds for the whole process, backward threads included; a backward pass takes the backend in
+    force while it runs. The environment variable SWFORMER_FAST_BACKEND sets the default.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def backends() -> dict[str, str]:
+    """Each backend and whether it can run here: "available", or the reason why not. Loads the extension."""
+    triton = _triton_problem()
+    if triton is None and not torch.cuda.is_available():
+        triton = "available (interpreted)" if _interpreting() else "no GPU (TRITON_INTERPRET=1 interprets the kernels)"
+    return {"reference": "available", "cpp": _extension() or "available", "triton": triton or "available"}
+
+
+def why_not(op_name: str, *args: Any) -> str:
+    """Which backend would run op `op_name` on `args` (as given to the op), and why not a faster one.
+
+    >>> why_not("haar_dwt2d", x, dec_lo, dec_hi)
+    'cpp runs'
+    """
+    if op_name not in OPS:
+        raise ValueError(f"op_name must be one of {', '.join(sorted(OPS))}, got {op_name!r}")
+    if not any(isinstance(a, Tensor) for a in args):
+        raise TypeError(f"args must hold the tensors that {op_name} takes, got {args!r}")
+    backend, reason = _choose(OPS[op_name], args)
+    return f"{backend} runs" if reason is None else f"{backend} runs ({reason})"

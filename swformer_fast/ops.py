@@ -1,0 +1,200 @@
+"""The operators: schema, fake kernel, autograd and autocast of each. The only file that talks to torch.library.
+
+Every op runs through `backend.run`, so one schema serves all backends; every backward is an op of its own, whose own
+gradient (double backward) is taken through the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend import OPS, Op, run
+
+NAMESPACE = "swformer_fast"
+_LIB = torch.library.Library(NAMESPACE, "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_AUTOGRAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+for _key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradFunctionality"):
+    _AUTOGRAD_KEYS = _AUTOGRAD_KEYS | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the backends write channels_last outputs for input `x` (the same test as csrc/common/tensor.h)."""
+    return x.dim() == 4 and x.shape[1] > 1 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, *size: int) -> Tensor:
+    """An output of this size, in the memory format that goes with input `like`."""
+    layout = torch.channels_last if channels_last(like) else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _define(
+    schema: str,
+    family: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    limits: Callable[..., str | None],
+) -> None:
+    name = schema.split("(")[0]
+    op = OPS[name] = Op(name, family, reference, limits)
+    _LIB.define(schema, tags=_TAGS)
+    _LIB.impl(name, lambda *args: run(op, args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
+
+
+def _cast_input_under_autocast(name: str) -> None:
+    """Under autocast the first argument is cast to the autocast dtype; parameters are read in their own dtype."""
+    op = getattr(torch.ops.swformer_fast, name)
+    keys = {device: getattr(torch._C.DispatchKey, f"Autocast{device.upper()}") for device in ("cpu", "cuda")}
+
+    def kernel(device: str) -> Callable[..., Any]:
+        def cast_and_call(x: Tensor, *args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(keys[device])):
+                return op(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)), *args)
+
+        return cast_and_call
+
+    for device in keys:
+        _LIB.impl(name, kernel(device), f"Autocast{device.upper()}")
+
+
+def _define_differentiable(
+    schema: str,
+    backward_arguments: str,
+    family: str,
+    reference: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    limits: Callable[..., str | None],
+    groups: Sequence[int | None],
+) -> None:
+    """An op with one output, its op `NAME_backward(grad, *inputs, *flags)` and the gradients of both.
+
+    groups: for each input the flag (its place among `backward_arguments`) that asks for the gradient, None for inputs
+    that have none. The backward op returns one gradient for each differentiable input, in order; what its flag does
+    not ask for is empty.
+    """
+    name, rest = schema.split("(", 1)
+    inputs_schema = rest.rsplit(") ->", 1)[0]
+    count = len(groups)
+    places = [i for i, group in enumerate(groups) if group is not None]
+
+    def gradients(grad: Tensor, inputs: Sequence[Any], wanted: Sequence[int], create_graph: bool) -> dict[int, Tensor]:
+        output = reference(*inputs)
+        tensors = [inputs[i] for i in wanted]
+        grads = torch.autograd.grad(output, tensors, grad.to(output.dtype), create_graph=create_graph, allow_unused=True)
+        return {i: torch.zeros_like(t) if g is None else g for i, t, g in zip(wanted, tensors, grads, strict=True)}
+
+    def reference_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        flags = args[count:]
+        wanted = [i for i in places if flags[groups[i]] and args[i] is not None]
+        # Kernels of ops run below autograd; this one differentiates.
+        included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
+            inputs = [args[i].detach().requires_grad_() if i in wanted else args[i] for i in range(count)]
+            grads = gradients(grad, inputs, wanted, False) if wanted else {}
+        return tuple(grads[i].clone() if i in grads else grad.new_empty(0) for i in places)
+
+    def fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        flags = args[count:]
+        return tuple(
+            _empty(args[i], *args[i].shape) if flags[groups[i]] and args[i] is not None else grad.new_empty(0)
+            for i in places
+        )
+
+    _define(schema, family, reference, fake, limits)
+    outputs = ", ".join("Tensor" for _ in places)
+    _define(
+        f"{name}_backward(Tensor grad, {inputs_schema}, {backward_arguments}) -> ({outputs})",
+        family,
+        reference_backward,
+        fake_backward,
+        lambda backend, grad, *args: limits(backend, *args[:count]),
+    )
+    backward_op = getattr(torch.ops.swformer_fast, f"{name}_backward")
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(inputs[i] for i in places))
+        ctx.constants = [None if i in places else inputs[i] for i in range(count)]
+
+    def restore(ctx: Any, saved: Sequence[Any]) -> list[Any]:
+        inputs = list(ctx.constants)
+        for i, tensor in zip(places, saved, strict=True):
+            inputs[i] = tensor
+        return inputs
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
+        grads = backward_op(grad, *restore(ctx, ctx.saved_tensors), *flags)
+        result: list[Any] = [None] * count
+        for i, g in zip(places, grads, strict=True):
+            result[i] = g if needs[i] else None
+        return tuple(result)
+
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0], *(inputs[1 + i] for i in places))
+        ctx.constants = [None if i in places else inputs[1 + i] for i in range(count)]
+        ctx.flags = inputs[1 + count :]
+
+    def double_backward(ctx: Any, *grad_grads: Tensor) -> tuple[Any, ...]:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views keep the path to the caller's graph, so that third derivatives are right as well.
+            alive = [
+                t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+                for t in ctx.saved_tensors
+            ]
+            inputs = restore(ctx, alive[1:])
+            wanted = [i for i in places if ctx.flags[groups[i]] and inputs[i] is not None]
+            first = gradients(alive[0], inputs, wanted, True)
+            given = dict(zip(places, grad_grads, strict=True))
+            pairs = [(first[i], given[i].to(first[i].dtype)) for i in wanted if first[i].requires_grad]
+            targets = [t for t in alive if t is not None]
+            second = torch.autograd.grad(
+                [f for f, _ in pairs], targets, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+            )
+        found = iter(second)
+        ordered = [None if t is None else next(found) for t in alive]
+        result: list[Any] = [None] * (1 + count + len(ctx.flags))
+        result[0] = ordered[0]
+        for i, g in zip(places, ordered[1:], strict=True):
+            result[1 + i] = g
+        return tuple(result)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_LIB)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}_backward", double_backward, setup_context=save_backward, lib=_LIB
+    )
+    _cast_input_under_autocast(name)
+
+
+def _no_triton_fp64(backend: str, x: Tensor, *args: Any) -> str | None:
+    return "the Triton kernels take no float64" if backend == "triton" and x.dtype == torch.float64 else None
+
+
+# haar -----------------------------------------------------------------------------------------------------------------
+
+_define_differentiable(
+    "haar_dwt2d(Tensor x, Tensor dec_lo, Tensor dec_hi) -> Tensor",
+    "bool need_x, bool need_filters",
+    "haar",
+    reference.haar_dwt2d,
+    lambda x, dec_lo, dec_hi: _empty(x, x.shape[0], 4 * x.shape[1], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2),
+    _no_triton_fp64,
+    groups=(0, 1, 1),
+)
+_define_differentiable(
+    "haar_idwt2d(Tensor y, Tensor rec_lo, Tensor rec_hi, int height, int width) -> Tensor",
+    "bool need_y, bool need_filters",
+    "haar",
+    lambda y, rec_lo, rec_hi, height, width: reference.haar_idwt2d(y, rec_lo, rec_hi, (height, width)),
+    lambda y, rec_lo, rec_hi, height, width: _empty(y, y.shape[0], y.shape[1] // 4, height, width),
+    _no_triton_fp64,
+    groups=(0, 1, 1, None, None),
+)
