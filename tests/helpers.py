@@ -1,0 +1,133 @@
+"""What the tests share: error measures, tolerances, memory layouts, gradients and operation counts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+"""Largest relative RMS error, by the dtype under test, against the reference run in fp64."""
+
+SIZES = [(1, 1), (2, 2), (1, 5), (63, 64), (64, 63), (65, 96), (96, 65)]
+"""Heights and widths that together hold odd, even, tiny and non-square images."""
+
+
+def rel_rms(actual: Tensor, expected: Tensor) -> float:
+    """RMS of `actual - expected` over the RMS of `expected`, in fp64; 0 for two empty or two zero tensors."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    actual, expected = actual.detach().double(), expected.detach().double().to(actual.device)
+    error, scale = (actual - expected).norm().item(), expected.norm().item()
+    if scale == 0:
+        return 0.0 if error == 0 else float("inf")
+    return error / scale
+
+
+def assert_close(actual: Any, expected: Any, dtype: torch.dtype | None = None, what: str = "tensor") -> None:
+    """Assert that each tensor of `actual` (a tensor or a nest of them) is within TOLERANCE of its peer in `expected`.
+
+    The tolerance is that of `dtype`, by default of the actual tensor's own dtype. NaN never passes.
+    """
+    actual_leaves, expected_leaves = tree_leaves(actual), tree_leaves(expected)
+    assert len(actual_leaves) == len(expected_leaves), f"{len(actual_leaves)} tensors, not {len(expected_leaves)}"
+    for index, (a, e) in enumerate(zip(actual_leaves, expected_leaves, strict=True)):
+        if a is None or e is None:
+            assert a is e, f"{what} {index}: {a} instead of {e}"
+            continue
+        error, limit = rel_rms(a, e), TOLERANCE[dtype or a.dtype]
+        assert error <= limit, f"{what} {index} of shape {tuple(a.shape)}: relative RMS error {error:.2e} > {limit:.0e}"
+
+
+def fp64(args: Any) -> Any:
+    """A nest of arguments with every floating tensor as a detached contiguous fp64 copy that keeps requires_grad."""
+
+    def convert(arg: Any) -> Any:
+        if not isinstance(arg, Tensor) or not arg.is_floating_point():
+            return arg
+        return arg.detach().to(torch.float64, copy=True).contiguous().requires_grad_(arg.requires_grad)
+
+    return tree_map(convert, args)
+
+
+def value_and_grads(
+    fn: Callable[..., Any], args: Sequence[Any], grad: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, list[Tensor | None]]:
+    """`fn(*args, **kwargs)` and the gradients of `(output * grad).sum()`.
+
+    One gradient for each tensor of `args` (nested tuples included) that requires one, in order. Without `grad`, random
+    multiples of 1/64 in [-1, 1] that depend on the output's shape alone: the same numbers in every dtype.
+    """
+    output = fn(*args, **kwargs)
+    if grad is None:
+        grad = torch.randint(-64, 65, output.shape, generator=torch.Generator().manual_seed(0)) / 64
+    leaves = [leaf for leaf in tree_leaves(tuple(args)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    gradient = grad.to(output) if grad.dtype != output.dtype or grad.device != output.device else grad
+    return output.detach(), list(torch.autograd.grad(output, leaves, gradient, allow_unused=True))
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """A window of a larger buffer that is NaN outside the window."""
+    buffer = x.new_full([n + 2 for n in x.shape], float("nan"))
+    window = buffer[tuple(slice(1, n + 1) for n in x.shape)]
+    return window.copy_(x)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """Every second column of a buffer that is NaN in between."""
+    buffer = x.new_full([*x.shape[:-1], 2 * x.shape[-1]], float("nan"))
+    return buffer[..., ::2].copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": _sliced,
+    "strided": _strided,
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+"""Each turns a (B, C, H, W) tensor that needs no gradient into one with the same values in that layout; "expanded"
+repeats the first image with stride 0. `.requires_grad_()` afterwards keeps the layout."""
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, `torch.empty` and its kin return NaN (integers: the largest value), in C++ too."""
+    mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class _MacCounter(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
+        self.macs = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.conv2d and id(args[1]) in self.weights:
+            weight, bias = args[1], args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            self.macs += result.numel() * (weight[0].numel() + (bias is not None))
+        return result
+
+
+def count_macs(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> int:
+    """Multiply-accumulates of the model's nn.Conv2d layers plus one per bias add; nothing else counts.
+
+    The layers' weights are recognised where the convolution is called, so modules that pass `conv.weight` to a function
+    count too. Works on the meta device.
+    """
+    with _MacCounter(model) as counter, torch.no_grad():
+        model(*inputs, **kwargs)
+    return counter.macs
