@@ -1,0 +1,109 @@
+"""Multi-scale feed-forward network, in plain PyTorch."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import check_choice, check_odd, check_positive, conv2d, conv_parameters
+
+SCALES = (1, 2, 4)
+POOLS: dict[str, Callable[..., Tensor]] = {"avg": F.avg_pool2d, "max": F.max_pool2d}
+UPSAMPLINGS = ("bilinear", "nearest")
+
+
+def multiscale_ffn(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    dw_weights: Sequence[Tensor],
+    dw_biases: Sequence[Tensor],
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    pool: str = "avg",
+    upsample: str = "bilinear",
+) -> Tensor:
+    """Feed-forward network with depthwise convolutions at full, half and quarter resolution::
+
+        parts = conv2d(x, in_weight, in_bias).chunk(3, dim=1)
+        for part, s in zip(parts, (1, 2, 4)):
+            z = avg_pool2d(part, s, ceil_mode=True)
+            z = conv2d(z, dw_weight, dw_bias, padding=k // 2, groups=M)
+            z = interpolate(z, size=(H, W), mode="bilinear", align_corners=False)
+        conv2d(gelu(cat(all three z, dim=1)), out_weight, out_bias)
+
+    A pooled map has ceil(H / s) x ceil(W / s) samples; where s does not divide a side, the last window averages the
+    samples that it holds, and the bilinear map goes from ceil(H / s) to exactly H samples.
+
+    Args:
+        x: (B, D, H, W).
+        in_weight: (3 * M, D, 1, 1); all parameters are cast to the dtype of `x`.
+        in_bias: (3 * M,).
+        dw_weights: three of (M, 1, k, k), k odd, for scales 1, 2, 4.
+        dw_biases: three of (M,).
+        out_weight: (E, 3 * M, 1, 1).
+        out_bias: (E,).
+        pool: "avg" or "max".
+        upsample: "bilinear" or "nearest".
+
+    Returns:
+        (B, E, H, W) in the dtype of `x`.
+
+    Source: the multi-scale FFN in the architecture figure of arXiv 2505.05504.
+    """
+    size = (x.shape[2], x.shape[3])
+    align_corners = False if upsample == "bilinear" else None
+    outputs = []
+    parts = conv2d(x, in_weight, in_bias).chunk(len(SCALES), dim=1)
+    for part, scale, weight, bias in zip(parts, SCALES, dw_weights, dw_biases, strict=True):
+        if scale == 1:
+            outputs.append(conv2d(part, weight, bias, groups=part.shape[1]))
+            continue
+        pooled = POOLS[pool](part, scale, ceil_mode=True)
+        mixed = conv2d(pooled, weight, bias, groups=part.shape[1])
+        outputs.append(F.interpolate(mixed, size=size, mode=upsample, align_corners=align_corners))
+    return conv2d(F.gelu(torch.cat(outputs, dim=1)), out_weight, out_bias)
+
+
+class MultiScaleFFN(nn.Module):
+    """`multiscale_ffn` with its parameters and `ratio * dim` hidden channels, a third for each scale.
+
+    Ratio 3 is a fit; kernel 3, average pooling and bilinear upsampling are guesses of ours.
+    """
+
+    def __init__(
+        self, dim: int, ratio: float = 3, kernel_size: int = 3, pool: str = "avg", upsample: str = "bilinear"
+    ) -> None:
+        super().__init__()
+        check_positive("dim", dim)
+        check_odd("kernel_size", kernel_size)
+        check_choice("pool", pool, POOLS)
+        check_choice("upsample", upsample, UPSAMPLINGS)
+        width = ratio * dim / len(SCALES)
+        if width < 1 or width != int(width):
+            raise ValueError(f"ratio * dim must be a positive multiple of 3, got {ratio} * {dim}")
+        width, hidden = int(width), int(ratio * dim)
+        self.pool, self.upsample = pool, upsample
+        self.conv_in = nn.Conv2d(dim, hidden, 1)
+        self.dw = nn.ModuleList(
+            nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width) for _ in SCALES
+        )
+        self.conv_out = nn.Conv2d(hidden, dim, 1)
+
+    @property
+    def canonical(self) -> bool:
+        """Whether this module is `multiscale_ffn` with its default keywords."""
+        return self.pool == "avg" and self.upsample == "bilinear"
+
+    def arguments(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+        """The positional arguments of `multiscale_ffn` after `x`."""
+        weights, biases = zip(*map(conv_parameters, self.dw), strict=True)
+        return (*conv_parameters(self.conv_in), list(weights), list(biases), *conv_parameters(self.conv_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiscale_ffn(x, *self.arguments(), pool=self.pool, upsample=self.upsample)
+
+    def extra_repr(self) -> str:
+        return f"pool={self.pool!r}, upsample={self.upsample!r}"
