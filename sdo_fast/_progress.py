@@ -1,0 +1,17 @@
+"""Progress bars by tqdm, where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+
+def bar(steps: Sized, description: str, show: bool) -> Any:
+    """`steps` as a bar on stderr; silent where not wanted or without tqdm."""
+    if show:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return steps
+        return tqdm(steps, desc=description, dynamic_ncols=True)
+    return steps

@@ -1,0 +1,148 @@
+"""Optimise the latents of a sampler for a loss on its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._progress import bar
+from .sampler import ShortcutSampler, check_latents
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One evaluation: the loss of the latents after `iteration` updates, and what it cost."""
+
+    iteration: int
+    loss: float
+    seconds: float
+    model_calls: int
+    """Model evaluations per latent: guidance counts two a step, recomputation in backward counts too."""
+
+
+@dataclass(frozen=True)
+class Best:
+    iteration: int
+    loss: float
+    latents: Tensor
+    image: Tensor
+
+
+@dataclass
+class Result:
+    """What an optimisation found, or had found when it was interrupted."""
+
+    latents: Tensor
+    """The latents evaluated last."""
+    image: Tensor | None = None
+    """x_0 of `latents`."""
+    history: list[Iteration] = field(default_factory=list)
+    best: Best | None = None
+    interrupted: bool = False
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became inf or NaN; `result` holds what was done before."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def optimize_latents(
+    sampler: ShortcutSampler,
+    latents: Tensor,
+    loss_fn: Callable[[Tensor], Tensor],
+    steps: int = 200,
+    lr: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.9),
+    callback: Callable[[Iteration, Tensor, Tensor], bool | None] | None = None,
+    progress: bool = True,
+    **sampler_kwargs: Any,
+) -> Result:
+    """Minimise loss_fn(sampler(z, **sampler_kwargs)) over z, from z = latents, by `steps` updates of Adam.
+
+    There are steps + 1 evaluations: the last is of the final latents and needs no gradient. Latents of lower precision
+    than float32 are optimised as a float32 copy. A `generator` in `sampler_kwargs` gives every iteration the same
+    noise, so that the losses can be compared (its state moves on by one pass in all); without one a stochastic
+    scheduler draws fresh noise each time.
+
+    Args:
+        loss_fn: x_0 -> a scalar tensor; a batch is optimised together, so sum over it for independent samples.
+        lr, betas: of Adam; the defaults are the authors' (arXiv 2505.07477).
+        callback: called after each evaluation with (iteration, latents, image), both detached; returning True stops.
+        progress: show a bar with the loss, where tqdm is installed.
+
+    Returns:
+        `latents`, `image`, `history`, `best`; after Ctrl-C what was done so far, with `interrupted` set.
+
+    Raises:
+        NonFiniteLossError: with the result so far.
+        ValueError: the loss is not a scalar, or does not depend on the image.
+    """
+    generator = sampler_kwargs.get("generator")
+    check_latents(latents, generator)
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps: got {steps!r}, an integer >= 0 is needed")
+    noise = None if generator is None else generator.get_state()
+    step_generator = None if generator is None else generator.clone_state()
+
+    # Adam's eps of 1e-8 is zero in float16.
+    z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32), copy=True).requires_grad_()
+    adam = torch.optim.Adam([z], lr=lr, betas=betas)
+    result = Result(latents.detach().clone())
+    track = bar(range(steps + 1), "optimising", progress)
+    try:
+        for k in track:
+            began, calls = time.perf_counter(), sampler.model_calls
+            if generator is not None:
+                generator.set_state(noise)
+            current = z.detach().to(latents.dtype, copy=True)
+            with torch.set_grad_enabled(k < steps):
+                image = sampler.sample(z.to(latents.dtype), sampler.draw_grad_step(step_generator), **sampler_kwargs)
+                loss = loss_fn(image)
+            _check_loss(loss, k, result)
+            if k < steps:
+                # Not backward(): the model's parameters shall neither get gradients nor cost time.
+                z.grad = _gradient(loss, z)
+                adam.step()
+            record = Iteration(k, float(loss), time.perf_counter() - began, sampler.model_calls - calls)
+            image = image.detach()
+            result.latents, result.image = current, image
+            result.history.append(record)
+            if result.best is None or record.loss < result.best.loss:
+                result.best = Best(k, record.loss, current, image)
+            if hasattr(track, "set_postfix"):
+                track.set_postfix(loss=f"{record.loss:.4g}", best=f"{result.best.loss:.4g}")
+            if callback is not None and callback(record, current, image):
+                break
+    except KeyboardInterrupt:
+        result.interrupted = True
+    finally:
+        if hasattr(track, "close"):
+            track.close()
+    return result
+
+
+def _gradient(loss: Tensor, z: Tensor) -> Tensor:
+    gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
+        raise ValueError("loss_fn: the loss does not depend on the image by autograd (was it detached?)")
+    return gradient
+
+
+def _check_loss(loss: Tensor, iteration: int, result: Result) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn: returned {got}, a scalar tensor is needed (sum over the batch)")
+    if not torch.isfinite(loss):
+        raise NonFiniteLossError(
+            f"loss_fn: returned {float(loss)} at iteration {iteration}; lower lr, clamp the image, or check the "
+            "model's output (this error's .result holds what was done before)",
+            result,
+        )

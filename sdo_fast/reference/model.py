@@ -1,0 +1,118 @@
+"""The model call of a sampler: guidance, output formats, variance channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GuidedModel:
+    """eps(x, t) = model(x, t, **model_kwargs), or with guidance_scale w (classifier-free guidance, arXiv 2207.12598)
+
+        eps(x, t) = uncond + w * (cond - uncond),
+        cond = model(x, t, **model_kwargs), uncond = model(x, t, **uncond_kwargs).
+
+    Both halves go through one call on the batch [uncond, cond] where the arguments can be joined: same names, and each
+    a pair of tensors with the batch in front, a shared tensor without it, an equal plain value, or a list, tuple or
+    mapping of these. Else the model is called twice, uncond first.
+
+    The model gets x (B, C, ...) and t of shape (B,), and returns a tensor, a tuple that begins with one, or an object
+    with `.sample`. Where the output has 2C channels the variance half is dropped, unless `learned_variance`: then it
+    is kept, and guidance leaves it as the conditional call gave it. The output is cast to x's dtype, so that autocast
+    does not lower the precision of the sampler's state.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        batch: int,
+        guidance_scale: float | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        learned_variance: bool = False,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model: got {type(model).__name__}, a callable model(x, t, **kwargs) is needed")
+        if guidance_scale is not None and uncond_kwargs is None:
+            raise ValueError(
+                "uncond_kwargs: guidance needs the arguments of the unconditional call (an empty dict for none)"
+            )
+        if guidance_scale is None and uncond_kwargs is not None:
+            raise ValueError("uncond_kwargs: given, but guidance_scale is None, so nothing would use them")
+        for name, value in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name}: got {type(value).__name__}, a mapping of argument names to values is needed")
+        self.model = model
+        self.guidance_scale = guidance_scale
+        self.learned_variance = learned_variance
+        self.cond = dict(model_kwargs or {})
+        self.uncond = dict(uncond_kwargs or {})
+        self.evaluations = 1 if guidance_scale is None else 2
+        self.joined: dict[str, Any] | None = None
+        if guidance_scale is not None:
+            try:
+                self.joined = _join(self.uncond, self.cond, batch)
+            except _CannotJoin:
+                self.joined = None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.combine(*self.evaluate(x, t))
+
+    def evaluate(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """The model's outputs before guidance: (output,), or (uncond, cond)."""
+        if self.guidance_scale is None:
+            return (self._call(x, t, self.cond),)
+        if self.joined is None:
+            return self._call(x, t, self.uncond), self._call(x, t, self.cond)
+        return self._call(torch.cat([x, x]), t, self.joined).chunk(2)
+
+    def combine(self, *outputs: Tensor) -> Tensor:
+        if self.guidance_scale is None:
+            return outputs[0]
+        uncond, cond = outputs
+        if not self.learned_variance:
+            return uncond + self.guidance_scale * (cond - uncond)
+        (uncond, _), (cond, variance) = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)
+        return torch.cat([uncond + self.guidance_scale * (cond - uncond), variance], dim=1)
+
+    def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        output = self.model(x, t.expand(x.shape[0]), **kwargs)
+        if not isinstance(output, Tensor):
+            output = output.sample if hasattr(output, "sample") else output[0]
+        channels = x.shape[1]
+        expected = (x.shape[0], 2 * channels if self.learned_variance else channels, *x.shape[2:])
+        if output.shape == (x.shape[0], 2 * channels, *x.shape[2:]) and not self.learned_variance:
+            output = output[:, :channels]
+        if output.shape != expected:
+            raise ValueError(
+                f"model: returned shape {tuple(output.shape)} for an input of {tuple(x.shape)}, {expected} is needed"
+            )
+        return output.to(x.dtype)
+
+
+class _CannotJoin(Exception):
+    pass
+
+
+def _join(uncond: Any, cond: Any, batch: int) -> Any:
+    """The argument of one call on [uncond, cond], or _CannotJoin."""
+    if isinstance(uncond, Tensor) and isinstance(cond, Tensor):
+        alike = (uncond.shape, uncond.dtype, uncond.device) == (cond.shape, cond.dtype, cond.device)
+        if alike and uncond.ndim > 0 and uncond.shape[0] == batch:
+            return torch.cat([uncond, cond])
+        if uncond is cond:
+            return uncond
+    elif isinstance(uncond, Mapping) and isinstance(cond, Mapping):
+        if uncond.keys() == cond.keys():
+            return {name: _join(uncond[name], cond[name], batch) for name in uncond}
+    elif isinstance(uncond, (list, tuple)) and type(uncond) is type(cond):
+        if len(uncond) == len(cond):
+            return type(uncond)([_join(u, c, batch) for u, c in zip(uncond, cond, strict=True)])
+    elif uncond is cond or (
+        isinstance(uncond, (bool, int, float, str)) and type(uncond) is type(cond) and uncond == cond
+    ):
+        return uncond
+    raise _CannotJoin

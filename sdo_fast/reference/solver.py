@@ -1,0 +1,127 @@
+"""One pass of a scheduler, on a copy that nobody else sees."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+class Solver:
+    """The update rule x_{i+1} = S_i(x_i, eps_i) of a scheduler, for the steps start, ..., len(timesteps) - 1.
+
+    The scheduler is duck-typed after diffusers: `set_timesteps(n)`, `timesteps`, `step(output, t, x)` whose result has
+    `.prev_sample` (or is a tuple), optionally `scale_model_input(x, t)`, `set_begin_index(i)`, `order` and `config`.
+    It is copied here, and `begin` copies again for every pass, so neither the caller's scheduler nor an earlier pass
+    is ever changed.
+
+    Args:
+        num_inference_steps: passed to `set_timesteps`; None leaves it out, for schedules given by `schedule_kwargs`.
+        start: index into `timesteps` of the first step to run. Multistep schedulers begin there without history.
+        step_kwargs: keyword arguments for every `step`, e.g. `{"eta": 1.0, "use_clipped_model_output": True}`.
+        schedule_kwargs: keyword arguments for `set_timesteps`, e.g. `{"mu": 1.15}` or `{"sigmas": [...]}`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        num_inference_steps: int | None = 50,
+        start: int = 0,
+        step_kwargs: Mapping[str, Any] | None = None,
+        schedule_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name in ("set_timesteps", "step"):
+            if not callable(getattr(scheduler, name, None)):
+                raise TypeError(
+                    f"scheduler: {type(scheduler).__name__} has no {name}(); a diffusers scheduler is needed"
+                )
+        if num_inference_steps is not None and (not _is_int(num_inference_steps) or num_inference_steps < 1):
+            raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, a positive integer is needed")
+        if num_inference_steps is None and not schedule_kwargs:
+            raise ValueError("num_inference_steps: None needs schedule_kwargs with the timesteps or sigmas to use")
+        scheduler = _detached_copy(scheduler)
+        positional = () if num_inference_steps is None else (num_inference_steps,)
+        scheduler.set_timesteps(*positional, **(schedule_kwargs or {}))
+        steps = len(scheduler.timesteps)
+        if not _is_int(start) or not 0 <= start < steps:
+            raise ValueError(f"start: got {start!r}, an integer from 0 to {steps - 1} is needed ({steps} timesteps)")
+        order = getattr(scheduler, "order", 1)
+        if start % order:
+            raise ValueError(
+                f"start: got {start}, but {type(scheduler).__name__} makes {order} model calls per step, so a multiple of "
+                f"{order} is needed"
+            )
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(start)
+        self.scheduler = scheduler
+        self.start = start
+        self.step_kwargs = dict(step_kwargs or {})
+        parameters = inspect.signature(scheduler.step).parameters
+        unknown = self.step_kwargs.keys() - parameters.keys()
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(f"step_kwargs: {type(scheduler).__name__}.step takes no {', '.join(sorted(unknown))}")
+        self.takes_generator = "generator" in parameters
+
+    def __len__(self) -> int:
+        return len(self.scheduler.timesteps)
+
+    @property
+    def timesteps(self) -> Tensor:
+        return torch.as_tensor(self.scheduler.timesteps)
+
+    @property
+    def steps(self) -> range:
+        return range(self.start, len(self))
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the scheduler reads the model's variance channels."""
+        return config(self.scheduler, "variance_type") in ("learned", "learned_range")
+
+    def rewound(self) -> Solver:
+        """The same schedule from step 0."""
+        solver = copy.copy(self)
+        solver.scheduler, solver.start = copy.deepcopy(self.scheduler), 0
+        if hasattr(solver.scheduler, "set_begin_index"):
+            solver.scheduler.set_begin_index(0)
+        return solver
+
+    def begin(self, generator: torch.Generator | None = None) -> Solver:
+        """A copy for one pass; its noise comes from `generator`, or from torch's global one."""
+        solver = copy.copy(self)
+        solver.scheduler = copy.deepcopy(self.scheduler)
+        if self.takes_generator and generator is not None:
+            solver.step_kwargs = {**self.step_kwargs, "generator": generator}
+        return solver
+
+    def scale_input(self, x: Tensor, i: int) -> Tensor:
+        """The model's input for the state x of step i."""
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return x
+        return self.scheduler.scale_model_input(x, self.scheduler.timesteps[i])
+
+    def step(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+        """S_i(x, output), in x's dtype."""
+        result = self.scheduler.step(output, self.scheduler.timesteps[i], x, **self.step_kwargs)
+        return (result.prev_sample if hasattr(result, "prev_sample") else result[0]).to(x.dtype)
+
+
+def config(scheduler: Any, name: str, default: Any = None) -> Any:
+    """`scheduler.config[name]`, or the default for schedulers without a config or without that entry."""
+    values = getattr(scheduler, "config", None)
+    return values.get(name, default) if isinstance(values, Mapping) else getattr(values, name, default)
+
+
+def _detached_copy(scheduler: Any) -> Any:
+    # A scheduler that was used before may hold tensors of a graph, which deepcopy refuses; set_timesteps drops them.
+    graph = [leaf for leaf in tree_leaves(vars(scheduler)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    return copy.deepcopy(scheduler, {id(tensor): tensor for tensor in graph})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,219 @@
+"""Sampling with the gradient of one step: Shortcut Diffusion Optimization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as run_checkpointed
+
+from ._progress import bar
+from .reference.loops import draw_step, grad_step_choices
+from .reference.model import GuidedModel
+from .reference.solver import Solver
+from .schedulers import refuse_not_affine, refuse_vanishing, sensitivities
+
+
+class ShortcutSampler:
+    r"""A diffusion sampler whose result carries the graph of one model call.
+
+    Sampling runs x_{i+1} = S_i(x_i, eps(x_i, t_i)) for i = start, ..., n - 1, where n = len(scheduler.timesteps) and
+    x_start is the `latents` argument of the call. At the step s = `grad_step` the model's output keeps its graph; at
+    every other step it is a constant, while the scheduler's own arithmetic S_i stays differentiable in x_i:
+
+        x_{i+1} = S_i(x_i, eps(x_i, t_i))             i = s
+        x_{i+1} = S_i(x_i, eps(x_i, t_i).detach())    i != s
+
+    For an affine scheduler with s = start that is d x_0 / d latents = A_s I + B_s d eps / d x_s, and
+    d x_0 / d p = B_s d eps / d p for a parameter or condition p (`sdo_fast.coefficients` gives A and B). Memory is that
+    of one model call whatever n is, time about that of sampling plus one forward and backward. The values are those of
+    plain sampling; the gradients are those of `sdo_fast.reference.sdo_loop`. Gradients reach exactly the tensors that
+    require them: latents, tensors in the keyword arguments, model parameters. Under `torch.no_grad()` the same call is
+    plain sampling.
+
+    Args:
+        model: `model(x, t, **kwargs)` with x (B, C, ...), t (B,); returns a tensor, a tuple that begins with one, or an
+            object with `.sample`. Of 2C output channels the variance half is dropped unless the scheduler's
+            `variance_type` is learned.
+        scheduler: any diffusers scheduler, or an object with `set_timesteps`, `timesteps` and `step(...)`; never
+            changed, so it may be shared.
+        num_inference_steps: n for `scheduler.set_timesteps`; None where `schedule_kwargs` holds the schedule.
+        start: index into `scheduler.timesteps` of the first step that runs. The steps before it are not run: `latents`
+            are the input of this step, for instance the result of `warm_up` or of an inversion. (The authors' style
+            transfer, "start 45" of 50, optimises the input of step 45, so 5 model calls remain.) Multistep schedulers
+            begin there without history.
+        grad_step: s. "first" (= start), "last", an index into `scheduler.timesteps`, "random" (a new one at each call,
+            from the generator), or "identity": no model backward at all, d x_0 / d latents = A_start I.
+        guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond); None for none.
+        checkpoint: recompute the one step in backward instead of keeping its activations, so that they never overlap
+            with those of the loss; costs one more model call and changes no bit of the result.
+        normalize: divide the gradient, not the value, by |A_start|. It can be large (157 for DDIM with epsilon
+            prediction over 10 steps): harmless to Adam, fatal to a plain SGD learning rate or to float16. Affine
+            schedulers only.
+        step_kwargs: keyword arguments of `scheduler.step`, e.g. `{"eta": 1.0}`.
+        schedule_kwargs: keyword arguments of `scheduler.set_timesteps`, e.g. `{"mu": 1.15}`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or the gradient asked for is exactly zero (sample prediction
+            before the last step; the last step of PNDM; first-stage calls of KDPM2): the message names the way out.
+        NotAffineError: `normalize` with a scheduler that clips, thresholds or reads a learned variance.
+
+    Source: "You Only Look One Step: Accelerating Backpropagation in Diffusion Sampling with Gradient Shortcuts", arXiv
+    2505.07477. Deterministic where the model is. Works with autocast, torch.compile'd models, any floating dtype.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        scheduler: Any,
+        num_inference_steps: int | None = 50,
+        start: int = 0,
+        grad_step: str | int = "first",
+        guidance_scale: float | None = None,
+        checkpoint: bool = True,
+        normalize: bool = False,
+        *,
+        step_kwargs: Mapping[str, Any] | None = None,
+        schedule_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model: got {type(model).__name__}, a callable model(x, t, **kwargs) is needed")
+        if guidance_scale is not None and not (
+            isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale)
+        ):
+            raise ValueError(f"guidance_scale: got {guidance_scale!r}, a finite number or None is needed")
+        self.model = model
+        self.solver = Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs)
+        self.grad_step = grad_step
+        self.guidance_scale = guidance_scale
+        self.checkpoint = checkpoint
+        self.model_calls = 0  # evaluations per latent so far: guidance counts two, recomputation in backward counts too
+        self._choices = refuse_vanishing(self.solver, grad_step_choices(grad_step, self.solver))
+        self._gradient_scale = 1.0
+        if normalize:
+            refuse_not_affine(self.solver)
+            a_start = sensitivities(self.solver)[0][start].item()
+            if a_start == 0:
+                raise ValueError(f"normalize: A_start is zero for {type(scheduler).__name__}; use normalize=False")
+            # |A|, for a negative A must still turn the gradient's sign.
+            self._gradient_scale = 1 / abs(a_start)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of all n steps, those before `start` included."""
+        return self.solver.timesteps
+
+    @property
+    def start(self) -> int:
+        return self.solver.start
+
+    def __call__(
+        self,
+        latents: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """x_0 for the input `latents` (B, C, ...) of step `start`, in their shape, dtype and layout.
+
+        Args:
+            model_kwargs: keyword arguments of the (conditional) model call.
+            uncond_kwargs: all keyword arguments of the unconditional call; needed with, and only with, guidance.
+            generator: for the scheduler's noise and the random step; None takes torch's global one.
+            progress: show a bar.
+        """
+        check_latents(latents, generator)
+        return self.sample(latents, self.draw_grad_step(generator), model_kwargs, uncond_kwargs, generator, progress)
+
+    def draw_grad_step(self, generator: torch.Generator | None = None) -> int | None:
+        """The step of the next call's gradient; None for "identity"."""
+        return draw_step(self._choices, generator)
+
+    def sample(
+        self,
+        latents: Tensor,
+        grad_step: int | None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """`__call__` with the step of the gradient given (None for the identity gradient)."""
+        solver = self.solver.begin(generator)
+        eps = self._guided(latents, model_kwargs, uncond_kwargs)
+        times = solver.timesteps.to(latents.device)
+        x = latents
+        for i in bar(solver.steps, "sampling", progress):
+            scaled = solver.scale_input(x, i)
+            x = solver.step(self._output(eps, scaled, times[i], i == grad_step), i, x)
+        return x if self._gradient_scale == 1 else ScaleGradient.apply(x, self._gradient_scale)
+
+    @torch.no_grad()
+    def warm_up(
+        self,
+        latents: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """The input of step `start`: runs the steps before it, without gradients, from the input `latents` of step 0."""
+        check_latents(latents, generator)
+        solver = self.solver.rewound().begin(generator)
+        eps = self._guided(latents, model_kwargs, uncond_kwargs)
+        times = solver.timesteps.to(latents.device)
+        x = latents
+        for i in bar(range(self.start), "warm-up", progress):
+            x = solver.step(self._output(eps, solver.scale_input(x, i), times[i], False), i, x)
+        return x
+
+    def _guided(
+        self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
+    ) -> GuidedModel:
+        variance = self.solver.learned_variance
+        return GuidedModel(self.model, len(latents), self.guidance_scale, model_kwargs, uncond_kwargs, variance)
+
+    def _output(self, eps: GuidedModel, x: Tensor, t: Tensor, gradient: bool) -> Tensor:
+        if not (gradient and torch.is_grad_enabled()):
+            with torch.no_grad():
+                return self._counted(eps, x, t)
+        if self.checkpoint:
+            return run_checkpointed(self._counted, eps, x, t, use_reentrant=False)
+        return self._counted(eps, x, t)
+
+    def _counted(self, eps: GuidedModel, x: Tensor, t: Tensor) -> Tensor:
+        self.model_calls += eps.evaluations
+        return eps(x, t)
+
+
+class ScaleGradient(torch.autograd.Function):
+    """x in forward, factor * grad in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * grad, None
+
+
+def check_latents(latents: Tensor, generator: torch.Generator | None = None) -> None:
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents: got {type(latents).__name__}, a tensor (B, C, ...) is needed")
+    if not latents.is_floating_point():
+        raise TypeError(f"latents: got {latents.dtype}, a floating dtype is needed")
+    if latents.ndim < 2:
+        raise ValueError(f"latents: got shape {tuple(latents.shape)}, (B, C, ...) is needed")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, a torch.Generator or None is needed")

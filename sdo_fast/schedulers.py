@@ -1,0 +1,168 @@
+"""What a scheduler does to its latents and model outputs: x_0 as an affine function of both, with its coefficients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference.solver import Solver, config
+
+# Relative to the largest coefficient; the smallest honest ones (late steps of a schedule of 1000) are above 1e-6.
+NEGLIGIBLE = 1e-12
+
+
+class NotAffineError(ValueError):
+    """x_0 is not an affine function of the latents and model outputs; only autograd through the scheduler is right."""
+
+
+def coefficients(
+    scheduler: Any,
+    num_inference_steps: int | None,
+    start: int = 0,
+    *,
+    step_kwargs: Mapping[str, Any] | None = None,
+    schedule_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A and B of x_0 = A_i x_i + B_i eps_i + (terms without x_i and eps_i), for every step i of an affine scheduler.
+
+    eps_i is the output of the model call at `timesteps[i]`, whatever the scheduler takes it for (noise, v, velocity,
+    sample), and the other calls' outputs are held constant. So, with the model's graph kept at step s alone,
+
+        d x_0 / d x_s = A_s I + B_s d eps / d x_s        d x_0 / d p = B_s d eps / d p   (p: parameter or condition)
+
+    (the gradient shortcut of arXiv 2505.07477). Both are found by one autograd pass of the scheduler over a latent of
+    one element in float64, so they are as exact as the scheduler's own arithmetic.
+
+    Returns:
+        A, B: float64 tensors of `len(timesteps)` entries; those before `start` are NaN. Schedulers that call the model
+        twice per step (Heun, KDPM2) have an entry per call.
+
+    Raises:
+        NotAffineError: clipping, thresholding, learned variance, or a result that is measurably not affine.
+    """
+    solver = Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs)
+    refuse_not_affine(solver)
+    return sensitivities(solver)
+
+
+def refuse_not_affine(solver: Solver) -> None:
+    """Raise NotAffineError with the reason, from the configuration or from what the scheduler does to large numbers."""
+    name = type(solver.scheduler).__name__
+    for flag, effect in (
+        ("clip_sample", "clips the predicted sample"),
+        ("clip_denoised", "clips the predicted sample"),
+        ("thresholding", "thresholds the predicted sample"),
+    ):
+        if config(solver.scheduler, flag, False):
+            raise NotAffineError(f"scheduler: {name} {effect} ({flag}=True); set {flag}=False or use the general path")
+    if solver.learned_variance:
+        raise NotAffineError(f"scheduler: {name} reads its variance from the model (learned variance)")
+    _refuse_tensors(solver)
+    draw = torch.Generator().manual_seed(0)
+    points = torch.randn(2, 1 + len(solver), generator=draw, dtype=torch.float64) * 10
+    a, b = sensitivities(solver)
+    origin, moved = (_pass(solver, point[0].reshape(1, 1, 1, 1), point[1:]).item() for point in points)
+    terms = (points[1] - points[0])[[0, *(1 + i for i in solver.steps)]] * torch.cat(
+        [a[solver.start, None], b[solver.start :]]
+    )
+    scale = terms.abs().sum().item() + abs(origin) + abs(moved)
+    if not abs(moved - origin - terms.sum().item()) <= 1e-4 * scale:
+        raise NotAffineError(
+            f"scheduler: the result of {name} is not an affine function of the latents and model outputs"
+        )
+
+
+def sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
+    """d x_0 / d x_i and d x_0 / d eps_i at zero, NaN before `start`: A and B where the scheduler is affine."""
+    shifts = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
+    outputs = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        x0 = _pass(solver, torch.zeros(1, 1, 1, 1, dtype=torch.float64), outputs, shifts)
+        a, b = torch.autograd.grad(x0.sum(), (shifts, outputs), allow_unused=True, materialize_grads=True)
+    a[: solver.start] = b[: solver.start] = torch.nan
+    return a, b
+
+
+def _pass(solver: Solver, x: Tensor, outputs: Tensor, shifts: Tensor | None = None) -> Tensor:
+    """x_0 from x and given model outputs, with the same noise every time."""
+    run = solver.begin(torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for schedulers whose step takes no generator
+        for i in run.steps:
+            if shifts is not None:
+                x = x + shifts[i]
+            output = outputs[i].reshape(1, 1, 1, 1)
+            if run.learned_variance:
+                output = torch.cat([output, torch.zeros_like(output)], dim=1)
+            run.scale_input(x, i)
+            x = run.step(output, i, x)
+    return x
+
+
+def usable_steps(solver: Solver) -> tuple[list[int], bool]:
+    """The steps whose model output reaches x_0 (B_i != 0), and whether the latents do without the model (A_start != 0).
+
+    Clipping is left out of the question: it hides some elements, not the step.
+    """
+    if _has_tensors(solver):
+        return list(solver.steps), True
+    solver = copy.copy(solver)
+    solver.scheduler = copy.deepcopy(solver.scheduler)
+    if hasattr(solver.scheduler, "register_to_config"):
+        flags = [flag for flag in ("clip_sample", "clip_denoised", "thresholding") if config(solver.scheduler, flag)]
+        solver.scheduler.register_to_config(**dict.fromkeys(flags, False))
+    a, b = sensitivities(solver)
+    floor = NEGLIGIBLE * max(a[solver.start :].abs().max().item(), b[solver.start :].abs().max().item())
+    return [i for i in solver.steps if abs(b[i].item()) > floor], abs(a[solver.start].item()) > floor
+
+
+def refuse_vanishing(solver: Solver, choices: Sequence[int]) -> list[int]:
+    """The choices through which a gradient can flow; ValueError, naming the way out, where there is none.
+
+    No choices stand for the identity gradient.
+    """
+    usable, direct = usable_steps(solver)
+    name, start = type(solver.scheduler).__name__, solver.start
+    ways = (
+        "grad_step='last'" if usable and usable[-1] == len(solver) - 1 else f"grad_step={usable[-1]}" if usable else ""
+    )
+    if not choices:
+        if direct:
+            return []
+        raise ValueError(
+            f"grad_step: 'identity' gives a gradient of exactly zero, for {name} drops the latents of step {start} on "
+            f"the way (A = 0, as with sample prediction): use {ways or 'a scheduler with epsilon or v prediction'}"
+        )
+    kept = [i for i in choices if i in usable]
+    if kept:
+        return kept
+    listed = _ranges(usable)
+    identity = "grad_step='identity', or " if direct else ""
+    raise ValueError(
+        f"grad_step: the model's output at step {choices[0]} does not reach x_0 with {name} (B = 0), so its gradient "
+        f"is exactly zero; use {identity}one of the steps {listed or 'of another scheduler'}"
+    )
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for i in steps:
+        if parts and parts[-1][1] == i - 1:
+            parts[-1][1] = i
+        else:
+            parts.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _has_tensors(solver: Solver) -> bool:
+    return any(isinstance(value, Tensor) for value in solver.step_kwargs.values())
+
+
+def _refuse_tensors(solver: Solver) -> None:
+    if _has_tensors(solver):
+        raise NotAffineError("step_kwargs: they hold tensors, whose shape a latent of one element cannot have")
