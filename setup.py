@@ -25,7 +25,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 MINIMUM_TORCH = "0x020a000000000000"
 # No -ffast-math: inf and NaN must propagate as in the reference.
-CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra".split()
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+]
 INSTRUCTION_SETS = {
     "x86_64": {
         "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
@@ -91,7 +101,9 @@ def find_extensions() -> list[Extension]:
     for package, folder in (("swformer_fast", "swformer"), ("sdo_fast", "sdo")):
         sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder / "cpu").glob("*.cpp"))
         if sources:
-            extensions += [Extension(f"{package}._C_{isa}", sources, extra_compile_args=f) for isa, f in variants.items()]
+            extensions += [
+                Extension(f"{package}._C_{isa}", sources, extra_compile_args=f) for isa, f in variants.items()
+            ]
         cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder / "cuda").glob("*.cu"))
         if cuda_sources and find_nvcc():
             extensions.append(Extension(f"{package}._C_cuda", cuda_sources))
@@ -151,7 +163,9 @@ class NinjaBuild(build_ext):
                 lines += [f"build {object_file}: {rule} {ROOT / source}", f"  flags = {shlex.join(flags + defines)}"]
             output = Path(self.get_ext_fullpath(extension.name)).resolve()
             output.parent.mkdir(parents=True, exist_ok=True)
-            link_flags = ["-shared", *(f for f in link[1:] if not f.startswith("-Wl")), "-cudart", "static"] if cuda else link
+            link_flags = (
+                ["-shared", *(f for f in link[1:] if not f.startswith("-Wl")), "-cudart", "static"] if cuda else link
+            )
             lines += [f"build {output}: {'link_cuda' if cuda else 'link'} {' '.join(objects)}"]
             lines += [f"  flags = {shlex.join(link_flags)}"]
             targets.append(str(output))

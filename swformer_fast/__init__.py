@@ -1,6 +1,43 @@
-"""Fast SWFormer modules for PyTorch."""
+"""Fast SWFormer modules: spatial, wavelet and Fourier mixing for image restoration, in PyTorch.
+
+`functional` and the modules run on the fastest backend that can take their input; `reference` is the same API in plain
+PyTorch. Importing loads no compiler, no Triton and no compiled extension: those load at the first call.
+"""
 
 from . import functional, reference
 from .backend import backends, use_backend, why_not
+from .model import PRESETS, SWFormer
+from .modules import (
+    ChannelAttention,
+    FourierBranch,
+    HaarDWT2d,
+    HaarIDWT2d,
+    MultiDomainMixer,
+    MultiScaleFFN,
+    SpatialBranch,
+    SWFormerBlock,
+    WaveletBranch,
+)
+from .replace import accelerate
 
-__all__ = ["backends", "functional", "reference", "use_backend", "why_not"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "ChannelAttention",
+    "FourierBranch",
+    "HaarDWT2d",
+    "HaarIDWT2d",
+    "MultiDomainMixer",
+    "MultiScaleFFN",
+    "SWFormer",
+    "SWFormerBlock",
+    "SpatialBranch",
+    "WaveletBranch",
+    "accelerate",
+    "backends",
+    "functional",
+    "reference",
+    "use_backend",
+    "why_not",
+]

@@ -90,7 +90,9 @@ def _problem(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
     else:
         reason = _triton_problem()
         if reason is None and device != "cuda" and not (device == "cpu" and _interpreting()):
-            reason = f"the tensors are on {device}: no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+            reason = (
+                f"the tensors are on {device}: no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+            )
         if reason is None and importlib.util.find_spec(f"swformer_kernels.{op.family}") is None:
             reason = f"{op.name} has no Triton kernel"
     return reason or op.limits(backend, *args)

@@ -10,11 +10,17 @@ threads, and can be differentiated again (through the reference). torch.compile 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers the operators)
+from . import (
+    ops,  # noqa: F401  (registers the operators)
+    reference,
+)
+from .reference.fourier import BatchNormState
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -41,6 +47,27 @@ def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], x: Te
         raise TypeError(f"{name} must be a floating tensor, got {parameter.dtype}")
     if parameter.device != x.device:
         raise ValueError(f"{name} must be on the image's device, {x.device}, got {parameter.device}")
+
+
+def _shape(parameter: Any) -> Any:
+    return tuple(parameter.shape) if isinstance(parameter, Tensor) else type(parameter).__name__
+
+
+def _kernel(name: str, weight: Tensor) -> tuple[int, int]:
+    """The (k, k) of a depthwise weight, k odd."""
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        raise ValueError(f"{name} must have shape (channels, 1, k, k), got {_shape(weight)}")
+    if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise ValueError(f"{name} must have a square kernel of odd side, got {tuple(weight.shape[2:])}")
+    return weight.shape[2], weight.shape[3]
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the autocast dtype, where autocast is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _taps(low_name: str, low: Tensor | None, high_name: str, high: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,3 +147,227 @@ def haar_idwt2d(
             f"{rows} x {cols}, got ({height}, {width})"
         )
     return torch.ops.swformer_fast.haar_idwt2d(y, rec_lo, rec_hi, height, width)
+
+
+def wavelet_mix(
+    x: Tensor, weight: Tensor, bias: Tensor, dec_lo: Tensor, dec_hi: Tensor, rec_lo: Tensor, rec_hi: Tensor
+) -> Tensor:
+    """The wavelet branch: DWT, depthwise convolution of the 4 C sub-bands, inverse DWT::
+
+        y = haar_dwt2d(x, dec_lo, dec_hi)
+        y = F.conv2d(y, weight, bias, padding=k // 2, groups=4 * C)
+        haar_idwt2d(y, rec_lo, rec_hi, output_size=(H, W))
+
+    Args:
+        x: (B, C, H, W), any H, W >= 1.
+        weight: (4 * C, 1, k, k), k odd. bias: (4 * C,).
+        dec_lo, dec_hi, rec_lo, rec_hi: (2,).
+
+    Returns:
+        (B, C, H, W), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+
+    Source: SWFormer (arXiv 2505.05504), wavelet branch.
+    """
+    _check_image("x", x)
+    channels = 4 * x.shape[1]
+    _check_parameter("weight", weight, (channels, 1, *_kernel("weight", weight)), x)
+    _check_parameter("bias", bias, (channels,), x)
+    for name, taps in (("dec_lo", dec_lo), ("dec_hi", dec_hi), ("rec_lo", rec_lo), ("rec_hi", rec_hi)):
+        _check_parameter(name, taps, (2,), x)
+    return reference.wavelet_mix(_autocast(x), weight, bias, dec_lo, dec_hi, rec_lo, rec_hi)
+
+
+def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The spatial branch, a depthwise convolution and exact (erf) GELU::
+
+        F.gelu(F.conv2d(x, weight, bias, padding=k // 2, groups=C))
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, 1, k, k), k odd. bias: (C,).
+
+    Returns:
+        (B, C, H, W), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+
+    Source: SWFormer (arXiv 2505.05504), spatial branch.
+    """
+    _check_image("x", x)
+    _check_parameter("weight", weight, (x.shape[1], 1, *_kernel("weight", weight)), x)
+    _check_parameter("bias", bias, (x.shape[1],), x)
+    return reference.depthwise_gelu(_autocast(x), weight, bias)
+
+
+def fourier_mix(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    gate_bn: BatchNormState,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    value_bn: BatchNormState,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The Fourier branch: a gated mix of the spectrum::
+
+        def spectrum(u):                                           # real and imaginary parts of channel c at 2c, 2c + 1
+            return view_as_real(rfft2(u, norm="ortho")).movedim(-1, 2).flatten(1, 2)
+
+        gate, value = conv2d(x, in_weight, in_bias).chunk(2, dim=1)
+        gate = sigmoid(conv2d(batch_norm(spectrum(gate), *gate_bn), gate_weight, gate_bias))
+        value = gelu(conv2d(batch_norm(spectrum(value), *value_bn), value_weight, value_bias))
+        y = gate * value
+        y = irfft2(complex(y[:, 0::2], y[:, 1::2]), s=(H, W), norm="ortho")
+        conv2d(y, out_weight, out_bias)
+
+    Args:
+        x: (B, D, H, W). Half-precision input is transformed in fp32.
+        in_weight: (2 * C, D, 1, 1). in_bias: (2 * C,).
+        gate_bn, value_bn: (running_mean, running_var, weight, bias), each (2 * C,). In training the running
+            statistics are updated in place; they may be None, then the batch's are used in evaluation too.
+        gate_weight, value_weight: (2 * C, 2 * C, 1, 1). gate_bias, value_bias: (2 * C,).
+        out_weight: (E, C, 1, 1). out_bias: (E,).
+        training, momentum, eps: as in F.batch_norm.
+
+    Returns:
+        (B, E, H, W), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image; in training, one value per
+            channel (B = H = W = 1).
+
+    Source: SWFormer (arXiv 2505.05504), Fourier branch; the interleaved layout is that of the authors' SFHformer.
+    """
+    _check_image("x", x)
+    if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 2:
+        raise ValueError(f"in_weight must have shape (2 * C, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
+    if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
+        raise ValueError(f"out_weight must have shape (E, {in_weight.shape[0] // 2}, 1, 1), got {_shape(out_weight)}")
+    wide = in_weight.shape[0]
+    for name, parameter, shape in (
+        ("in_weight", in_weight, (wide, x.shape[1], 1, 1)),
+        ("in_bias", in_bias, (wide,)),
+        ("gate_weight", gate_weight, (wide, wide, 1, 1)),
+        ("gate_bias", gate_bias, (wide,)),
+        ("value_weight", value_weight, (wide, wide, 1, 1)),
+        ("value_bias", value_bias, (wide,)),
+        ("out_weight", out_weight, (out_weight.shape[0], wide // 2, 1, 1)),
+        ("out_bias", out_bias, (out_weight.shape[0],)),
+    ):
+        _check_parameter(name, parameter, shape, x)
+    for name, state in (("gate_bn", gate_bn), ("value_bn", value_bn)):
+        if len(state) != 4:
+            raise ValueError(f"{name} must be (running_mean, running_var, weight, bias), got {len(state)} values")
+        for part, tensor in zip(("running_mean", "running_var", "weight", "bias"), state, strict=True):
+            if tensor is not None:
+                _check_parameter(f"{name} {part}", tensor, (wide,), x)
+    return reference.fourier_mix(
+        _autocast(x),
+        in_weight,
+        in_bias,
+        gate_bn,
+        gate_weight,
+        gate_bias,
+        value_bn,
+        value_weight,
+        value_bias,
+        out_weight,
+        out_bias,
+        training,
+        momentum,
+        eps,
+    )
+
+
+def multiscale_ffn(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    dw_weights: Sequence[Tensor],
+    dw_biases: Sequence[Tensor],
+    out_weight: Tensor,
+    out_bias: Tensor,
+) -> Tensor:
+    """The multi-scale feed-forward network::
+
+        parts = conv2d(x, in_weight, in_bias).chunk(3, dim=1)
+        for part, s in zip(parts, (1, 2, 4)):
+            z = avg_pool2d(part, s, ceil_mode=True)
+            z = conv2d(z, dw_weight, dw_bias, padding=k // 2, groups=M)
+            z = interpolate(z, size=(H, W), mode="bilinear", align_corners=False)
+        conv2d(gelu(cat(all three z, dim=1)), out_weight, out_bias)
+
+    Where s does not divide a side, the last window averages the samples that it holds, and the bilinear map goes from
+    ceil(H / s) to exactly H samples.
+
+    Args:
+        x: (B, D, H, W).
+        in_weight: (3 * M, D, 1, 1). in_bias: (3 * M,).
+        dw_weights: three of (M, 1, k, k), k odd, for the scales 1, 2, 4. dw_biases: three of (M,).
+        out_weight: (E, 3 * M, 1, 1). out_bias: (E,).
+
+    Returns:
+        (B, E, H, W), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+
+    Source: SWFormer (arXiv 2505.05504), multi-scale FFN.
+    """
+    _check_image("x", x)
+    if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 3:
+        raise ValueError(f"in_weight must have shape (3 * M, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
+    if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
+        raise ValueError(f"out_weight must have shape (E, {in_weight.shape[0]}, 1, 1), got {_shape(out_weight)}")
+    if len(dw_weights) != 3 or len(dw_biases) != 3:
+        raise ValueError(
+            f"dw_weights and dw_biases must hold three tensors each, got {len(dw_weights)} and {len(dw_biases)}"
+        )
+    wide = in_weight.shape[0]
+    _check_parameter("in_weight", in_weight, (wide, x.shape[1], 1, 1), x)
+    _check_parameter("in_bias", in_bias, (wide,), x)
+    for i, (weight, bias) in enumerate(zip(dw_weights, dw_biases, strict=True)):
+        _check_parameter(f"dw_weights[{i}]", weight, (wide // 3, 1, *_kernel(f"dw_weights[{i}]", weight)), x)
+        _check_parameter(f"dw_biases[{i}]", bias, (wide // 3,), x)
+    _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide, 1, 1), x)
+    _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
+    return reference.multiscale_ffn(_autocast(x), in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias)
+
+
+def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """Scale each channel by its attention::
+
+        x * sigmoid(conv2d(relu(conv2d(x.mean((2, 3), keepdim=True), w1, b1)), w2, b2))
+
+    Args:
+        x: (B, C, H, W).
+        w1: (R, C, 1, 1). b1: (R,). w2: (C, R, 1, 1). b2: (C,).
+
+    Returns:
+        (B, C, H, W), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+
+    Source: SWFormer (arXiv 2505.05504), channel attention.
+    """
+    _check_image("x", x)
+    if not isinstance(w1, Tensor) or w1.dim() != 4:
+        raise ValueError(f"w1 must have shape (R, {x.shape[1]}, 1, 1), got {_shape(w1)}")
+    hidden, channels = w1.shape[0], x.shape[1]
+    _check_parameter("w1", w1, (hidden, channels, 1, 1), x)
+    _check_parameter("b1", b1, (hidden,), x)
+    _check_parameter("w2", w2, (channels, hidden, 1, 1), x)
+    _check_parameter("b2", b2, (channels,), x)
+    return reference.channel_attention(_autocast(x), w1, b1, w2, b2)

@@ -25,7 +25,9 @@ for _key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradFunctional
 
 def channels_last(x: Tensor) -> bool:
     """Whether the backends write channels_last outputs for input `x` (the same test as csrc/common/tensor.h)."""
-    return x.dim() == 4 and x.shape[1] > 1 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return (
+        x.dim() == 4 and x.shape[1] > 1 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
@@ -87,7 +89,9 @@ def _define_differentiable(
     def gradients(grad: Tensor, inputs: Sequence[Any], wanted: Sequence[int], create_graph: bool) -> dict[int, Tensor]:
         output = reference(*inputs)
         tensors = [inputs[i] for i in wanted]
-        grads = torch.autograd.grad(output, tensors, grad.to(output.dtype), create_graph=create_graph, allow_unused=True)
+        grads = torch.autograd.grad(
+            output, tensors, grad.to(output.dtype), create_graph=create_graph, allow_unused=True
+        )
         return {i: torch.zeros_like(t) if g is None else g for i, t, g in zip(wanted, tensors, grads, strict=True)}
 
     def reference_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:

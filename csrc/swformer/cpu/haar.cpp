@@ -26,8 +26,8 @@ struct Filters {
 };
 
 // Bands in the order LL, LH (high along H), HL (high along W), HH; pixels in the order 00, 01, 10, 11.
-template <class A, class V>
-inline void analyse(const Filters<A>& f, const V (&x)[4], V (&y)[4]) {
+template <class F, class V>
+inline void analyse(const F& f, const V (&x)[4], V (&y)[4]) {
   V low0 = f.lo[0] * x[0] + f.lo[1] * x[1], high0 = f.hi[0] * x[0] + f.hi[1] * x[1];
   V low1 = f.lo[0] * x[2] + f.lo[1] * x[3], high1 = f.hi[0] * x[2] + f.hi[1] * x[3];
   y[0] = f.lo[0] * low0 + f.lo[1] * low1;
@@ -36,8 +36,8 @@ inline void analyse(const Filters<A>& f, const V (&x)[4], V (&y)[4]) {
   y[3] = f.hi[0] * high0 + f.hi[1] * high1;
 }
 
-template <class A, class V>
-inline void synthesise(const Filters<A>& f, const V (&y)[4], V (&x)[4]) {
+template <class F, class V>
+inline void synthesise(const F& f, const V (&y)[4], V (&x)[4]) {
   V low0 = f.lo[0] * y[0] + f.hi[0] * y[1], high0 = f.lo[0] * y[2] + f.hi[0] * y[3];
   V low1 = f.lo[1] * y[0] + f.hi[1] * y[1], high1 = f.lo[1] * y[2] + f.hi[1] * y[3];
   x[0] = f.lo[0] * low0 + f.hi[0] * high0;
@@ -104,7 +104,8 @@ struct Problem {
 
 // kReplicate: the sample missing at an odd border is its neighbour (gradients fold onto it); else it is zero (and cropped).
 template <class T, bool kChannelsLast, bool kReplicate, Out kOut, bool kCorrelate>
-void walk(const Problem<T>& g, const Filters<Acc<T>>& f, double* correlation) {
+void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* correlation) {
+  const Problem<T> g = problem;
   using A = Acc<T>;
   using V = simd::Vec<A>;
   constexpr int n = simd::kLanes<A>;
@@ -119,6 +120,7 @@ void walk(const Problem<T>& g, const Filters<Acc<T>>& f, double* correlation) {
   std::vector<double> partial(kCorrelate ? tasks * 16 : 0);
 
   torch::stable::parallel_for(0, tasks, 4, [&](int64_t begin, int64_t end) {
+    const Filters<A> f = filters;  // a local copy that no store can alias stays in registers
     for (int64_t task = begin; task < end; ++task) {
       V vector_sums[16] = {};
       A scalar_sums[16] = {};

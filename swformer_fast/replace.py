@@ -1,0 +1,53 @@
+"""`accelerate`: turn the reference modules inside any model into fast ones."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from . import model as fast_model
+from . import modules, reference
+
+_MODULE = TypeVar("_MODULE", bound=nn.Module)
+
+FAST_TYPES: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(reference, name): getattr(modules, name)
+    for name in reference.__all__
+    if isinstance(getattr(modules, name, None), type)
+} | {reference.SWFormer: fast_model.SWFormer}
+
+
+def accelerate(model: _MODULE) -> _MODULE:
+    """Turn every reference module in `model`, itself included, into its fast counterpart, in place.
+
+    Only the modules' classes change: parameters, buffers, hooks, training flags, sharing and state_dict stay the very
+    same objects, so optimizers, schedulers and wrappers (DataParallel, DDP) made before go on working. Modules of
+    other classes, subclasses of the reference modules included, are left alone: they may override what the fast
+    modules replace. Calling it again changes nothing.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: a reference module has a parametrised parameter of its own (torch.nn.utils.parametrize); or the
+            model is compiled or scripted: accelerate it before torch.compile.
+
+    Returns:
+        model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    found = []
+    for name, module in model.named_modules():
+        base = type(module).__mro__[1]
+        if type(module) in FAST_TYPES:
+            found.append(module)
+        elif nn.utils.parametrize.is_parametrized(module) and base in FAST_TYPES:
+            raise ValueError(
+                f"module {name or '(root)'!r} ({base.__name__}) has parametrised parameters: accelerate the model before "
+                "registering them, or parametrise its convolutions instead"
+            )
+        elif hasattr(module, "_orig_mod"):
+            raise ValueError(f"module {name or '(root)'!r} is compiled: call accelerate before torch.compile")
+    for module in found:
+        module.__class__ = FAST_TYPES[type(module)]
+    return model
