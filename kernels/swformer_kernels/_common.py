@@ -1,0 +1,83 @@
+"""What the families share: layouts, alignment, architectures, the last stage of reductions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is float32, float16 or bfloat16."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name} must be float32, float16 or bfloat16 for the Triton kernels, got {x.dtype}")
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether outputs for input `x` are channels_last."""
+    return x.shape[1] > 1 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty(like: Tensor, *size: int) -> Tensor:
+    """An uninitialised 4-D tensor: channels_last if `like` is, else contiguous."""
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def alignment(lanes: int, lane_dim: int, tensors: list[Tensor]) -> int:
+    """The largest power of two up to 16 that divides the extent of dimension `lane_dim` and all strides but its own."""
+    strides = (s for t in tensors for d, s in enumerate(t.stride()) if d != lane_dim and t.shape[d] > 1)
+    return math.gcd(16, lanes, *strides)
+
+
+def architecture(device: torch.device) -> str:
+    """The key of the launchers' tables: "sm_80", "gfx942", ...; "interpreter" for a CPU tensor."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@triton.jit
+def multiple(n, ALIGN: tl.constexpr):
+    """`n`, which ALIGN divides, in a form that lets the compiler see that."""
+    return n // ALIGN * ALIGN
+
+
+@triton.jit
+def split_index(first, ROWS: tl.constexpr, middle, inner):
+    """Coordinates (outer, middle, inner) of the flattened indices first .. first + ROWS - 1, as (ROWS, 1) int64.
+
+    Only the first index needs 64-bit divisions.
+    """
+    line = first // inner
+    i = (first - line * inner).to(tl.int32) + tl.arange(0, ROWS)
+    m = (line % middle).to(tl.int32) + i // inner
+    o = line // middle + m // middle
+    return o[:, None], (m % middle)[:, None].to(tl.int64), (i % inner)[:, None].to(tl.int64)
+
+
+@triton.jit
+def sum_taps_kernel(partials, low, high, count, BLOCK: tl.constexpr):
+    """Row `program_id` of the (4, count) partials, summed into low[0], low[1], high[0] or high[1]."""
+    row = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        total += tl.load(partials + row * count + start + lanes, mask=start + lanes < count, other=0.0)
+    tap = tl.sum(total, 0)
+    if row < 2:
+        tl.store(low + row, tap)
+    else:
+        tl.store(high + row - 2, tap)
+
+
+def sum_taps(partials: Tensor, low: Tensor, high: Tensor) -> None:
+    """`low`, `high` = the sums of the rows of `partials` (4, n), in a fixed order."""
+    count = partials.shape[1]
+    sum_taps_kernel[(4,)](partials, low, high, count, BLOCK=min(1024, triton.next_power_of_2(count)))

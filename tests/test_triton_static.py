@@ -1,0 +1,52 @@
+"""The Triton kernels, compiled for GPUs that need not be there: registers, spills, shared memory, access widths."""
+
+import ast
+
+import pytest
+from triton_static import LAUNCHES, ROOT, SHARED_LIMIT, TARGETS, Resources, resources
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+KERNELS = ROOT / "kernels" / "swformer_kernels"
+MAIN_TARGETS = ("sm_80", "sm_90", "gfx942")
+
+
+def _check(result: Resources) -> None:
+    assert result.spills == 0, result
+    assert result.shared <= SHARED_LIMIT, result
+    if not result.kernel.startswith("sum_"):
+        # Images are read and written 128 bits wide; what is narrower are parameters and partial sums.
+        assert result.loads.get(128, 0) > 0, result
+        assert set(result.loads) <= {32, 128}, result
+        assert set(result.stores) <= {32, 128}, result
+
+
+@pytest.mark.parametrize("target", MAIN_TARGETS)
+@pytest.mark.parametrize("family", LAUNCHES)
+def test_main_launches(family: str, target: str) -> None:
+    results = resources((family,), (target,))
+    assert results
+    for result in results:
+        _check(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", LAUNCHES)
+def test_all_launches(family: str, target: str) -> None:
+    for result in resources((family,), (target,), everything=True):
+        _check(result)
+
+
+def test_every_kernel_is_launched() -> None:
+    """Each `*_kernel` under kernels/ is reached by the launches of some family."""
+    defined = {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    families = {path.stem for path in KERNELS.glob("*.py") if not path.stem.startswith("_")}
+    assert families == set(LAUNCHES)
+    launched = {result.kernel for family in LAUNCHES for result in resources((family,), (MAIN_TARGETS[0],))}
+    assert defined == launched
