@@ -1,4 +1,4 @@
-"""Build of sdo-swformer-fast: two compiled extensions on the LibTorch stable ABI, one shared object per CPU instruction set.
+"""Build of sdo-swformer-fast: extensions on the LibTorch stable ABI, one shared object per CPU instruction set.
 
 Environment variables:
   SDO_SWFORMER_SKIP_EXT=1    install the pure Python packages only

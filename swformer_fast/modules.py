@@ -1,4 +1,4 @@
-"""The fast modules: the reference's constructors, parameters and state_dict keys, with the fast functions in `forward`."""
+"""The fast modules: constructors, parameters and state_dict keys of the reference, fast functions in `forward`."""
 
 from __future__ import annotations
 

@@ -73,18 +73,18 @@ def _define_differentiable(
     reference: Callable[..., Tensor],
     fake: Callable[..., Tensor],
     limits: Callable[..., str | None],
-    groups: Sequence[int | None],
+    groups: Sequence[int],
 ) -> None:
     """An op with one output, its op `NAME_backward(grad, *inputs, *flags)` and the gradients of both.
 
-    groups: for each input the flag (its place among `backward_arguments`) that asks for the gradient, None for inputs
+    groups: for each input the flag (its place among `backward_arguments`) that asks for the gradient, -1 for inputs
     that have none. The backward op returns one gradient for each differentiable input, in order; what its flag does
     not ask for is empty.
     """
     name, rest = schema.split("(", 1)
     inputs_schema = rest.rsplit(") ->", 1)[0]
     count = len(groups)
-    places = [i for i, group in enumerate(groups) if group is not None]
+    places = [i for i, group in enumerate(groups) if group >= 0]
 
     def gradients(grad: Tensor, inputs: Sequence[Any], wanted: Sequence[int], create_graph: bool) -> dict[int, Tensor]:
         output = reference(*inputs)
@@ -150,7 +150,7 @@ def _define_differentiable(
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views keep the path to the caller's graph, so that third derivatives are right as well.
-            alive = [
+            alive: list[Any] = [
                 t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
                 for t in ctx.saved_tensors
             ]
@@ -200,5 +200,5 @@ _define_differentiable(
     lambda y, rec_lo, rec_hi, height, width: reference.haar_idwt2d(y, rec_lo, rec_hi, (height, width)),
     lambda y, rec_lo, rec_hi, height, width: _empty(y, y.shape[0], y.shape[1] // 4, height, width),
     _no_triton_fp64,
-    groups=(0, 1, 1, None, None),
+    groups=(0, 1, 1, -1, -1),
 )

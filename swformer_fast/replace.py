@@ -43,8 +43,8 @@ def accelerate(model: _MODULE) -> _MODULE:
             found.append(module)
         elif nn.utils.parametrize.is_parametrized(module) and base in FAST_TYPES:
             raise ValueError(
-                f"module {name or '(root)'!r} ({base.__name__}) has parametrised parameters: accelerate the model before "
-                "registering them, or parametrise its convolutions instead"
+                f"module {name or '(root)'!r} ({base.__name__}) has parametrised parameters: accelerate the model "
+                "before registering them"
             )
         elif hasattr(module, "_orig_mod"):
             raise ValueError(f"module {name or '(root)'!r} is compiled: call accelerate before torch.compile")

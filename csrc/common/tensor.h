@@ -29,7 +29,7 @@ inline Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x
 
 inline bool is_channels_last(const Tensor& x) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  return c > 1 && x.stride(1) == 1 && (w == 1 || x.stride(3) == c) && (h == 1 || x.stride(2) == w * c) &&
+  return c > 1 && !x.is_contiguous() && x.stride(1) == 1 && (w == 1 || x.stride(3) == c) && (h == 1 || x.stride(2) == w * c) &&
          (x.size(0) == 1 || x.stride(0) == h * w * c);
 }
 
