@@ -30,7 +30,8 @@ def rel_rms(actual: Tensor, expected: Tensor) -> float:
 def assert_close(actual: Any, expected: Any, dtype: torch.dtype | None = None, what: str = "tensor") -> None:
     """Assert that each tensor of `actual` (a tensor or a nest of them) is within TOLERANCE of its peer in `expected`.
 
-    The tolerance is that of `dtype`, by default of the actual tensor's own dtype. NaN never passes.
+    The tolerance is that of `dtype`, by default of the actual tensor's own dtype; integers must be equal. NaN never
+    passes.
     """
     actual_leaves, expected_leaves = tree_leaves(actual), tree_leaves(expected)
     assert len(actual_leaves) == len(expected_leaves), f"{len(actual_leaves)} tensors, not {len(expected_leaves)}"
@@ -38,7 +39,7 @@ def assert_close(actual: Any, expected: Any, dtype: torch.dtype | None = None, w
         if a is None or e is None:
             assert a is e, f"{what} {index}: {a} instead of {e}"
             continue
-        error, limit = rel_rms(a, e), TOLERANCE[dtype or a.dtype]
+        error, limit = rel_rms(a, e), TOLERANCE[dtype or a.dtype] if a.is_floating_point() else 0.0
         assert error <= limit, f"{what} {index} of shape {tuple(a.shape)}: relative RMS error {error:.2e} > {limit:.0e}"
 
 
@@ -67,6 +68,21 @@ def value_and_grads(
     leaves = [leaf for leaf in tree_leaves(tuple(args)) if isinstance(leaf, Tensor) and leaf.requires_grad]
     gradient = grad.to(output) if grad.dtype != output.dtype or grad.device != output.device else grad
     return output.detach(), list(torch.autograd.grad(output, leaves, gradient, allow_unused=True))
+
+
+def assert_matches(
+    fn: Callable[..., Any], reference: Callable[..., Any], args: Sequence[Any], gradients: bool = True, **kwargs: Any
+) -> None:
+    """Assert that `fn(*args)` and its gradients are within TOLERANCE of `reference` on fp64 copies of `args`.
+
+    The tolerance is that of the output's dtype, which must be the first argument's.
+    """
+    output, grads = value_and_grads(fn, args, **kwargs)
+    expected, expected_grads = value_and_grads(reference, fp64(tuple(args)), **kwargs)
+    assert output.dtype == args[0].dtype
+    assert_close(output, expected, what="output")
+    if gradients:
+        assert_close(grads, expected_grads, output.dtype, what="gradient")
 
 
 def _sliced(x: Tensor) -> Tensor:
@@ -106,6 +122,17 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Move scales (beta, gamma) and running statistics away from their starting values, as training does."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if name.endswith(("beta", "gamma", "running_mean")):
+                tensor.normal_()
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+    return module
 
 
 class _MacCounter(TorchFunctionMode):

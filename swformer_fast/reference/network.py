@@ -43,6 +43,22 @@ PRESETS = {
 demonstrations and tests, and has no counterpart in the paper."""
 
 
+class PixelUnshuffle(nn.PixelUnshuffle):
+    """nn.PixelUnshuffle for empty batches too: PyTorch's returns them unchanged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.downscale_factor
+        return super().forward(x) if x.shape[0] else x.repeat(1, r * r, 1, 1)[..., ::r, ::r]
+
+
+class PixelShuffle(nn.PixelShuffle):
+    """nn.PixelShuffle for empty batches too: PyTorch's gives them a gradient of the wrong shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.upscale_factor
+        return super().forward(x) if x.shape[0] else x[:, :: r * r].repeat(1, 1, r, r)
+
+
 class Merge(nn.Module):
     """Two maps of `dim` channels as one: their sum ("add"), or a 1x1 convolution of their concatenation ("concat")."""
 
@@ -112,7 +128,7 @@ class SWFormer(nn.Module):
         d1, d2, d3 = widths
         image_channels = (in_channels, 4 * in_channels, 16 * in_channels)
         self.pyramid = nn.ModuleList(
-            nn.PixelUnshuffle(2) if pyramid == "pixel_unshuffle" else self.dwt_type(learnable=pyramid != "haar")
+            PixelUnshuffle(2) if pyramid == "pixel_unshuffle" else self.dwt_type(learnable=pyramid != "haar")
             for _ in range(2)
         )
         self.embeddings = nn.ModuleList(
@@ -123,13 +139,12 @@ class SWFormer(nn.Module):
             for width, depth in zip((d1, d2, d3, d2, d1), depths, strict=True)
         )
         self.downs = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(source, target // 4, 1), nn.PixelUnshuffle(2))
+            nn.Sequential(nn.Conv2d(source, target // 4, 1), PixelUnshuffle(2))
             for source, target in ((d1, d2), (d2, d3))
         )
         self.fusions = nn.ModuleList(Merge(width, fusion) for width in (d2, d3))
         self.ups = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(source, 4 * target, 1), nn.PixelShuffle(2))
-            for source, target in ((d3, d2), (d2, d1))
+            nn.Sequential(nn.Conv2d(source, 4 * target, 1), PixelShuffle(2)) for source, target in ((d3, d2), (d2, d1))
         )
         self.skips = nn.ModuleList(Merge(width, skip) for width in (d2, d1))
         self.heads = nn.ModuleList(
