@@ -1,0 +1,116 @@
+// Matrix products of cache-resident tiles: C (m x n) = A (m x k) B (k x n), the columns n in vectors, a block of C in registers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace gemm {
+
+// Rows and vectors of a register block: with one row of B and one element of A they fill the vector registers.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kRows = 4;
+#else
+constexpr int kRows = 8;
+#endif
+constexpr int kVectors = 3;
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Elements that `pack` writes.
+inline int64_t packed_size(int64_t rows, int64_t k) { return round_up(rows, kRows) * k; }
+
+// Rows in panels of kRows, each k x kRows: element (i, j) = at(i, j) goes to [i / kRows][j][i % kRows]; missing rows are zero.
+template <class A, class At>
+inline void pack(int64_t rows, int64_t k, A* panels, At&& at) {
+  for (int64_t first = 0; first < rows; first += kRows, panels += k * kRows)
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t i = 0; i < kRows; ++i) panels[j * kRows + i] = first + i < rows ? at(first + i, j) : A(0);
+}
+
+// One block: sum over j < k of A[j * lda + i] B[j * ldb ...], i < kRows, n vectors wide.
+template <int n, class A>
+__attribute__((always_inline)) inline void block(
+    int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, simd::Vec<A> (&sum)[kRows][n]) {
+  using V = simd::Vec<A>;
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < n; ++v) sum[i][v] = V{};
+  for (int64_t j = 0; j < k; ++j, a += lda, b += ldb) {
+    V row[n];
+#pragma GCC unroll 3
+    for (int v = 0; v < n; ++v) row[v] = simd::load(b + v * simd::kLanes<A>);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const V element = simd::broadcast(a[i]);
+#pragma GCC unroll 3
+      for (int v = 0; v < n; ++v) sum[i][v] += element * row[v];
+    }
+  }
+}
+
+// Calls use(row, column, sum) for every block of the product, sum being Vec<A>[kRows][vectors]. A is in panels `panel_stride`
+// apart, each with its kRows elements of column j at j * lda (`pack`: lda = kRows, panel_stride = k * kRows). Columns are computed
+// in whole vectors: B's rows must be readable, and what `use` does with columns past n harmless, up to round_up(n, kLanes).
+template <class A, class Use>
+inline void multiply(
+    int64_t m, int64_t n, int64_t k, const A* a, int64_t panel_stride, int64_t lda, const A* b, int64_t ldb, Use&& use) {
+  constexpr int64_t lanes = simd::kLanes<A>;
+  auto strip = [&](auto width, int64_t column) __attribute__((always_inline)) {
+    const A* panel = a;
+    for (int64_t row = 0; row < m; row += kRows, panel += panel_stride) {
+      simd::Vec<A> sum[kRows][decltype(width)::value];
+      block<decltype(width)::value>(k, panel, lda, b + column, ldb, sum);
+      use(row, column, sum);
+    }
+  };
+  int64_t column = 0;
+  for (; column + 2 * lanes < n; column += kVectors * lanes) strip(std::integral_constant<int, kVectors>{}, column);
+  if (column + lanes < n)
+    strip(std::integral_constant<int, 2>{}, column);
+  else if (column < n)
+    strip(std::integral_constant<int, 1>{}, column);
+}
+
+// `use` for multiply: stores (or adds, kAdd) rows < m to C.
+template <bool kAdd, class A>
+inline auto into(A* c, int64_t ldc, int64_t m) {
+  return [=](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
+    constexpr int n = sizeof(sum[0]) / sizeof(sum[0][0]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      if (row + i >= m) break;
+      A* out = c + (row + i) * ldc + column;
+#pragma GCC unroll 3
+      for (int v = 0; v < n; ++v, out += simd::kLanes<A>) simd::store(out, kAdd ? simd::load(out) + sum[i][v] : sum[i][v]);
+    }
+  };
+}
+
+// out[j * ldout + i] = in[i * ldin + j]; rows and columns are rounded up to whole vectors, in what is read and written.
+template <class A>
+inline void transpose(int64_t rows, int64_t columns, const A* in, int64_t ldin, A* out, int64_t ldout) {
+  using V = simd::Vec<A>;
+  constexpr int n = simd::kLanes<A>;
+  for (int64_t i = 0; i < rows; i += n)
+    for (int64_t j = 0; j < columns; j += n) {
+      V x[n], y[n];
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) x[l] = simd::load(in + (i + l) * ldin + j);
+      // Each round interleaves the halves; log2(n) rounds rotate the index bits by half a turn.
+#pragma GCC unroll 4
+      for (int round = n; round > 1; round /= 2) {
+#pragma GCC unroll 8
+        for (int l = 0; l < n / 2; ++l) simd::interleave(x[l], x[l + n / 2], y[2 * l], y[2 * l + 1]);
+#pragma GCC unroll 16
+        for (int l = 0; l < n; ++l) x[l] = y[l];
+      }
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) simd::store(out + (j + l) * ldout + i, x[l]);
+    }
+}
+
+}  // namespace gemm
