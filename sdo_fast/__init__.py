@@ -2,6 +2,7 @@
 
 from . import reference
 from .optimize import NonFiniteLossError, optimize_latents
+from .reuse import TrajectoryCache
 from .sampler import ShortcutSampler
 from .schedulers import NotAffineError, coefficients
 
@@ -9,6 +10,7 @@ __all__ = [
     "NonFiniteLossError",
     "NotAffineError",
     "ShortcutSampler",
+    "TrajectoryCache",
     "coefficients",
     "optimize_latents",
     "reference",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any
 
 
-def bar(steps: Sized, description: str, show: bool) -> Any:
+def bar(steps: range, description: str, show: bool) -> Any:
     """`steps` as a bar on stderr; silent where not wanted or without tqdm."""
     if show:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from torch import Tensor
 from ._progress import bar
 from .sampler import ShortcutSampler, check_latents
 
+# Coarse to fine as it was measured: the last fifth of the updates on the full schedule.
+COARSE_SHARE = 0.8
+
 
 @dataclass(frozen=True)
 class Iteration:
@@ -23,6 +27,8 @@ class Iteration:
     seconds: float
     model_calls: int
     """Model evaluations per latent: guidance counts two a step, recomputation in backward counts too."""
+    exact: bool = True
+    """False where the image is an estimate, by a TrajectoryCache or a coarse schedule."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Result:
     """What an optimisation found, or had found when it was interrupted."""
 
     latents: Tensor
-    """The latents evaluated last."""
+    """The latents of the last exact evaluation."""
     image: Tensor | None = None
     """x_0 of `latents`."""
     history: list[Iteration] = field(default_factory=list)
@@ -63,6 +69,8 @@ def optimize_latents(
     betas: tuple[float, float] = (0.9, 0.9),
     callback: Callable[[Iteration, Tensor, Tensor], bool | None] | None = None,
     progress: bool = True,
+    *,
+    coarse_steps: int | None = None,
     **sampler_kwargs: Any,
 ) -> Result:
     """Minimise loss_fn(sampler(z, **sampler_kwargs)) over z, from z = latents, by `steps` updates of Adam.
@@ -72,11 +80,16 @@ def optimize_latents(
     noise, so that the losses can be compared (its state moves on by one pass in all); without one a stochastic
     scheduler draws fresh noise each time.
 
+    Where evaluations are estimates (a sampler with `reuse`, or `coarse_steps`), `latents`, `image` and `best` come from
+    exact ones alone, a callback that asks to stop is asked again at an exact one, and the last one is exact.
+
     Args:
         loss_fn: x_0 -> a scalar tensor; a batch is optimised together, so sum over it for independent samples.
         lr, betas: of Adam; the defaults are the authors' (arXiv 2505.07477).
         callback: called after each evaluation with (iteration, latents, image), both detached; returning True stops.
         progress: show a bar with the loss, where tqdm is installed.
+        coarse_steps: run the first 80 % of the updates on a schedule of so many steps instead of the sampler's own, a
+            cheap start (for example a quarter of them). Needs start = 0 and a named grad_step.
 
     Returns:
         `latents`, `image`, `history`, `best`; after Ctrl-C what was done so far, with `interrupted` set.
@@ -89,6 +102,8 @@ def optimize_latents(
     check_latents(latents, generator)
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps: got {steps!r}, an integer >= 0 is needed")
+    coarse_until = 0 if coarse_steps is None else math.floor(COARSE_SHARE * steps)
+    coarse = None if coarse_steps is None else sampler.with_steps(coarse_steps)
     noise = None if generator is None else generator.get_state()
     step_generator = None if generator is None else generator.clone_state()
 
@@ -96,30 +111,37 @@ def optimize_latents(
     z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32), copy=True).requires_grad_()
     adam = torch.optim.Adam([z], lr=lr, betas=betas)
     result = Result(latents.detach().clone())
+    stopping = False
     track = bar(range(steps + 1), "optimising", progress)
     try:
         for k in track:
-            began, calls = time.perf_counter(), sampler.model_calls
+            active = coarse if coarse is not None and k < coarse_until and not stopping else sampler
+            if active.reuse is not None and (k == steps or stopping):
+                active.reuse.require_exact()
+            began, calls = time.perf_counter(), active.model_calls
             if generator is not None:
                 generator.set_state(noise)
             current = z.detach().to(latents.dtype, copy=True)
             with torch.set_grad_enabled(k < steps):
-                image = sampler.sample(z.to(latents.dtype), sampler.draw_grad_step(step_generator), **sampler_kwargs)
+                image = active.sample(z.to(latents.dtype), active.draw_grad_step(step_generator), **sampler_kwargs)
                 loss = loss_fn(image)
             _check_loss(loss, k, result)
             if k < steps:
                 # Not backward(): the model's parameters shall neither get gradients nor cost time.
                 z.grad = _gradient(loss, z)
                 adam.step()
-            record = Iteration(k, float(loss), time.perf_counter() - began, sampler.model_calls - calls)
+            exact = active is not coarse and (active.reuse is None or active.reuse.exact)
+            record = Iteration(k, loss.item(), time.perf_counter() - began, active.model_calls - calls, exact)
             image = image.detach()
-            result.latents, result.image = current, image
             result.history.append(record)
-            if result.best is None or record.loss < result.best.loss:
-                result.best = Best(k, record.loss, current, image)
+            if exact:
+                result.latents, result.image = current, image
+                if result.best is None or record.loss < result.best.loss:
+                    result.best = Best(k, record.loss, current, image)
             if hasattr(track, "set_postfix"):
-                track.set_postfix(loss=f"{record.loss:.4g}", best=f"{result.best.loss:.4g}")
-            if callback is not None and callback(record, current, image):
+                track.set_postfix(loss=f"{record.loss:.4g}")
+            stopping = bool(callback is not None and callback(record, current, image))
+            if stopping and exact:
                 break
     except KeyboardInterrupt:
         result.interrupted = True
@@ -142,7 +164,7 @@ def _check_loss(loss: Tensor, iteration: int, result: Result) -> None:
         raise ValueError(f"loss_fn: returned {got}, a scalar tensor is needed (sum over the batch)")
     if not torch.isfinite(loss):
         raise NonFiniteLossError(
-            f"loss_fn: returned {float(loss)} at iteration {iteration}; lower lr, clamp the image, or check the "
+            f"loss_fn: returned {loss.item()} at iteration {iteration}; lower lr, clamp the image, or check the "
             "model's output (this error's .result holds what was done before)",
             result,
         )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ._progress import bar
 from .reference.loops import draw_step, grad_step_choices
 from .reference.model import GuidedModel
 from .reference.solver import Solver
+from .reuse import TrajectoryCache
 from .schedulers import refuse_not_affine, refuse_vanishing, sensitivities
 
 
@@ -55,11 +58,13 @@ class ShortcutSampler:
             schedulers only.
         step_kwargs: keyword arguments of `scheduler.step`, e.g. `{"eta": 1.0}`.
         schedule_kwargs: keyword arguments of `scheduler.set_timesteps`, e.g. `{"mu": 1.15}`.
+        reuse: a TrajectoryCache, with which most model outputs of most calls are reused from earlier calls, and the
+            result is an estimate except where `reuse.exact` says so (experimental).
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the gradient asked for is exactly zero (sample prediction
             before the last step; the last step of PNDM; first-stage calls of KDPM2): the message names the way out.
-        NotAffineError: `normalize` with a scheduler that clips, thresholds or reads a learned variance.
+        NotAffineError: `normalize` or `reuse` with a scheduler that clips, thresholds or reads a learned variance.
 
     Source: "You Only Look One Step: Accelerating Backpropagation in Diffusion Sampling with Gradient Shortcuts", arXiv
     2505.07477. Deterministic where the model is. Works with autocast, torch.compile'd models, any floating dtype.
@@ -78,6 +83,7 @@ class ShortcutSampler:
         *,
         step_kwargs: Mapping[str, Any] | None = None,
         schedule_kwargs: Mapping[str, Any] | None = None,
+        reuse: TrajectoryCache | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got {type(model).__name__}, a callable model(x, t, **kwargs) is needed")
@@ -90,7 +96,11 @@ class ShortcutSampler:
         self.grad_step = grad_step
         self.guidance_scale = guidance_scale
         self.checkpoint = checkpoint
+        self.normalize = normalize
         self.model_calls = 0  # evaluations per latent so far: guidance counts two, recomputation in backward counts too
+        self.reuse = reuse
+        if reuse is not None:
+            reuse.attach(self.solver)
         self._choices = refuse_vanishing(self.solver, grad_step_choices(grad_step, self.solver))
         self._gradient_scale = 1.0
         if normalize:
@@ -129,6 +139,25 @@ class ShortcutSampler:
         check_latents(latents, generator)
         return self.sample(latents, self.draw_grad_step(generator), model_kwargs, uncond_kwargs, generator, progress)
 
+    def with_steps(self, num_inference_steps: int) -> ShortcutSampler:
+        """The same sampler on a schedule of another number of steps, without reuse."""
+        if self.start != 0 or not isinstance(self.grad_step, str):
+            raise ValueError("coarse_steps: only for samplers with start = 0 and a named grad_step")
+        other = copy.copy(self)
+        ShortcutSampler.__init__(
+            other,
+            self.model,
+            self.solver.scheduler,
+            num_inference_steps,
+            grad_step=self.grad_step,
+            guidance_scale=self.guidance_scale,
+            checkpoint=self.checkpoint,
+            normalize=self.normalize,
+            step_kwargs=self.solver.step_kwargs,
+            schedule_kwargs=self.solver.schedule_kwargs,
+        )
+        return other
+
     def draw_grad_step(self, generator: torch.Generator | None = None) -> int | None:
         """The step of the next call's gradient; None for "identity"."""
         return draw_step(self._choices, generator)
@@ -143,14 +172,45 @@ class ShortcutSampler:
         progress: bool = False,
     ) -> Tensor:
         """`__call__` with the step of the gradient given (None for the identity gradient)."""
-        solver = self.solver.begin(generator)
+        latents, model_kwargs, uncond_kwargs = _out_of_inference_mode((latents, model_kwargs, uncond_kwargs))
         eps = self._guided(latents, model_kwargs, uncond_kwargs)
-        times = solver.timesteps.to(latents.device)
-        x = latents
-        for i in bar(solver.steps, "sampling", progress):
-            scaled = solver.scale_input(x, i)
-            x = solver.step(self._output(eps, scaled, times[i], i == grad_step), i, x)
+        steps, reuse = bar(self.solver.steps, "sampling", progress), self.reuse
+        if reuse is None:
+            x = self._run(self.solver.begin(generator), eps, latents, steps, grad_step)
+        else:
+            warm = reuse.warm(latents, {"cond": eps.cond, "uncond": eps.uncond, "guidance": eps.guidance_scale})
+            planned = reuse.plan(self.solver.steps)
+            estimate = None
+            if warm and len(planned) == len(self.solver.steps):
+                with torch.no_grad():
+                    estimate = self._run(self.solver.begin(), eps, latents, self.solver.steps, None, reuse)
+            x = self._run(self.solver.begin(), eps, latents, steps, grad_step, reuse, {*planned, grad_step})
+            reuse.done(self.solver.steps, planned)
+            if estimate is not None:
+                reuse.judge(estimate, x.detach())
         return x if self._gradient_scale == 1 else ScaleGradient.apply(x, self._gradient_scale)
+
+    def _run(
+        self,
+        solver: Solver,
+        eps: GuidedModel,
+        x: Tensor,
+        steps: Iterable[int],
+        grad_step: int | None = None,
+        reuse: TrajectoryCache | None = None,
+        planned: Container[int | None] = (),
+    ) -> Tensor:
+        """The state after `steps`; with a cache, only the planned ones call the model."""
+        times = solver.timesteps.to(x.device)
+        for i in steps:
+            if reuse is not None and i not in planned:
+                output = reuse.estimate(i, x)
+            else:
+                output = eps.combine(*self._evaluate(eps, solver.scale_input(x, i), times[i], i == grad_step))
+                if reuse is not None:
+                    reuse.store(i, x, output)
+            x = solver.step(output, i, x)
+        return x
 
     @torch.no_grad()
     def warm_up(
@@ -161,15 +221,12 @@ class ShortcutSampler:
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """The input of step `start`: runs the steps before it, without gradients, from the input `latents` of step 0."""
+        """The input of step `start`: runs the steps before it from the input `latents` of step 0, without gradients."""
         check_latents(latents, generator)
-        solver = self.solver.rewound().begin(generator)
         eps = self._guided(latents, model_kwargs, uncond_kwargs)
-        times = solver.timesteps.to(latents.device)
-        x = latents
-        for i in bar(range(self.start), "warm-up", progress):
-            x = solver.step(self._output(eps, solver.scale_input(x, i), times[i], False), i, x)
-        return x
+        return self._run(
+            self.solver.rewound().begin(generator), eps, latents, bar(range(self.start), "warm-up", progress)
+        )
 
     def _guided(
         self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
@@ -177,7 +234,7 @@ class ShortcutSampler:
         variance = self.solver.learned_variance
         return GuidedModel(self.model, len(latents), self.guidance_scale, model_kwargs, uncond_kwargs, variance)
 
-    def _output(self, eps: GuidedModel, x: Tensor, t: Tensor, gradient: bool) -> Tensor:
+    def _evaluate(self, eps: GuidedModel, x: Tensor, t: Tensor, gradient: bool) -> tuple[Tensor, ...]:
         if not (gradient and torch.is_grad_enabled()):
             with torch.no_grad():
                 return self._counted(eps, x, t)
@@ -185,9 +242,9 @@ class ShortcutSampler:
             return run_checkpointed(self._counted, eps, x, t, use_reentrant=False)
         return self._counted(eps, x, t)
 
-    def _counted(self, eps: GuidedModel, x: Tensor, t: Tensor) -> Tensor:
+    def _counted(self, eps: GuidedModel, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         self.model_calls += eps.evaluations
-        return eps(x, t)
+        return eps.evaluate(x, t)
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -206,6 +263,13 @@ class ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.factor * grad, None
+
+
+def _out_of_inference_mode(values: Any) -> Any:
+    """The same values; tensors made under torch.inference_mode, which autograd cannot save, as normal ones."""
+    if torch.is_inference_mode_enabled():
+        return values
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, values)
 
 
 def check_latents(latents: Tensor, generator: torch.Generator | None = None) -> None:

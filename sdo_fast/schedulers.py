@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,11 +88,11 @@ def sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _pass(solver: Solver, x: Tensor, outputs: Tensor, shifts: Tensor | None = None) -> Tensor:
-    """x_0 from x and given model outputs, with the same noise every time."""
-    run = solver.begin(torch.Generator().manual_seed(0))
+def _pass(solver: Solver, x: Tensor, outputs: Tensor, shifts: Tensor | None = None, seed: int = 0) -> Tensor:
+    """x_0 from x and given model outputs, with the same noise for the same seed."""
+    run = solver.begin(torch.Generator().manual_seed(seed))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # for schedulers whose step takes no generator
+        torch.manual_seed(seed)  # for schedulers whose step takes no generator
         for i in run.steps:
             if shifts is not None:
                 x = x + shifts[i]
@@ -101,6 +102,100 @@ def _pass(solver: Solver, x: Tensor, outputs: Tensor, shifts: Tensor | None = No
             run.scale_input(x, i)
             x = run.step(output, i, x)
     return x
+
+
+def refuse_stochastic(solver: Solver) -> None:
+    """ValueError where the scheduler draws noise of its own."""
+    zeros, outputs = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.zeros(len(solver), dtype=torch.float64)
+    if not torch.equal(*(_pass(solver, zeros, outputs, seed=seed) for seed in (0, 1))):
+        raise ValueError(
+            f"scheduler: {type(solver.scheduler).__name__} adds fresh noise, a deterministic one is needed"
+        )
+
+
+def step_coefficients(solver: Solver) -> tuple[Tensor, Tensor]:
+    """a and b of x_{i+1} = a_i x_i + b_i eps_i, for deterministic affine schedulers that keep no history.
+
+    float64 tensors of `len(timesteps)` entries, NaN before `start`; NotAffineError for others.
+    """
+    refuse_not_affine(solver)
+    refuse_stochastic(solver)
+    inputs = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
+    outputs = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
+    coefficients = torch.full((2, len(solver)), torch.nan, dtype=torch.float64)
+    run = solver.begin()
+    with torch.enable_grad():
+        for i in run.steps:
+            x = inputs[i].reshape(1, 1, 1, 1)
+            run.scale_input(x, i)
+            following = run.step(outputs[i].reshape(1, 1, 1, 1), i, x)
+            rows = torch.autograd.grad(
+                following.sum(), (inputs, outputs), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for own, row in zip(coefficients, rows, strict=True):
+                own[i] = row[i]
+                if row.count_nonzero() > (row[i] != 0):
+                    name = type(solver.scheduler).__name__
+                    raise NotAffineError(
+                        f"scheduler: {name} uses the history of earlier steps, one that keeps none is needed"
+                    )
+    return coefficients[0], coefficients[1]
+
+
+def noise_levels(solver: Solver) -> tuple[list[float], list[float]]:
+    """alpha and sigma of every step's state x = alpha x_0 + sigma noise, as the scheduler adds noise."""
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    alphas, sigmas = [], []
+    for i in range(len(solver)):
+        scheduler = copy.deepcopy(solver.scheduler)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(i)
+        t = solver.timesteps[i].reshape(1)
+        if hasattr(scheduler, "add_noise"):
+            pair = scheduler.add_noise(one, zero, t), scheduler.add_noise(zero, one, t)
+        elif hasattr(scheduler, "scale_noise"):
+            pair = scheduler.scale_noise(one, t, zero), scheduler.scale_noise(zero, t, one)
+        else:
+            raise ValueError(f"scheduler: {type(scheduler).__name__} has neither add_noise nor scale_noise")
+        alphas.append(pair[0].item())
+        sigmas.append(pair[1].item())
+    return alphas, sigmas
+
+
+def output_jacobians(solver: Solver, variance: float) -> list[float]:
+    """d output_i / d x_i of the best model for Gaussian data of the given variance s^2 (0 and infinity included).
+
+    With x = alpha x_0 + sigma noise: d E[noise | x] / d x = sigma / (alpha^2 s^2 + sigma^2) and
+    d E[x_0 | x] / d x = alpha s^2 / (alpha^2 s^2 + sigma^2), of which v and flow predictions are combinations.
+    """
+    name = type(solver.scheduler).__name__
+    kind = config(solver.scheduler, "prediction_type") or ("flow" if hasattr(solver.scheduler, "scale_noise") else None)
+    if kind not in ("epsilon", "sample", "v_prediction", "flow", "flow_prediction") or hasattr(
+        solver.scheduler, "precondition_outputs"
+    ):
+        raise ValueError(
+            f"scheduler: what the model predicts for {name} is unknown ({kind}), so its output cannot be reused"
+        )
+    jacobians = []
+    for alpha, sigma in zip(*noise_levels(solver), strict=True):
+        if math.isinf(variance):
+            noise, sample = 0.0, 1 / alpha if alpha else math.inf
+        else:
+            total = alpha**2 * variance + sigma**2
+            noise, sample = sigma / total, alpha * variance / total
+        norm = math.hypot(alpha, sigma)
+        jacobians.append(
+            {
+                "epsilon": noise,
+                "sample": sample,
+                "v_prediction": (alpha * noise - sigma * sample) / norm,
+                "flow": noise - sample,
+                "flow_prediction": noise - sample,
+            }[kind]
+        )
+    if not all(map(math.isfinite, jacobians[solver.start :])):
+        raise ValueError(f"cache: 'eps' cannot be used with {name}, whose first state is pure noise; use 'v'")
+    return jacobians
 
 
 def usable_steps(solver: Solver) -> tuple[list[int], bool]:

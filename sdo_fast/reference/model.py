@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ class GuidedModel:
     a pair of tensors with the batch in front, a shared tensor without it, an equal plain value, or a list, tuple or
     mapping of these. Else the model is called twice, uncond first.
 
-    The model gets x (B, C, ...) and t of shape (B,), and returns a tensor, a tuple that begins with one, or an object
+    The model gets x (B, C, ...) and t of shape (B,), by the name `timestep` where its second parameter is another one
+    (diffusers transformers), and returns a tensor, a tuple that begins with one, or an object
     with `.sample`. Where the output has 2C channels the variance half is dropped, unless `learned_variance`: then it
     is kept, and guidance leaves it as the conditional call gave it. The output is cast to x's dtype, so that autocast
     does not lower the precision of the sampler's state.
@@ -46,6 +48,7 @@ class GuidedModel:
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name}: got {type(value).__name__}, a mapping of argument names to values is needed")
         self.model = model
+        self.timestep_by_name = _takes_timestep_by_name(model)
         self.guidance_scale = guidance_scale
         self.learned_variance = learned_variance
         self.cond = dict(model_kwargs or {})
@@ -79,7 +82,8 @@ class GuidedModel:
         return torch.cat([uncond + self.guidance_scale * (cond - uncond), variance], dim=1)
 
     def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        output = self.model(x, t.expand(x.shape[0]), **kwargs)
+        t = t.expand(x.shape[0])
+        output = self.model(x, timestep=t, **kwargs) if self.timestep_by_name else self.model(x, t, **kwargs)
         if not isinstance(output, Tensor):
             output = output.sample if hasattr(output, "sample") else output[0]
         channels = x.shape[1]
@@ -91,6 +95,21 @@ class GuidedModel:
                 f"model: returned shape {tuple(output.shape)} for an input of {tuple(x.shape)}, {expected} is needed"
             )
         return output.to(x.dtype)
+
+
+def _takes_timestep_by_name(model: Callable[..., Any]) -> bool:
+    while True:  # look behind torch.compile, DistributedDataParallel and peft
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if not callable(inner):
+            break
+        model = inner
+    try:
+        parameters = list(inspect.signature(getattr(model, "forward", model)).parameters)
+    except ValueError:  # built-in functions have no signature
+        return False
+    return "timestep" in parameters and parameters[1:2] != ["timestep"]
 
 
 class _CannotJoin(Exception):

@@ -46,21 +46,22 @@ class Solver:
             raise ValueError("num_inference_steps: None needs schedule_kwargs with the timesteps or sigmas to use")
         scheduler = _detached_copy(scheduler)
         positional = () if num_inference_steps is None else (num_inference_steps,)
-        scheduler.set_timesteps(*positional, **(schedule_kwargs or {}))
+        scheduler.set_timesteps(*positional, **dict(schedule_kwargs or {}))
         steps = len(scheduler.timesteps)
         if not _is_int(start) or not 0 <= start < steps:
             raise ValueError(f"start: got {start!r}, an integer from 0 to {steps - 1} is needed ({steps} timesteps)")
         order = getattr(scheduler, "order", 1)
         if start % order:
             raise ValueError(
-                f"start: got {start}, but {type(scheduler).__name__} makes {order} model calls per step, so a multiple of "
-                f"{order} is needed"
+                f"start: got {start}, but {type(scheduler).__name__} makes {order} model calls per step: a multiple "
+                f"of {order} is needed"
             )
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)
         self.scheduler = scheduler
         self.start = start
         self.step_kwargs = dict(step_kwargs or {})
+        self.schedule_kwargs = dict(schedule_kwargs or {})
         parameters = inspect.signature(scheduler.step).parameters
         unknown = self.step_kwargs.keys() - parameters.keys()
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
