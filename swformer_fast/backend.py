@@ -59,6 +59,13 @@ def _triton_problem() -> str | None:
     return None
 
 
+def _has_kernels(family: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"swformer_kernels.{family}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -93,7 +100,7 @@ def _problem(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
             reason = (
                 f"the tensors are on {device}: no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
             )
-        if reason is None and importlib.util.find_spec(f"swformer_kernels.{op.family}") is None:
+        if reason is None and not _has_kernels(op.family):
             reason = f"{op.name} has no Triton kernel"
     return reason or op.limits(backend, *args)
 

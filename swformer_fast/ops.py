@@ -32,8 +32,15 @@ def channels_last(x: Tensor) -> bool:
 
 def _empty(like: Tensor, *size: int) -> Tensor:
     """An output of this size, in the memory format that goes with input `like`."""
-    layout = torch.channels_last if channels_last(like) else torch.contiguous_format
+    layout = torch.channels_last if len(size) == 4 and channels_last(like) else torch.contiguous_format
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _format(like: Tensor, x: Tensor) -> Tensor:
+    """x in the memory format in which the kernels write an output for input `like`."""
+    return x.contiguous(
+        memory_format=torch.channels_last if x.dim() == 4 and channels_last(like) else torch.contiguous_format
+    )
 
 
 def _define(
@@ -102,7 +109,7 @@ def _define_differentiable(
         with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
             inputs = [args[i].detach().requires_grad_() if i in wanted else args[i] for i in range(count)]
             grads = gradients(grad, inputs, wanted, False) if wanted else {}
-        return tuple(grads[i].clone() if i in grads else grad.new_empty(0) for i in places)
+        return tuple(_format(args[i], grads[i]) if i in grads else grad.new_empty(0) for i in places)
 
     def fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         flags = args[count:]
@@ -111,7 +118,7 @@ def _define_differentiable(
             for i in places
         )
 
-    _define(schema, family, reference, fake, limits)
+    _define(schema, family, lambda *args: _format(args[0], reference(*args)), fake, limits)
     outputs = ", ".join("Tensor" for _ in places)
     _define(
         f"{name}_backward(Tensor grad, {inputs_schema}, {backward_arguments}) -> ({outputs})",

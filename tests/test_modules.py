@@ -1,0 +1,140 @@
+"""The fast modules and the network equal the reference's, with the same weights and state_dict keys."""
+
+import pytest
+import torch
+from helpers import assert_close, fp64, value_and_grads
+from torch import Tensor, nn
+
+import swformer_fast as sf
+from swformer_fast import reference
+
+MODULES = {
+    "HaarDWT2d": ((), (2, 6, 17, 24)),
+    "HaarIDWT2d": ((), (2, 8, 9, 12)),
+    "SpatialBranch": ((6,), (2, 6, 17, 24)),
+    "WaveletBranch": ((6,), (2, 6, 17, 24)),
+    "FourierBranch": ((6,), (2, 6, 17, 24)),
+    "ChannelAttention": ((12,), (2, 12, 17, 24)),
+    "MultiDomainMixer": ((8,), (2, 8, 17, 24)),
+    "MultiScaleFFN": ((6,), (2, 6, 17, 24)),
+    "SWFormerBlock": ((8,), (2, 8, 17, 24)),
+}
+
+
+def randomise(module: nn.Module) -> None:
+    """Weights and statistics far from their special starting values."""
+    for tensor in module.parameters():
+        tensor.data.add_(torch.randn_like(tensor), alpha=0.1)
+    for name, tensor in module.named_buffers():
+        if name.endswith("running_mean"):
+            tensor.normal_(std=0.1)
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2.0)
+
+
+def pair(name: str, *arguments: object) -> tuple[nn.Module, nn.Module]:
+    """A fast module and the reference's in fp64, with the same weights."""
+    expected = getattr(reference, name)(*arguments)
+    randomise(expected)
+    actual = getattr(sf, name)(*arguments)
+    assert list(actual.state_dict()) == list(expected.state_dict())
+    actual.load_state_dict(expected.state_dict())
+    return actual, expected.double()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_module_equals_reference(name: str, training: bool) -> None:
+    arguments, shape = MODULES[name]
+    actual, expected = (module.train(training) for module in pair(name, *arguments))
+    x = torch.randn(shape, requires_grad=True)
+    output = value_and_grads(lambda x, *_: actual(x), (x, *actual.parameters()))
+    target = value_and_grads(lambda x, *_: expected(x), (fp64(x), *expected.parameters()))
+    assert_close(output[0], target[0], torch.float32)
+    # A bias before a normalisation by batch statistics has gradient zero, up to rounding: compare with its neighbours.
+    scale = max(g.norm().item() / g.numel() ** 0.5 for g in target[1] if g is not None)
+    for (label, _), a, e in zip([("x", x), *actual.named_parameters()], output[1], target[1], strict=True):
+        error = (a.double() - e).norm().item() / e.numel() ** 0.5
+        size = e.norm().item() / e.numel() ** 0.5
+        assert error <= 5e-6 * max(size, 1e-2 * scale), label
+    for (label, a), (_, e) in zip(actual.named_buffers(), expected.named_buffers(), strict=True):
+        assert_close(a, e.to(a.dtype) if not a.is_floating_point() else e, torch.float32, label)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 70)])
+def test_derain_s_equals_reference(size: tuple[int, int]) -> None:
+    expected = reference.SWFormer.from_preset("derain-s").eval()
+    randomise(expected)
+    actual = sf.SWFormer.from_preset("derain-s").eval()
+    actual.load_state_dict(expected.state_dict())
+    image = torch.rand(1, 3, *size)
+    with torch.no_grad():
+        assert_close(actual(image, all_scales=True), expected.double()(image.double(), all_scales=True), torch.float32)
+
+
+@pytest.mark.parametrize("name", sf.PRESETS)
+def test_every_preset_is_made_of_fast_modules(name: str) -> None:
+    with torch.device("meta"):
+        model = sf.SWFormer.from_preset(name)
+    ours = {type(m) for m in model.modules()} & {getattr(reference, n) for n in MODULES}
+    assert not ours
+
+
+class Wrapper(nn.Module):
+    """Somebody's model: a shared reference block, a hook, and a subclass that overrides its parent."""
+
+    class Custom(reference.SpatialBranch):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = reference.SWFormerBlock(8)
+        self.second = self.first
+        self.custom = self.Custom(8)
+        self.tail = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.custom(self.second(self.first(x))))
+
+
+def test_accelerate_swaps_classes_and_keeps_everything_else() -> None:
+    model = Wrapper()
+    randomise(model)
+    model.train()
+    calls = []
+    model.first.mixer.wavelet.register_forward_hook(lambda *_: calls.append(1))
+    parameters = list(model.parameters())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(2, 8, 16, 16)
+    expected = model.eval()(x)
+    calls.clear()
+    model.train()
+
+    assert sf.accelerate(model) is model
+    assert type(model.first) is sf.SWFormerBlock
+    assert model.first is model.second
+    assert type(model.first.mixer.fourier) is sf.FourierBranch
+    assert type(model.custom) is Wrapper.Custom
+    assert model.training
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert_close(model.eval()(x), expected.double(), torch.float32)
+    assert len(calls) == 2
+    assert sf.accelerate(model) is model
+
+
+def test_accelerate_refuses_what_it_cannot_keep() -> None:
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got dict"):
+        sf.accelerate({})
+    block = reference.SWFormerBlock(4)
+    nn.utils.parametrize.register_parametrization(block.mixer.wavelet, "dec_lo", nn.Identity())
+    with pytest.raises(ValueError, match=r"wavelet.*parametrised"):
+        sf.accelerate(block)
+    with pytest.raises(ValueError, match=r"before torch\.compile"):
+        sf.accelerate(torch.compile(reference.SWFormerBlock(4)))
+
+
+def test_accelerated_weights_load_into_the_reference() -> None:
+    model = sf.accelerate(reference.SWFormer.from_preset("tiny"))
+    reference.SWFormer.from_preset("tiny").load_state_dict(model.state_dict())
