@@ -173,24 +173,24 @@ class ShortcutSampler:
     ) -> Tensor:
         """`__call__` with the step of the gradient given (None for the identity gradient)."""
         latents, model_kwargs, uncond_kwargs = _out_of_inference_mode((latents, model_kwargs, uncond_kwargs))
-        eps = self._guided(latents, model_kwargs, uncond_kwargs)
+        eps = self.guided(latents, model_kwargs, uncond_kwargs)
         steps, reuse = bar(self.solver.steps, "sampling", progress), self.reuse
         if reuse is None:
-            x = self._run(self.solver.begin(generator), eps, latents, steps, grad_step)
+            x = self.run(self.solver.begin(generator), eps, latents, steps, grad_step)
         else:
             warm = reuse.warm(latents, {"cond": eps.cond, "uncond": eps.uncond, "guidance": eps.guidance_scale})
             planned = reuse.plan(self.solver.steps)
             estimate = None
             if warm and len(planned) == len(self.solver.steps):
                 with torch.no_grad():
-                    estimate = self._run(self.solver.begin(), eps, latents, self.solver.steps, None, reuse)
-            x = self._run(self.solver.begin(), eps, latents, steps, grad_step, reuse, {*planned, grad_step})
+                    estimate = self.run(self.solver.begin(), eps, latents, self.solver.steps, None, reuse)
+            x = self.run(self.solver.begin(), eps, latents, steps, grad_step, reuse, {*planned, grad_step})
             reuse.done(self.solver.steps, planned)
             if estimate is not None:
                 reuse.judge(estimate, x.detach())
         return x if self._gradient_scale == 1 else ScaleGradient.apply(x, self._gradient_scale)
 
-    def _run(
+    def run(
         self,
         solver: Solver,
         eps: GuidedModel,
@@ -206,7 +206,7 @@ class ShortcutSampler:
             if reuse is not None and i not in planned:
                 output = reuse.estimate(i, x)
             else:
-                output = eps.combine(*self._evaluate(eps, solver.scale_input(x, i), times[i], i == grad_step))
+                output = eps.combine(*self.evaluate(eps, solver.scale_input(x, i), times[i], i == grad_step))
                 if reuse is not None:
                     reuse.store(i, x, output)
             x = solver.step(output, i, x)
@@ -223,18 +223,20 @@ class ShortcutSampler:
     ) -> Tensor:
         """The input of step `start`: runs the steps before it from the input `latents` of step 0, without gradients."""
         check_latents(latents, generator)
-        eps = self._guided(latents, model_kwargs, uncond_kwargs)
-        return self._run(
-            self.solver.rewound().begin(generator), eps, latents, bar(range(self.start), "warm-up", progress)
+        eps = self.guided(latents, model_kwargs, uncond_kwargs)
+        return self.run(
+            self.solver.starting_at(0).begin(generator), eps, latents, bar(range(self.start), "warm-up", progress)
         )
 
-    def _guided(
+    def guided(
         self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
     ) -> GuidedModel:
+        """The model with its guidance and arguments, as the steps call it."""
         variance = self.solver.learned_variance
         return GuidedModel(self.model, len(latents), self.guidance_scale, model_kwargs, uncond_kwargs, variance)
 
-    def _evaluate(self, eps: GuidedModel, x: Tensor, t: Tensor, gradient: bool) -> tuple[Tensor, ...]:
+    def evaluate(self, eps: GuidedModel, x: Tensor, t: Tensor, gradient: bool = False) -> tuple[Tensor, ...]:
+        """The model's outputs before guidance, as constants unless `gradient`."""
         if not (gradient and torch.is_grad_enabled()):
             with torch.no_grad():
                 return self._counted(eps, x, t)

@@ -84,12 +84,12 @@ class Solver:
         """Whether the scheduler reads the model's variance channels."""
         return config(self.scheduler, "variance_type") in ("learned", "learned_range")
 
-    def rewound(self) -> Solver:
-        """The same schedule from step 0."""
+    def starting_at(self, start: int) -> Solver:
+        """The same schedule from another step."""
         solver = copy.copy(self)
-        solver.scheduler, solver.start = copy.deepcopy(self.scheduler), 0
+        solver.scheduler, solver.start = copy.deepcopy(self.scheduler), start
         if hasattr(solver.scheduler, "set_begin_index"):
-            solver.scheduler.set_begin_index(0)
+            solver.scheduler.set_begin_index(start)
         return solver
 
     def begin(self, generator: torch.Generator | None = None) -> Solver:

@@ -1,0 +1,161 @@
+"""Samplers made of the parts of a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference.model import GuidedModel
+from .sampler import ShortcutSampler, check_latents
+
+
+class PipelineSampler(ShortcutSampler):
+    """A ShortcutSampler with a pipeline's network and scheduler, its prompt bound, and its image decoder.
+
+    `latents = sampler.prepare_latents(generator)`, `x0 = sampler(latents)`, `image = sampler.decode(x0)`, with
+    gradients throughout; `sampler.encode(image)` is the way back, for `sdo_fast.invert`. Keyword arguments given to a
+    call replace the bound ones.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        model: Any,
+        conditions: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None],
+        batch: int,
+        size: tuple[int, int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, pipe.scheduler, *args, **kwargs)
+        self.network = model
+        self.vae = getattr(pipe, "vae", None)
+        self.conditions = conditions
+        self.shape = (batch, model.config.in_channels, *size)
+
+    def prepare_latents(self, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for step 0, in the network's dtype and on its device."""
+        parameter = next(self.network.parameters())
+        device = parameter.device if generator is None else generator.device
+        noise = torch.randn(self.shape, generator=generator, device=device, dtype=torch.float32)
+        return noise.to(parameter.device, parameter.dtype) * getattr(self.solver.scheduler, "init_noise_sigma", 1.0)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """The image in [0, 1] (clamped, as the authors' losses see it)."""
+        if self.vae is not None:
+            x0 = x0 / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+            x0 = self.vae.decode(x0.to(self.vae.dtype)).sample
+        return (x0 / 2 + 0.5).clamp(0, 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The x_0 of an image in [0, 1]: the mean of the encoder's distribution."""
+        check_latents(image)
+        x0 = 2 * image - 1
+        if self.vae is not None:
+            x0 = self.vae.encode(x0.to(self.vae.dtype)).latent_dist.mean
+            x0 = (x0 - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
+        return x0
+
+    def guided(
+        self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
+    ) -> GuidedModel:
+        if model_kwargs is None and uncond_kwargs is None:
+            model_kwargs, uncond_kwargs = self.conditions
+        return super().guided(latents, model_kwargs, uncond_kwargs)
+
+
+def from_pipeline(
+    pipe: Any,
+    prompt: str | list[str] | None = None,
+    num_inference_steps: int | None = 50,
+    start: int = 0,
+    grad_step: str | int = "first",
+    guidance_scale: float | None = None,
+    *,
+    negative_prompt: str | list[str] | None = None,
+    images_per_prompt: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    encode_kwargs: Mapping[str, Any] | None = None,
+    **sampler_kwargs: Any,
+) -> PipelineSampler:
+    """A sampler from a diffusers pipeline: Stable Diffusion 1 and 2, XL, 3, or an unconditional pixel pipeline.
+
+    The network, scheduler and autoencoder are the pipeline's own objects, not copies (the scheduler is never changed).
+
+    Args:
+        prompt, negative_prompt, images_per_prompt: encoded once, without gradients; `encode_kwargs` are further
+            arguments of `pipe.encode_prompt`, for instance ready `prompt_embeds`.
+        height, width: of the image, in pixels; the network's own size by default.
+        num_inference_steps, start, grad_step, guidance_scale, **sampler_kwargs: of `ShortcutSampler`.
+
+    Raises:
+        TypeError: another kind of pipeline. For those, give their network to `ShortcutSampler`, with a function that
+            calls it as `model(x, t, **kwargs)`.
+    """
+    network = getattr(pipe, "unet", None)
+    if network is None and type(getattr(pipe, "transformer", None)).__name__ == "SD3Transformer2DModel":
+        network = pipe.transformer
+    scheduler = getattr(pipe, "scheduler", None)
+    if network is None or scheduler is None:
+        raise TypeError(
+            f"pipe: {type(pipe).__name__} has no unet or SD3 transformer with a scheduler; give its network to "
+            "ShortcutSampler in a function model(x, t, **kwargs)"
+        )
+    factor = getattr(pipe, "vae_scale_factor", 8) if getattr(pipe, "vae", None) is not None else 1
+    own = network.config.sample_size
+    own = (own, own) if isinstance(own, int) else own
+    size = (height // factor if height else own[0], width // factor if width else own[1])
+
+    if not hasattr(pipe, "encode_prompt"):
+        if prompt is not None or guidance_scale is not None:
+            raise ValueError(f"prompt, guidance_scale: {type(pipe).__name__} is unconditional")
+        conditions: tuple[Any, Any] = ({}, None)
+        batch = images_per_prompt
+    else:
+        conditions = _encode(
+            pipe, prompt, negative_prompt, images_per_prompt, guidance_scale, size, factor, encode_kwargs
+        )
+        batch = len(conditions[0]["encoder_hidden_states"])
+    return PipelineSampler(
+        pipe, network, conditions, batch, size, num_inference_steps, start, grad_step, guidance_scale, **sampler_kwargs
+    )
+
+
+@torch.no_grad()
+def _encode(
+    pipe: Any,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    images_per_prompt: int,
+    guidance_scale: float | None,
+    size: tuple[int, int],
+    factor: int,
+    encode_kwargs: Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The keyword arguments of the network's conditional and unconditional calls."""
+    network = getattr(pipe, "unet", None)
+    third = {"prompt_2": None, "prompt_3": None} if network is None else {}
+    arguments = {
+        "prompt": prompt,
+        "device": (network or pipe.transformer).device,
+        "num_images_per_prompt": images_per_prompt,
+        "do_classifier_free_guidance": guidance_scale is not None,
+        "negative_prompt": negative_prompt,
+        **third,
+        **(encode_kwargs or {}),
+    }
+    embeddings = pipe.encode_prompt(**arguments)
+    cond: dict[str, Any] = {"encoder_hidden_states": embeddings[0]}
+    uncond: dict[str, Any] = {"encoder_hidden_states": embeddings[1]}
+    if len(embeddings) == 4 and network is None:
+        cond["pooled_projections"], uncond["pooled_projections"] = embeddings[2:]
+    elif len(embeddings) == 4:
+        height, width = size[0] * factor, size[1] * factor
+        ids = torch.tensor([[height, width, 0, 0, height, width]]).to(embeddings[0]).repeat(len(embeddings[0]), 1)
+        for side, pooled in ((cond, embeddings[2]), (uncond, embeddings[3])):
+            side["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+    return cond, uncond if guidance_scale is not None else None

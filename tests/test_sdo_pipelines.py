@@ -1,0 +1,218 @@
+"""Samplers from tiny diffusers pipelines, made from configurations with random weights, and toy transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sdo_models import gradients, tiny_unet
+
+from sdo_fast import ShortcutSampler, from_pipeline, invert, optimize_latents
+from sdo_fast.reference import sdo_loop
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+
+def tiny_vae(**config):
+    return diffusers.AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **config,
+    ).eval()  # fmt: skip
+
+
+def tiny_conditional_unet(**config):
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=4, **config,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion():
+    torch.manual_seed(0)
+    letters = [chr(k) for k in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.model_max_length = 16
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=transformers.CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        unet=tiny_conditional_unet(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def test_stable_diffusion_samples_as_its_pipeline(stable_diffusion):
+    pipe = stable_diffusion
+    sampler = from_pipeline(pipe, ["a cat", "dog"], 6, guidance_scale=5.0, negative_prompt=["bad", "ugly"])
+    assert sampler.model is pipe.unet
+    latents = sampler.prepare_latents(torch.Generator().manual_seed(1))
+    assert latents.shape == (2, 4, 8, 8)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        ["a cat", "dog"], negative_prompt=["bad", "ugly"], guidance_scale=5.0, num_inference_steps=6, latents=latents,
+        output_type="pt",
+    ).images  # fmt: skip
+    with torch.no_grad():
+        image = sampler.decode(sampler(latents))
+    torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-5)
+    assert pipe.scheduler.num_inference_steps == 6
+
+
+def test_stable_diffusion_is_optimised_end_to_end(stable_diffusion):
+    """The authors' style setting: late start, guidance, loss on the decoded, clamped image."""
+    sampler = from_pipeline(stable_diffusion, "a cat", 50, start=45, guidance_scale=5.0, negative_prompt="")
+    z = sampler.prepare_latents(torch.Generator().manual_seed(1))
+    target = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    loss = lambda x0: (sampler.decode(x0) - target).pow(2).mean()  # noqa: E731
+    result = optimize_latents(sampler, z, loss, steps=15, lr=0.05, progress=False)
+    assert result.history[-1].loss < 0.97 * result.history[0].loss
+    assert result.history[0].model_calls == 2 * 6
+    assert all(p.grad is None for p in stable_diffusion.unet.parameters())
+
+
+def test_one_prompt_many_images_and_other_sizes(stable_diffusion):
+    sampler = from_pipeline(stable_diffusion, "a", 3, images_per_prompt=3, height=24, width=32)
+    x = sampler.prepare_latents()
+    assert x.shape == (3, 4, 12, 16)
+    assert sampler.decode(sampler(x)).shape == (3, 3, 24, 32)
+
+
+def test_inversion_of_an_image(stable_diffusion):
+    sampler = from_pipeline(stable_diffusion, "a cat", 20, start=10)
+    with torch.no_grad():
+        x0 = sampler.encode(torch.rand(1, 3, 16, 16))
+    found = invert(sampler, x0, 10, iterations=15)
+    assert found.error < 0.3 * invert(sampler, x0, 10).error
+    assert torch.equal(sampler(found.latents).detach(), found.reconstruction)
+
+
+def test_stable_diffusion_xl():
+    torch.manual_seed(0)
+    unet = tiny_conditional_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 12
+    )
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=tiny_vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(), add_watermarker=False,
+    )  # fmt: skip
+    embeds = {
+        "prompt_embeds": torch.randn(2, 5, 16),
+        "negative_prompt_embeds": torch.randn(2, 5, 16),
+        "pooled_prompt_embeds": torch.randn(2, 12),
+        "negative_pooled_prompt_embeds": torch.randn(2, 12),
+    }
+    sampler = from_pipeline(pipe, None, 4, guidance_scale=3.0, encode_kwargs=embeds)
+    latents = sampler.prepare_latents(torch.Generator().manual_seed(0)).requires_grad_()
+    pipe.set_progress_bar_config(disable=True)
+    unscaled = latents.detach() / sampler.solver.scheduler.init_noise_sigma
+    expected = pipe(
+        num_inference_steps=4, guidance_scale=3.0, latents=unscaled, height=16, width=16, output_type="latent", **embeds
+    ).images
+    image = sampler(latents)
+    torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
+    assert gradients(image, latents)[0].abs().sum() > 0
+
+
+def tiny_sd3():
+    torch.manual_seed(0)
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=12, out_channels=4,
+    ).eval()  # fmt: skip
+
+
+def test_stable_diffusion_3():
+    network = tiny_sd3()
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=network, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(scaling_factor=1.5, shift_factor=0.06), text_encoder=None, tokenizer=None, text_encoder_2=None,
+        tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    embeds = {
+        "prompt_embeds": torch.randn(1, 5, 16),
+        "negative_prompt_embeds": torch.randn(1, 5, 16),
+        "pooled_prompt_embeds": torch.randn(1, 12),
+        "negative_pooled_prompt_embeds": torch.randn(1, 12),
+    }
+    sampler = from_pipeline(pipe, None, 4, guidance_scale=3.0, encode_kwargs=embeds)
+    latents = sampler.prepare_latents(torch.Generator().manual_seed(0)).requires_grad_()
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=latents.detach(),
+        height=16,
+        width=16,
+        output_type="pt",
+        **embeds,
+    ).images
+    image = sampler(latents)
+    torch.testing.assert_close(sampler.decode(image), expected, rtol=1e-4, atol=1e-4)
+    cond, uncond = sampler.conditions
+    theirs = sdo_loop(network, pipe.scheduler, latents, 4, guidance_scale=3.0, model_kwargs=cond, uncond_kwargs=uncond)
+    assert torch.equal(image, theirs)
+    ours, expected = (gradients(x0, latents, *network.transformer_blocks.parameters()) for x0 in (image, theirs))
+    assert all(map(torch.equal, ours, expected))
+
+
+def test_flux_transformer():
+    """Packed tokens, shared position ids, and time in [0, 1], by a function around the network."""
+    torch.manual_seed(0)
+    network = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=12, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    ).eval()  # fmt: skip
+
+    def model(x, t, **kwargs):
+        guidance = torch.full((len(x),), 3.5)
+        return network(x, timestep=t / 1000, guidance=guidance, img_ids=ids, txt_ids=torch.zeros(5, 3), **kwargs)
+
+    ids = torch.zeros(16, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
+    cond = {"encoder_hidden_states": torch.randn(2, 5, 16), "pooled_projections": torch.randn(2, 12)}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    sampler = ShortcutSampler(model, scheduler, 4, schedule_kwargs={"mu": 0.9})
+    x = torch.randn(2, 16, 8, requires_grad=True)
+    image = sampler(x, cond)
+    theirs = sdo_loop(model, scheduler, x, 4, model_kwargs=cond, schedule_kwargs={"mu": 0.9})
+    inputs = (x, *network.single_transformer_blocks.parameters())
+    assert torch.equal(image, theirs)
+    assert all(map(torch.equal, gradients(image, *inputs), gradients(theirs, *inputs)))
+    result = optimize_latents(
+        sampler, x, lambda x0: x0.pow(2).mean(), steps=8, lr=0.05, progress=False, model_kwargs=cond
+    )
+    assert result.history[-1].loss < result.history[0].loss
+
+
+def test_unconditional_pixel_pipeline():
+    unet = tiny_unet(num_class_embeds=None, in_channels=3, out_channels=3)
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=diffusers.DDIMScheduler())
+    sampler = from_pipeline(pipe, num_inference_steps=5, images_per_prompt=2)
+    x = sampler.prepare_latents(torch.Generator().manual_seed(3))
+    assert x.shape == (2, 3, 8, 8)
+    assert 0 <= sampler.decode(sampler(x)).min() <= sampler.decode(sampler(x)).max() <= 1
+    torch.testing.assert_close(sampler.decode(sampler.encode(torch.full_like(x, 0.25))), torch.full_like(x, 0.25))
+    with pytest.raises(ValueError, match="unconditional"):
+        from_pipeline(pipe, "a cat")
+
+
+def test_coarse_steps_of_a_pipeline(stable_diffusion):
+    sampler = from_pipeline(stable_diffusion, "a", 8)
+    z = sampler.prepare_latents(torch.Generator().manual_seed(1))
+    result = optimize_latents(sampler, z, lambda x0: x0.pow(2).mean(), steps=5, lr=0.02, progress=False, coarse_steps=2)
+    assert [record.model_calls for record in result.history] == [3] * 4 + [9, 8]
+
+
+def test_other_pipelines_are_refused():
+    with pytest.raises(TypeError, match="ShortcutSampler"):
+        from_pipeline(object(), "a cat")
