@@ -1,0 +1,92 @@
+"""`python -m benchmarks [SUITE ...]`: run suites, print tables, write records, plots; `report` renders them again."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+TUNED_MALLOC = {
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TOP_PAD_": "200000000",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    import argparse
+    import importlib
+    from pathlib import Path
+
+    from . import records, report
+
+    folder = Path(__file__).parent
+    suites = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(suites)} (default: all), or report")
+    parser.add_argument("--quick", action="store_true", help="one small case a suite, no torch.compile")
+    parser.add_argument("--full", action="store_true", help="torch.compile and the largest sizes everywhere")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing for each case (default 1)")
+    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the records and plots")
+    parser.add_argument("--list", action="store_true", help="name the suites and stop")
+    parser.add_argument("--tuned-malloc", action="store_true", help="run with glibc keeping freed memory")
+    args = parser.parse_args(argv)
+    if args.list:
+        print("\n".join(suites))
+        return 0
+    if args.suites == ["report"]:
+        report.write(args.out)
+        return 0
+    unknown = sorted(set(args.suites) - set(suites))
+    if unknown:
+        parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(suites)}")
+
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .harness import Options, failed, measure
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: not measured: no GPU")
+    torch.set_num_threads(args.threads)
+    options = Options(args.quick, args.full, args.device, 0.1 if args.quick else args.budget)
+    work = {s: importlib.import_module(f"{__package__}.bench_{s}").cases(options) for s in args.suites or suites}
+    wrong = interrupted = False
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("benchmarks", total=sum(map(len, work.values())))
+        for suite, cases in work.items():
+            rows: list[dict[str, object]] = []
+            try:
+                for case in cases:
+                    progress.update(bar, description=f"{suite}: {case.name}")
+                    rows += measure(case, options)
+                    records.save(args.out, suite, args.device, rows, complete=case is cases[-1])
+                    progress.advance(bar)
+            except KeyboardInterrupt:
+                interrupted = True
+                print("\ninterrupted: the finished cases are kept", file=sys.stderr)
+            wrong |= failed(rows)
+            if interrupted:
+                break
+    for document in records.load(args.out):
+        if document["suite"] in work:
+            report.console(document)
+    report.write(args.out)
+    print(f"records and plots: {args.out}")
+    return 130 if interrupted else int(wrong)
+
+
+def reexecute(argv: list[str]) -> None:
+    """Start again with the variables that must be set before torch loads, unless they are."""
+    wanted = ENVIRONMENT | (TUNED_MALLOC if "--tuned-malloc" in argv else {})
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    if missing:
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *argv], {**os.environ, **missing})
+
+
+if __name__ == "__main__":
+    reexecute(sys.argv[1:])
+    sys.exit(main())

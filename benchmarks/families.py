@@ -1,0 +1,122 @@
+"""Cases for an op family: forward, and forward with backward, of the fast function against its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import swformer_fast as sf
+
+from .harness import Case, Options, Run, Variant, Work, compiled, saved_bytes
+
+Function = Callable[..., Tensor]
+
+
+def as_fp64(args: Any) -> Any:
+    def convert(arg: Any) -> Any:
+        return arg.detach().double().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else arg
+
+    return tree_map(convert, args)
+
+
+def forward_run(function: Function, args: Sequence[Any]) -> Run:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(*args)
+
+    return run
+
+
+def train_run(function: Function, args: Sequence[Any], grad: Tensor) -> Run:
+    """Output and the gradients of every tensor that requires one."""
+    leaves = [a for a in tree_leaves(tuple(args)) if isinstance(a, Tensor) and a.requires_grad]
+
+    def run() -> tuple[Tensor, ...]:
+        output = function(*args)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad)
+
+    return run
+
+
+def backend_variants(run: Run, op: str, args: Sequence[Any], metrics: Mapping[str, Any]) -> dict[str, Variant]:
+    """The fast function on every backend; those that cannot run here say why."""
+    variants = {}
+    fast = "triton" if tree_leaves(tuple(args))[0].is_cuda else "cpp"
+
+    def on(backend: str) -> Run:
+        def run_on_backend() -> Any:
+            with sf.use_backend(backend):
+                return run()
+
+        return run_on_backend
+
+    state = sf.backends()
+    for backend in ("cpp", "triton"):
+        if backend == fast and state[backend] == "available":
+            variants[f"ours ({backend})"] = Variant(on(backend), ours=True, metrics=metrics)
+        else:
+            note = "no GPU" if backend == "triton" else f"{op}: {state[backend]}"
+            variants[f"ours ({backend})"] = Variant(None, ours=True, note=note)
+    return variants
+
+
+def family_cases(
+    name: str,
+    op: str,
+    fast: Function,
+    reference: Function,
+    make_args: Callable[..., Sequence[Any]],
+    shapes: Sequence[tuple[int, ...]],
+    options: Options,
+    targets: Callable[[str, tuple[int, ...]], Mapping[str, float]],
+    peers: Callable[[Sequence[Any]], Mapping[str, Variant]] = lambda args: {},
+    compile_shapes: Sequence[tuple[int, ...]] | None = None,
+) -> list[Case]:
+    """Two cases a shape, "forward" and "forward+backward".
+
+    make_args(shape) gives the arguments on the CPU, with requires_grad set where a gradient is wanted.
+    targets(kind, shape): the least ratios, e.g. {"reference": 5, "compile": 2}.
+    compile_shapes: where torch.compile is measured unless --full asks for it everywhere.
+    """
+    compile_shapes = shapes[:1] if compile_shapes is None else compile_shapes
+
+    def work(shape: tuple[int, ...], kind: str) -> Work:
+        torch.manual_seed(0)
+        args = tree_map(
+            lambda a: a.to(options.device).detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a,
+            make_args(shape),
+        )
+        train = kind == "forward+backward"
+        with torch.no_grad():
+            grad = torch.randn_like(reference(*args))
+
+        def runner(function: Function) -> Run:
+            return train_run(function, args, grad) if train else forward_run(function, args)
+
+        def expected() -> Any:
+            wide = as_fp64(args)
+            return train_run(reference, wide, grad.double())() if train else forward_run(reference, wide)()
+
+        def metrics(function: Function) -> dict[str, int]:
+            leaves = [a for a in tree_leaves(tuple(args)) if isinstance(a, Tensor)]
+            return {"saved_bytes": saved_bytes(lambda: function(*args), leaves[1:])} if train else {}
+
+        variants = {"reference": Variant(runner(reference), metrics=metrics(reference))}
+        if options.full or (shape in compile_shapes and not options.quick):
+            variants |= compiled(reference, lambda f: runner(f)())
+        else:
+            variants["compile"] = Variant(None, note="--full measures torch.compile at every shape")
+        variants |= backend_variants(runner(fast), op, args, metrics(fast))
+        if not train:
+            variants |= peers(args)
+        return Work(variants, expected, targets(kind, shape))
+
+    return [
+        Case(f"{name} {kind} {'x'.join(map(str, shape))}", lambda shape=shape, kind=kind: work(shape, kind))
+        for kind in ("forward", "forward+backward")
+        for shape in shapes
+    ]

@@ -1,0 +1,214 @@
+"""Cases, interleaved timing, the correctness gate and records.
+
+A suite is a module `bench_<name>.py` with `cases(options) -> list[Case]`. A case holds variants that compute the same
+thing; the first is the baseline. The variants take turns, one call each a round, in rotated order; a ratio is the median
+over rounds of the baseline's time over the variant's in the same round: drift of the machine's speed cancels.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Run = Callable[[], Any]
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+BASELINE_SLACK = 20.0
+"""Baselines and peers add up in one precision: their filter gradients may miss the kernels' tolerance this far."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    quick: bool = False
+    full: bool = False
+    device: str = "cpu"
+    budget: float = 2.0
+    """Seconds of timing per case."""
+
+
+@dataclass
+class Variant:
+    """One way to compute a case's result; `run` is None where it cannot run here, and `note` says why."""
+
+    run: Run | None
+    ours: bool = False
+    note: str = ""
+    compared: bool = True
+    """Whether the result must equal the expected one."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Work:
+    """A case made ready: its variants (the first is the baseline) and the fp64 result they are compared with."""
+
+    variants: dict[str, Variant]
+    expected: Run | None = None
+    targets: Mapping[str, float] = field(default_factory=dict)
+    """Least ratio of our variants over the variant named; "compile" means the best of the compiled ones."""
+
+
+@dataclass
+class Case:
+    name: str
+    make: Callable[[], Work]
+
+
+def relative_rms(actual: Any, expected: Any) -> float:
+    """The largest relative RMS error over the tensors of a result; inf for NaN, missing tensors or wrong shapes."""
+    ours, theirs = tree_leaves(actual), tree_leaves(expected)
+    if len(ours) != len(theirs):
+        return float("inf")
+    worst = 0.0
+    for a, e in zip(ours, theirs, strict=True):
+        if a.shape != e.shape:
+            return float("inf")
+        difference = (a.detach().double().cpu() - e.detach().double().cpu()).norm().item()
+        error = difference / max(e.detach().double().norm().item(), 1e-300)
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def compiled(function: Callable[..., Any], call: Callable[[Callable[..., Any]], Any]) -> dict[str, Variant]:
+    """`call(function)` under torch.compile with both layout settings."""
+    settings = {"compile": True, "compile, no layout opt.": False}
+    functions = {name: torch.compile(function, options={"layout_optimization": on}) for name, on in settings.items()}
+    return {name: Variant(lambda f=f: call(f)) for name, f in functions.items()}
+
+
+def saved_bytes(run: Callable[[], Any], parameters: Sequence[Tensor] = ()) -> int:
+    """Bytes that autograd keeps after `run()` for backward, each storage once, without `parameters`."""
+    kept: dict[int, int] = {}
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    total = sum(kept.values())
+    del result
+    return total
+
+
+class Timer:
+    """Seconds of one call; on a GPU by events around it, behind a flush of the L2 cache."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.flush = torch.empty(256 * 2**20 if self.cuda else 0, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Run, repeats: int = 1) -> float:
+        if not self.cuda:
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            return (time.perf_counter() - begin) / repeats
+        self.flush.zero_()
+        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin_event.record()
+        for _ in range(repeats):
+            run()
+        end_event.record()
+        torch.cuda.synchronize()
+        return begin_event.elapsed_time(end_event) / 1e3 / repeats
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+
+
+def measure(case: Case, options: Options) -> list[dict[str, Any]]:
+    """One record for each variant of the case."""
+    torch._dynamo.reset()
+    work = case.make()
+    names = list(work.variants)
+    expected = None if work.expected is None else work.expected()
+    timer = Timer(options.device)
+    records: dict[str, dict[str, Any]] = {}
+    running: dict[str, Run] = {}
+    for name, variant in work.variants.items():
+        record = records[name] = {"case": case.name, "variant": name, "ours": variant.ours, **variant.metrics}
+        if variant.run is None:
+            record["status"] = f"not measured: {variant.note}"
+            continue
+        begin = time.perf_counter()
+        try:
+            result = variant.run()
+        except Exception as error:
+            record["status"] = (
+                f"FAILED: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            )
+            continue
+        record["cold_start_s"] = time.perf_counter() - begin
+        if expected is not None and variant.compared:
+            record["error"] = relative_rms(result, expected)
+            dtype = next(leaf.dtype for leaf in tree_leaves(result))
+            limit = TOLERANCE[dtype] * (1.0 if variant.ours else BASELINE_SLACK)
+            if not record["error"] <= limit:
+                record["status"] = f"FAILED: relative RMS error {record['error']:.1e} > {limit:.0e}"
+                continue
+        record["status"] = variant.note or "ok"
+        running[name] = variant.run
+    times = interleave(running, timer, options.budget)
+    baseline = times.get(names[0])
+    for name, values in times.items():
+        record = records[name]
+        record |= {f"p{q}_ms": percentile(values, q / 100) * 1e3 for q in (20, 50, 80)} | {"rounds": len(values)}
+        if baseline:
+            record["ratio"] = statistics.median(b / v for b, v in zip(baseline, values, strict=True))
+    add_targets(work, records, times)
+    return list(records.values())
+
+
+def interleave(runs: Mapping[str, Run], timer: Timer, budget: float) -> dict[str, list[float]]:
+    """Times of each run, in rounds; each round calls every run, beginning one further than the last."""
+    repeats = {}
+    for name, run in runs.items():
+        run()
+        repeats[name] = max(1, min(100, int(1e-3 / max(timer(run), 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order, begin, rounds = list(runs), time.perf_counter(), 0
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while order and (rounds < 5 or (time.perf_counter() - begin < budget and rounds < 1000)):
+            for name in order:
+                times[name].append(timer(runs[name], repeats[name]))
+            order.append(order.pop(0))
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def add_targets(work: Work, records: dict[str, dict[str, Any]], times: Mapping[str, list[float]]) -> None:
+    """Write beside our records the ratio over each baseline that has a target, and whether the target is met."""
+    for name, variant in work.variants.items():
+        if not variant.ours or name not in times:
+            continue
+        record = records[name]
+        for rival, target in work.targets.items():
+            rivals = [n for n in times if n == rival or (rival == "compile" and n.startswith("compile"))]
+            if not rivals:
+                continue
+            ratios = [statistics.median(r / o for r, o in zip(times[n], times[name], strict=True)) for n in rivals]
+            record[f"over_{rival}"], record[f"target_over_{rival}"] = min(ratios), target
+
+
+def failed(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of our variants failed the gate."""
+    return any(record["ours"] and record["status"].startswith("FAILED") for record in records)

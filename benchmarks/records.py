@@ -1,0 +1,77 @@
+"""Records on disk: one JSON and one CSV file a suite, with the environment that they were taken in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
+VARIABLES += ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "SWFORMER_FAST_BACKEND", "SDO_FAST_BACKEND")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git(*arguments: str) -> str:
+    run = subprocess.run(("git", *arguments), cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return run.stdout.strip()
+
+
+def environment(device: str) -> dict[str, Any]:
+    cuda = device == "cuda"
+    return {
+        "commit": git("rev-parse", "--short", "HEAD") or None,
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")),
+        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "capability": torch.cuda.get_device_capability() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {p: version(p) for p in ("torch", "triton", "numpy", "diffusers", "ptwt", "pytorch_wavelets")},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write to a temporary name and rename, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def save(folder: Path, suite: str, device: str, records: Sequence[Mapping[str, Any]], complete: bool) -> None:
+    document = {"suite": suite, "complete": complete, "environment": environment(device), "records": list(records)}
+    write_whole(folder / f"{suite}.json", json.dumps(document, indent=1) + "\n")
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_whole(folder / f"{suite}.csv", buffer.getvalue())
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]

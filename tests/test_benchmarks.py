@@ -1,0 +1,143 @@
+"""The benchmark harness: the correctness gate, interleaving, records, suites."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import harness, records, report
+from benchmarks.harness import Case, Options, Timer, Variant, Work
+
+ROOT = Path(__file__).parent.parent
+QUICK = Options(quick=True, budget=0.01)
+
+
+def case(name: str = "add", **variants: Variant) -> Case:
+    x = torch.randn(1000)
+
+    def make() -> Work:
+        base = {"reference": Variant(lambda: x + 1)}
+        return Work(base | variants, lambda: x.double() + 1, {"reference": 0.001})
+
+    return Case(name, make)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(1000), torch.randn(1000), torch.ones(999), torch.full((1000,), float("nan"))]
+)
+def test_gate_refuses_a_wrong_variant(wrong: torch.Tensor) -> None:
+    rows = harness.measure(case(ours=Variant(lambda: wrong, ours=True)), QUICK)
+    assert rows[1]["status"].startswith("FAILED: relative RMS error")
+    assert "ratio" not in rows[1]
+    assert harness.failed(rows)
+
+
+def test_gate_passes_a_right_variant_and_measures_it() -> None:
+    x = torch.randn(1000)
+    work = Work(
+        {"reference": Variant(lambda: x + 1), "ours": Variant(lambda: x + 1, ours=True)}, lambda: x.double() + 1
+    )
+    rows = harness.measure(Case("add", lambda: work), QUICK)
+    assert not harness.failed(rows)
+    assert rows[0]["ratio"] == 1
+    assert rows[1]["rounds"] >= 5
+    assert 0 < rows[1]["p20_ms"] <= rows[1]["p50_ms"] <= rows[1]["p80_ms"]
+
+
+def test_a_variant_that_raises_says_so() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    rows = harness.measure(case(ours=Variant(broken, ours=True)), QUICK)
+    assert rows[1]["status"] == "FAILED: RuntimeError: no such kernel"
+    assert harness.failed(rows)
+
+
+def test_rows_that_cannot_run_say_why() -> None:
+    rows = harness.measure(case(ours=Variant(None, ours=True, note="no GPU")), QUICK)
+    assert rows[1]["status"] == "not measured: no GPU"
+    assert not harness.failed(rows)
+    assert "not measured: no GPU" in report.row(rows[1])
+
+
+def test_variants_take_turns_in_rotated_order() -> None:
+    calls: list[str] = []
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = harness.interleave(runs, lambda run, repeats=1: run() or 1.0, budget=0)
+    rounds = "".join(calls[6:])  # behind warm-up and calibration
+    assert rounds == "abcbcacababcbca"
+    assert all(len(values) == 5 for values in times.values())
+
+
+def test_saved_bytes_counts_storages_once() -> None:
+    weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    assert harness.saved_bytes(lambda: (x @ weight).sin(), [weight]) == x.nbytes + 8 * 4 * 4
+
+
+def test_timer_counts_calls() -> None:
+    calls: list[int] = []
+    assert Timer("cpu")(lambda: calls.append(1), 3) > 0
+    assert len(calls) == 3
+
+
+def test_records_and_report_round_trip(tmp_path: Path) -> None:
+    rows = harness.measure(case(ours=Variant(None, ours=True, note="no GPU")), QUICK)
+    records.save(tmp_path, "add", "cpu", rows, complete=True)
+    (document,) = records.load(tmp_path)
+    assert document["records"] == json.loads(json.dumps(rows))
+    assert {"commit", "dirty", "device", "threads", "packages", "variables"} <= document["environment"].keys()
+    report.write(tmp_path)
+    assert "not measured: no GPU" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "add.png").stat().st_size > 1000
+    assert (tmp_path / "add.csv").read_text().startswith("case,variant,ours")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_interrupted_run_keeps_finished_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> Work:
+        raise KeyboardInterrupt
+
+    module = type("Suite", (), {"cases": staticmethod(lambda options: [case("first"), Case("second", interrupt)])})
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_haar", module)
+    assert command.main(["haar", "--quick", "--out", str(tmp_path)]) == 130
+    (document,) = records.load(tmp_path)
+    assert not document["complete"]
+    assert {record["case"] for record in document["records"]} == {"first"}
+
+
+def test_a_failed_gate_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = case(ours=Variant(lambda: torch.zeros(1000), ours=True))
+    module = type("Suite", (), {"cases": staticmethod(lambda options: [wrong])})
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_haar", module)
+    assert command.main(["haar", "--quick", "--out", str(tmp_path)]) == 1
+
+
+def test_unknown_suite_and_missing_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["no-such-suite"])
+    assert "unknown suite no-such-suite" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            command.main(["haar", "--device", "cuda"])
+        assert "no GPU" in capsys.readouterr().err
+
+
+def test_suites_are_found_by_name() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert {"haar", "network", "sdo"} <= set(run.stdout.split())
+
+
+def test_quick_haar_suite(tmp_path: Path) -> None:
+    assert command.main(["haar", "--quick", "--out", str(tmp_path)]) == 0
+    (document,) = records.load(tmp_path)
+    ours = [r for r in document["records"] if r["variant"] == "ours (cpp)"]
+    assert len(ours) == 4
+    assert all(r["status"] == "ok" or r["status"].startswith("not measured") for r in ours)
+    triton = [r["status"] for r in document["records"] if r["variant"] == "ours (triton)"]
+    assert torch.cuda.is_available() or set(triton) == {"not measured: no GPU"}
