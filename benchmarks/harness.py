@@ -1,8 +1,8 @@
 """Cases, interleaved timing, the correctness gate and records.
 
 A suite is a module `bench_<name>.py` with `cases(options) -> list[Case]`. A case holds variants that compute the same
-thing; the first is the baseline. The variants take turns, one call each a round, in rotated order; a ratio is the median
-over rounds of the baseline's time over the variant's in the same round: drift of the machine's speed cancels.
+thing; the first is the baseline. The variants take turns, one call each a round, in rotated order; a ratio is the
+median over rounds of the baseline's time over the variant's in the same round: drift of the machine's speed cancels.
 """
 
 from __future__ import annotations
