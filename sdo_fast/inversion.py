@@ -42,7 +42,7 @@ def invert(
         x_i = (x_{i+1} - b_i eps(x_i, t_i)) / a_i,
 
     beginning with x_{i+1}, brought to the norm of step i's noise level, in the place of x_i on the right: one iteration
-    is DDIM inversion (arXiv 2010.02502, section 4.3), with epsilon prediction as diffusers' DDIMInverseScheduler does it.
+    is DDIM inversion (arXiv 2010.02502, section 4.3), with epsilon prediction as by diffusers' DDIMInverseScheduler.
     More `iterations` of this fixed point, each one model call more a step, bring the error down where it contracts.
 
     Needs a deterministic affine scheduler without history (DDIM, Euler, FlowMatchEuler): its timesteps, guidance and
