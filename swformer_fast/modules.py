@@ -2,9 +2,46 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import cast
+
+import torch
+from torch import Tensor, nn
 
 from . import functional, reference
+from .ops import channels_last
+from .reference.common import conv_parameters
+
+
+def _as_defined(*modules: nn.Module) -> bool:
+    """Whether calling these modules does what their parameters say and nothing more: no hooks, no other forward."""
+    plain = (
+        nn.Conv2d.forward,
+        nn.BatchNorm2d.forward,
+        *(t.forward for t in (ChannelAttention, MultiDomainMixer, MultiScaleFFN)),
+    )
+    return all(
+        type(m).forward in plain
+        and "forward" not in m.__dict__
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        for m in modules
+    )
+
+
+def _fusible(x: Tensor) -> bool:
+    """Whether folding constants into weights keeps this input's accuracy and layout."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    return x.dim() == 4 and wide and not channels_last(x) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _normalised(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, weight, bias) of the 1x1 convolution of norm(x): running statistics are folded into its parameters."""
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return norm(x), weight, bias
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    shift = shift if norm.bias is None else shift + norm.bias
+    return x, weight * scale[:, None, None], bias + weight.flatten(1) @ shift
 
 
 class HaarDWT2d(reference.HaarDWT2d):
@@ -57,6 +94,33 @@ class MultiDomainMixer(reference.MultiDomainMixer):
     fourier_type = FourierBranch
     attention_type = ChannelAttention
 
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fusible and _fusible(x)):
+            return super().forward(x)
+        return self.mix(x, *conv_parameters(self.conv_in), None, None)
+
+    @property
+    def fusible(self) -> bool:
+        return self.canonical and _as_defined(self.conv_in, self.attention, self.conv_out)
+
+    def mix(self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
+        """`residual + scale * forward(x)` with the parameters of `conv_in` given.
+
+        The branches are never concatenated, and attention and `scale` go into the weights of `conv_out`.
+        """
+        op, dim = torch.ops.swformer_fast.pointwise, self.conv_in.in_channels
+        parts = op(x, None, None, weight.flatten(1)[None], bias, None).split(dim, dim=1)
+        branches = (self.spatial(parts[0]), self.wavelet(parts[1]), self.fourier(parts[2]))
+        w1, b1, w2, b2 = self.attention.arguments()
+        mean = torch.cat([branch.mean((2, 3)) for branch in branches], dim=1)
+        hidden = torch.addmm(b1, mean, w1.flatten(1).t()).relu()
+        attention = torch.addmm(b2, hidden, w2.flatten(1).t()).sigmoid()
+        weight, bias = conv_parameters(self.conv_out)
+        weight = weight.flatten(1)
+        if scale is not None:
+            weight, bias = weight * scale.view(-1, 1), bias * scale.view(-1)
+        return op(*branches, weight * attention[:, None], bias, residual)
+
 
 class MultiScaleFFN(reference.MultiScaleFFN):
     __doc__ = reference.MultiScaleFFN.__doc__
@@ -70,3 +134,16 @@ class SWFormerBlock(reference.SWFormerBlock):
 
     mixer_type = MultiDomainMixer
     ffn_type = MultiScaleFFN
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixer, ffn = cast(MultiDomainMixer, self.mixer), self.ffn
+        plain = self.canonical and _as_defined(self.norm1, self.norm2, mixer, ffn, ffn.conv_in) and mixer.fusible
+        if not (plain and _fusible(x)):
+            return super().forward(x)
+        x = mixer.mix(*_normalised(x, self.norm1, *conv_parameters(mixer.conv_in)), self.beta, x)
+        _, _, dw_weights, dw_biases, out_weight, out_bias = ffn.arguments()
+        normalised, in_weight, in_bias = _normalised(x, self.norm2, *conv_parameters(ffn.conv_in))
+        gamma = self.gamma.view(-1)
+        out_weight, out_bias = out_weight * gamma[:, None, None, None], out_bias * gamma
+        y = functional.multiscale_ffn(normalised, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias)
+        return x + y if y.requires_grad else y.add_(x)

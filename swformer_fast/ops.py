@@ -209,3 +209,22 @@ _define_differentiable(
     _no_triton_fp64,
     groups=(0, 1, 1, -1, -1),
 )
+
+# pointwise ------------------------------------------------------------------------------------------------------------
+
+
+def _pointwise_limits(backend: str, *maps: Any) -> str | None:
+    if any(isinstance(x, Tensor) and channels_last(x) for x in maps):
+        return "the kernel writes contiguous maps, and one of these is channels_last"
+    return None
+
+
+_define_differentiable(
+    "pointwise(Tensor x0, Tensor? x1, Tensor? x2, Tensor weight, Tensor bias, Tensor? residual) -> Tensor",
+    "bool need_x, bool need_params, bool need_residual",
+    "pointwise",
+    reference.pointwise,
+    lambda x0, x1, x2, weight, bias, residual: _empty(x0, x0.shape[0], weight.shape[1], *x0.shape[2:]),
+    _pointwise_limits,
+    groups=(0, 0, 0, 1, 1, 2),
+)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, fp64, value_and_grads
+from helpers import LAYOUTS, assert_close, fp64, value_and_grads
 from torch import Tensor, nn
 
 import swformer_fast as sf
@@ -78,6 +78,34 @@ def test_every_preset_is_made_of_fast_modules(name: str) -> None:
         model = sf.SWFormer.from_preset(name)
     ours = {type(m) for m in model.modules()} & {getattr(reference, n) for n in MODULES}
     assert not ours
+
+
+@pytest.mark.parametrize(
+    "name", ["", "norm1", "norm2", "mixer", "mixer.conv_in", "mixer.attention", "mixer.wavelet", "ffn"]
+)
+def test_fused_block_still_calls_hooks(name: str) -> None:
+    actual, expected = pair("SWFormerBlock", 8)
+    calls: list[int] = []
+    actual.eval().get_submodule(name).register_forward_hook(lambda module, args, output: calls.append(1) or output * 2)
+    expected.eval().get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
+    x = torch.randn(2, 8, 16, 24)
+    assert_close(actual(x), expected(x.double()), torch.float32)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_block_layouts_and_dtypes(layout: str, dtype: torch.dtype) -> None:
+    actual, expected = pair("SWFormerBlock", 8)
+    x = LAYOUTS[layout](torch.randn(2, 8, 16, 24, dtype=dtype))
+    output = actual.eval().to(dtype)(x)
+    assert_close(output, expected.eval()(x.double()), torch.float32)
+
+
+def test_block_under_autocast() -> None:
+    block = sf.SWFormerBlock(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(block(torch.randn(2, 8, 16, 16))).all()
 
 
 class Wrapper(nn.Module):

@@ -6,6 +6,7 @@ from .ffn import MultiScaleFFN, multiscale_ffn
 from .fourier import FourierBranch, fourier_mix
 from .haar import HaarDWT2d, HaarIDWT2d, haar_dwt2d, haar_idwt2d
 from .network import PRESETS, SWFormer
+from .pointwise import pointwise
 from .spatial import SpatialBranch, depthwise_gelu
 from .wavelet import WaveletBranch, wavelet_mix
 
@@ -27,5 +28,6 @@ __all__ = [
     "haar_dwt2d",
     "haar_idwt2d",
     "multiscale_ffn",
+    "pointwise",
     "wavelet_mix",
 ]
