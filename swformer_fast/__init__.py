@@ -19,6 +19,7 @@ from .modules import (
     WaveletBranch,
 )
 from .replace import accelerate
+from .tiling import restore_tiled
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "backends",
     "functional",
     "reference",
+    "restore_tiled",
     "use_backend",
     "why_not",
 ]

@@ -1,0 +1,86 @@
+"""`restore_tiled`: restore images that do not fit in memory, tile by tile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+MULTIPLE = 16
+
+
+def restore_tiled(
+    model: nn.Module | Callable[[Tensor], Tensor],
+    image: Tensor,
+    tile: int = 512,
+    overlap: int = 32,
+    progress: bool = True,
+) -> Tensor:
+    """`model(image)` computed on overlapping tiles that are blended linearly where they overlap.
+
+    Memory beside the image and the result is that of one tile, whatever the image's size. The result differs from
+    `model(image)`: each tile sees its own pixels only (the Fourier branch mixes over the whole tile). An image that
+    fits into one tile goes through the model as it is.
+
+    Args:
+        model: takes and returns (1, C, h, w); runs without gradients, in the mode (train or eval) that it is in.
+        image: (C, H, W) or (B, C, H, W) on any device; tiles move to the device of the model's parameters.
+        tile: side of a tile, a multiple of 16.
+        overlap: least number of pixels that neighbouring tiles share, below tile / 2.
+        progress: show a progress bar (tqdm, where installed).
+
+    Returns:
+        The restored image in the shape, dtype and device of `image`.
+
+    Raises:
+        TypeError, ValueError: image is no floating tensor of rank 3 or 4; tile or overlap out of range.
+    """
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        raise TypeError(f"image must be a floating tensor, got {getattr(image, 'dtype', type(image).__name__)}")
+    if image.dim() not in (3, 4):
+        raise ValueError(f"image must have shape (C, H, W) or (B, C, H, W), got {tuple(image.shape)}")
+    if tile < MULTIPLE or tile % MULTIPLE:
+        raise ValueError(f"tile must be a positive multiple of {MULTIPLE}, got {tile}")
+    if not 0 <= overlap < tile / 2:
+        raise ValueError(f"overlap must be at least 0 and less than tile / 2 = {tile / 2:g}, got {overlap}")
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    device = image.device if parameter is None else parameter.device
+    batch = image if image.dim() == 4 else image[None]
+    rows, columns = (_windows(size, tile, overlap) for size in batch.shape[2:])
+    places = list(itertools.product(range(len(batch)), rows, columns))
+    restored = torch.zeros_like(batch, memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        for i, (top, bottom, down), (left, right, across) in _bar(places, progress):
+            patch = model(batch[i : i + 1, :, top:bottom, left:right].to(device))[0].to(image.device)
+            weights = down.to(patch)[:, None] * across.to(patch)
+            restored[i, :, top:bottom, left:right].addcmul_(patch, weights)
+    return restored if image.dim() == 4 else restored[0]
+
+
+def _windows(size: int, tile: int, overlap: int) -> list[tuple[int, int, Tensor]]:
+    """(begin, end, weight of each pixel) of the tiles along one axis; at every pixel the weights add up to 1."""
+    if size <= tile:
+        return [(0, size, torch.ones(size))]
+    count = -(-(size - overlap) // (tile - overlap))
+    begins = [round(k * (size - tile) / (count - 1)) for k in range(count)]
+    ramp = torch.arange(1, tile + 1, dtype=torch.float64)
+    weights, total = [], torch.zeros(size, dtype=torch.float64)
+    for k, begin in enumerate(begins):
+        rise = ramp if k else torch.full_like(ramp, tile)
+        fall = ramp.flip(0) if k + 1 < count else torch.full_like(ramp, tile)
+        shared = max(overlap, 1)
+        weights.append(torch.minimum(rise, fall).clamp(max=shared))
+        total[begin : begin + tile] += weights[-1]
+    return [(b, b + tile, (w / total[b : b + tile]).float()) for b, w in zip(begins, weights, strict=True)]
+
+
+def _bar(places: list, progress: bool) -> list:
+    if not progress:
+        return places
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return places
+    return tqdm(places, desc="tiles", unit="tile", leave=False)
