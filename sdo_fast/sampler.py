@@ -53,9 +53,9 @@ class ShortcutSampler:
         guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond); None for none.
         checkpoint: recompute the one step in backward instead of keeping its activations, so that they never overlap
             with those of the loss; costs one more model call and changes no bit of the result.
-        normalize: divide the gradient, not the value, by |A_start|. It can be large (157 for DDIM with epsilon
-            prediction over 10 steps): harmless to Adam, fatal to a plain SGD learning rate or to float16. Affine
-            schedulers only.
+        normalize: divide the gradient, not the value, by |A_start|. It can be large (157 with epsilon prediction and
+            a linear beta schedule begun at t = 999): harmless to Adam, fatal to a plain SGD learning rate or to
+            float16. Affine schedulers only.
         step_kwargs: keyword arguments of `scheduler.step`, e.g. `{"eta": 1.0}`.
         schedule_kwargs: keyword arguments of `scheduler.set_timesteps`, e.g. `{"mu": 1.15}`.
         reuse: a TrajectoryCache, with which most model outputs of most calls are reused from earlier calls, and the
@@ -98,9 +98,6 @@ class ShortcutSampler:
         self.checkpoint = checkpoint
         self.normalize = normalize
         self.model_calls = 0  # evaluations per latent so far: guidance counts two, recomputation in backward counts too
-        self.reuse = reuse
-        if reuse is not None:
-            reuse.attach(self.solver)
         self._choices = refuse_vanishing(self.solver, grad_step_choices(grad_step, self.solver))
         self._gradient_scale = 1.0
         if normalize:
@@ -110,6 +107,9 @@ class ShortcutSampler:
                 raise ValueError(f"normalize: A_start is zero for {type(scheduler).__name__}; use normalize=False")
             # |A|, for a negative A must still turn the gradient's sign.
             self._gradient_scale = 1 / abs(a_start)
+        self.reuse = reuse
+        if reuse is not None:
+            reuse.attach(self.solver)
 
     @property
     def timesteps(self) -> Tensor:
@@ -204,13 +204,17 @@ class ShortcutSampler:
         times = solver.timesteps.to(x.device)
         for i in steps:
             if reuse is not None and i not in planned:
-                output = reuse.estimate(i, x)
-            else:
-                output = eps.combine(*self.evaluate(eps, solver.scale_input(x, i), times[i], i == grad_step))
-                if reuse is not None:
-                    reuse.store(i, x, output)
-            x = solver.step(output, i, x)
+                x = solver.step(reuse.estimate(i, x), i, x)
+                continue
+            outputs = self.evaluate(eps, solver.scale_input(x, i), times[i], i == grad_step)
+            if reuse is not None:
+                reuse.store(i, x, eps.combine(*outputs))
+            x = self.advance(solver, eps, outputs, i, x)
         return x
+
+    def advance(self, solver: Solver, eps: GuidedModel, outputs: tuple[Tensor, ...], i: int, x: Tensor) -> Tensor:
+        """x_{i+1} from x_i and the model's outputs before guidance."""
+        return solver.step(eps.combine(*outputs), i, x)
 
     @torch.no_grad()
     def warm_up(

@@ -349,14 +349,9 @@ def test_traps_name_the_way_out():
 
 def test_import_is_light():
     code = (
-        "import sys, sdo_fast; print([m for m in ('diffusers', 'triton', 'tqdm', 'numpy.testing') if m in sys.modules])"
+        "import sys, torch; before = set(sys.modules); import sdo_fast; "
+        "print({name.split('.')[0] for name in set(sys.modules) - before})"
     )
-    before = (
-        "import sys, torch; print([m for m in ('diffusers', 'triton', 'tqdm', 'numpy.testing') if m in sys.modules])"
-    )
-    run = [
-        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout
-        for c in (code, before)
-    ]
-    assert run[0] == run[1]
-    assert "diffusers" not in run[0]
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "sdo_fast" in loaded
+    assert not any(name in loaded for name in ("diffusers", "transformers", "triton", "tqdm", "_C"))
