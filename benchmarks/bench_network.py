@@ -20,15 +20,20 @@ def photograph(side: int) -> Tensor:
     return (pixels[None, :, :side, :side].float() / 255).contiguous()
 
 
-def models(device: str) -> tuple[nn.Module, nn.Module]:
-    """The reference and the fast network with the same weights, none of them at its special starting value."""
-    torch.manual_seed(0)
-    reference = sf.reference.SWFormer.from_preset(PRESET).eval()
-    for name, tensor in (*reference.named_parameters(), *reference.named_buffers()):
+def randomise(model: nn.Module, size: float) -> None:
+    """Move parameters and statistics away from their special starting values."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith("running_var"):
             tensor.data.uniform_(0.5, 1.5)
         elif tensor.is_floating_point():
-            tensor.data.add_(torch.randn_like(tensor), alpha=0.02)
+            tensor.data.add_(torch.randn_like(tensor), alpha=size)
+
+
+def models(device: str) -> tuple[nn.Module, nn.Module]:
+    """The reference and the fast network with the same weights."""
+    torch.manual_seed(0)
+    reference = sf.reference.SWFormer.from_preset(PRESET).eval()
+    randomise(reference, 0.02)
     fast = sf.SWFormer.from_preset(PRESET).eval()
     fast.load_state_dict(reference.state_dict())
     return reference.to(device), fast.to(device)
