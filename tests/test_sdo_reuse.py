@@ -140,7 +140,7 @@ def test_latents_changed_in_place_are_noticed():
     moved = x + 0.3 * torch.randn_like(x)
     results = []
     for in_place in (True, False):
-        _, sampler = make(reuse=TrajectoryCache(exact_every=100, cache="x0"), grad_step=5)
+        _, sampler = make(reuse=TrajectoryCache(exact_every=100, cache="eps"), grad_step=5)
         z = x.clone()
         sampler(z)
         sampler(z)
