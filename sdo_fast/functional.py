@@ -1,0 +1,218 @@
+"""The operators as functions: they check their arguments, then call the op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+def sampler_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
+    *,
+    a: float,
+    b: float,
+    terms: Sequence[Tensor] = (),
+    scales: Sequence[float] = (),
+    clip: float | None = None,
+    c: float = 0.0,
+    pred_x: float = 0.0,
+    pred_eps: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""One update of a sampler's state, in one pass over memory. Equivalent to
+
+        eps = cond if uncond is None else uncond + guidance * (cond - uncond)
+        x_next = a * x + b * eps + sum(scale * term for scale, term in zip(scales, terms))
+        if clip is not None:
+            x_next += c * (pred_x * x + pred_eps * eps).clamp(-clip, clip)
+
+    Every scheduler that is affine in its state and the model's outputs is a choice of these numbers; with
+    x = alpha x_0 + sigma noise before the step and alpha', sigma' after it:
+
+    ====================================  ==============================================================================
+    DDIM, epsilon                         a = alpha'/alpha, b = sigma' - sigma alpha'/alpha
+    DDIM, epsilon, clipped                a = 0, b = sigma', c = alpha', pred_x = 1/alpha, pred_eps = -sigma/alpha
+    the same, `use_clipped_model_output`  a = sigma'/sigma, b = 0, c = alpha' - alpha sigma'/sigma, pred_x, pred_eps as above
+    DDIM, v, clipped                      a = sigma' sigma, b = sigma' alpha, c = alpha', pred_x = alpha, pred_eps = -sigma
+    DDPM, epsilon, clipped                a and c: the posterior's coefficients, b = 0, terms = [noise], scales = [std]
+    Euler                                 a = 1, b = sigma' - sigma   (sigmas of x = x_0 + sigma noise)
+    flow matching                         a = 1, b = sigma' - sigma
+    multistep (DPM++, UniPC, DEIS, LMS)   terms: earlier states and model outputs
+    ====================================  ==============================================================================
+
+    Args:
+        x: the state, of any shape, strides and of dtype float32, float64, float16 or bfloat16.
+        cond, uncond: the model's output with the condition and, under classifier-free guidance, without; like x.
+        guidance: w; a tensor that broadcasts against x for guidance that differs between samples or is learned.
+        terms, scales: further tensors like x, and their factors: noise, earlier states, earlier outputs.
+        clip, c, pred_x, pred_eps: the clipped sample prediction; see above.
+        out: write the result here instead of into a new tensor; no gradients. May be `x` itself or any other of the
+            inputs, but must not overlap one otherwise. The call allocates nothing and does not synchronise, so that
+            CUDA graphs can record it.
+
+    Returns:
+        x_next, in x's dtype and (where x is dense) layout, or `out`.
+
+    Computed in float32 (float64 for float64). Differentiable to any order in x, cond, uncond, terms and a tensor
+    `guidance`; only with `clip` are tensors saved for it. Deterministic. Under autocast cond, uncond and terms are
+    cast to x's dtype, and x keeps its own. Falls back to plain PyTorch for more than 8 terms or 6 dimensions, and
+    where the extension was not built. Source: classifier-free guidance, arXiv 2207.12598; DDIM, arXiv 2010.02502.
+
+    Raises:
+        TypeError, ValueError: an argument is no tensor, or of another dtype, shape or device than x.
+        RuntimeError: `out` is given while gradients are recorded for an input.
+    """
+    if isinstance(guidance, Tensor):
+        if uncond is None:
+            raise ValueError("guidance: a tensor was given, but there is no uncond to guide from")
+        cond, uncond, guidance = uncond + guidance * (cond - uncond), None, 1.0
+    _check_floating("x", x)
+    _check_like("cond", cond, "x", x)
+    if uncond is not None:
+        _check_like("uncond", uncond, "x", x)
+    for k, term in enumerate(terms):
+        _check_like(f"terms[{k}]", term, "x", x)
+    if len(terms) != len(scales):
+        raise ValueError(f"scales: got {len(scales)}, one for each of the {len(terms)} terms is needed")
+    arguments = (x, cond, uncond, guidance, a, b, list(terms), list(scales), c, pred_x, pred_eps, clip)
+    if out is None:
+        return torch.ops.sdo_fast.sampler_step(*arguments)
+    _check_out("out", out, "x", x, (x, cond, uncond, *terms))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, cond, uncond, *terms)):
+        raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")
+    torch.ops.sdo_fast.sampler_step_out(*arguments, out)
+    return out
+
+
+def shortcut_backward(
+    grad: Tensor,
+    a: float,
+    b: float,
+    guidance: float | None = None,
+    *,
+    x: Tensor | None = None,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
+    clip: float | None = None,
+    c: float = 0.0,
+    pred_x: float = 0.0,
+    pred_eps: float = 0.0,
+    out: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    r"""The cotangents of a step, or of the whole sampler, in one pass over memory. Equivalent to
+
+        kept = 1 if clip is None else (pred_x * x + pred_eps * eps).abs() <= clip     # eps as in sampler_step
+        grad_eps = (b + c * pred_eps * kept) * grad
+        grad_x = (a + c * pred_x * kept) * grad
+        grad_cond, grad_uncond = guidance * grad_eps, (1 - guidance) * grad_eps       # without guidance: grad_eps, None
+
+    With a = A_s and b = B_s of `sdo_fast.coefficients` and grad = d loss / d x_0 this is the gradient shortcut: grad_x
+    is the latents' direct gradient, and (grad_uncond, grad_cond) are what the vector-Jacobian product of the model at
+    step s takes. With the numbers of one `sampler_step` it is that step's backward.
+
+    Args:
+        grad: of any shape and strides, float32, float64, float16 or bfloat16.
+        guidance: w, or None for a model called once.
+        x, cond, uncond: what the step was given; needed with `clip` alone.
+        out: (grad_x, grad_cond, grad_uncond) to write into, None for each that is not wanted. The two halves may be
+            `buffer[B:]` and `buffer[:B]` of one tensor, the cotangent of a model called once on [uncond, cond].
+
+    Returns:
+        grad_x, grad_cond, grad_uncond (None without guidance), or `out`.
+
+    Computed in float32 (float64 for float64). Differentiable in grad to any order. Deterministic; falls back as
+    `sampler_step` does. Source: "You Only Look One Step", arXiv 2505.07477.
+
+    Raises:
+        TypeError, ValueError: as in `sampler_step`, or `clip` without x and cond.
+        RuntimeError: `out` is given while gradients are recorded for `grad`.
+    """
+    _check_floating("grad", grad)
+    inputs = {"x": x, "cond": cond, "uncond": uncond} if clip is not None else {}
+    for name, tensor in inputs.items():
+        if tensor is None and (name != "uncond" or guidance is not None):
+            raise ValueError(f"{name}: needed with clip, to tell what was clipped, got None")
+        if tensor is not None:
+            _check_like(name, tensor, "grad", grad)
+    if clip is not None and guidance is None and uncond is not None:
+        raise ValueError("uncond: given, but guidance is None, so nothing would use it")
+    arguments = (grad, a, b, 1.0 if guidance is None else guidance, *(inputs.get(n) for n in ("x", "cond", "uncond")))
+    arguments += (c, pred_x, pred_eps, clip)
+    if out is None:
+        grad_x, grad_cond, grad_uncond = torch.ops.sdo_fast.shortcut_backward(
+            *arguments, True, True, guidance is not None
+        )
+        return grad_x, grad_cond, grad_uncond if guidance is not None else None
+    if guidance is None and out[2] is not None:
+        raise ValueError("out: a third tensor was given, but without guidance there is no uncond half")
+    for name, tensor in zip(("grad_x", "grad_cond", "grad_uncond"), out, strict=True):
+        if tensor is not None:
+            others = [t for t in out if t is not tensor]
+            _check_out(f"out ({name})", tensor, "grad", grad, (grad, *inputs.values()), others)
+    if torch.is_grad_enabled() and grad.requires_grad:
+        raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")
+    torch.ops.sdo_fast.shortcut_backward_out(*arguments, *out)
+    return out
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, a tensor is needed")
+    if tensor.dtype not in ops.DTYPES:
+        raise TypeError(f"{name}: got {tensor.dtype}, float32, float64, float16 or bfloat16 is needed")
+
+
+def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, a tensor is needed")
+    if tensor.shape != other.shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, that of {other_name} {tuple(other.shape)} is needed")
+    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        raise TypeError(f"{name}: got {tensor.dtype}, the dtype of {other_name} {other.dtype} is needed")
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, the device of {other_name} {other.device} is needed")
+
+
+def _check_out(
+    name: str,
+    out: Tensor,
+    other_name: str,
+    other: Tensor,
+    inputs: Sequence[Tensor | None],
+    others: Sequence[Tensor | None] = (),
+) -> None:
+    _check_like(name, out, other_name, other)
+    if out.dtype != other.dtype:
+        raise TypeError(f"{name}: got {out.dtype}, the dtype of {other_name} {other.dtype} is needed")
+    if torch.compiler.is_compiling():
+        return
+    if torch._debug_has_internal_overlap(out) == 1:
+        raise ValueError(f"{name}: got a tensor whose elements share memory (expanded?), memory of its own is needed")
+    if any(t is not None and _overlap(out, t) and not _same_view(out, t) for t in inputs) or any(
+        t is not None and _overlap(out, t) for t in others
+    ):
+        raise ValueError(f"{name}: overlaps another tensor of the call; the same view as an input, or other memory is needed")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0:
+        return False
+    begin_a, begin_b = a.data_ptr(), b.data_ptr()
+    return begin_a < begin_b + _extent(b) and begin_b < begin_a + _extent(a)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the end of the last element."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
