@@ -1,6 +1,7 @@
 """Shortcut Diffusion Optimization: gradients through a sampler at the price of one step (arXiv 2505.07477)."""
 
-from . import reference
+from . import functional, reference
+from .backend import backends, use_backend, why_not
 from .inversion import Inversion, invert
 from .optimize import NonFiniteLossError, optimize_latents
 from .pipelines import from_pipeline
@@ -14,9 +15,13 @@ __all__ = [
     "NotAffineError",
     "ShortcutSampler",
     "TrajectoryCache",
+    "backends",
     "coefficients",
     "from_pipeline",
+    "functional",
     "invert",
     "optimize_latents",
     "reference",
+    "use_backend",
+    "why_not",
 ]

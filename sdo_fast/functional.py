@@ -36,16 +36,15 @@ def sampler_step(
     Every scheduler that is affine in its state and the model's outputs is a choice of these numbers; with
     x = alpha x_0 + sigma noise before the step and alpha', sigma' after it:
 
-    ====================================  ==============================================================================
-    DDIM, epsilon                         a = alpha'/alpha, b = sigma' - sigma alpha'/alpha
-    DDIM, epsilon, clipped                a = 0, b = sigma', c = alpha', pred_x = 1/alpha, pred_eps = -sigma/alpha
-    the same, `use_clipped_model_output`  a = sigma'/sigma, b = 0, c = alpha' - alpha sigma'/sigma, pred_x, pred_eps as above
-    DDIM, v, clipped                      a = sigma' sigma, b = sigma' alpha, c = alpha', pred_x = alpha, pred_eps = -sigma
-    DDPM, epsilon, clipped                a and c: the posterior's coefficients, b = 0, terms = [noise], scales = [std]
-    Euler                                 a = 1, b = sigma' - sigma   (sigmas of x = x_0 + sigma noise)
-    flow matching                         a = 1, b = sigma' - sigma
-    multistep (DPM++, UniPC, DEIS, LMS)   terms: earlier states and model outputs
-    ====================================  ==============================================================================
+    ===============================  ===============================================================================
+    DDIM, epsilon                    a = alpha'/alpha, b = sigma' - sigma alpha'/alpha
+    DDIM, epsilon, clipped           a = 0, b = sigma', c = alpha', pred_x = 1/alpha, pred_eps = -sigma/alpha
+    ... `use_clipped_model_output`   a = sigma'/sigma, b = 0, c = alpha' - alpha sigma'/sigma, pred_x, pred_eps so too
+    DDIM, v, clipped                 a = sigma sigma', b = alpha sigma', c = alpha', pred_x = alpha, pred_eps = -sigma
+    DDPM, epsilon, clipped           a and c: those of the posterior's mean, b = 0, terms = [noise], scales = [std]
+    Euler, flow matching             a = 1, b = sigma' - sigma
+    DPM-Solver, UniPC, DEIS, LMS     terms: earlier states and model outputs
+    ===============================  ===============================================================================
 
     Args:
         x: the state, of any shape, strides and of dtype float32, float64, float16 or bfloat16.
@@ -152,10 +151,10 @@ def shortcut_backward(
         return grad_x, grad_cond, grad_uncond if guidance is not None else None
     if guidance is None and out[2] is not None:
         raise ValueError("out: a third tensor was given, but without guidance there is no uncond half")
-    for name, tensor in zip(("grad_x", "grad_cond", "grad_uncond"), out, strict=True):
+    for k, name in enumerate(("grad_x", "grad_cond", "grad_uncond")):
+        tensor, earlier = out[k], out[:k]
         if tensor is not None:
-            others = [t for t in out if t is not tensor]
-            _check_out(f"out ({name})", tensor, "grad", grad, (grad, *inputs.values()), others)
+            _check_out(f"out ({name})", tensor, "grad", grad, (grad, *inputs.values()), earlier)
     if torch.is_grad_enabled() and grad.requires_grad:
         raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")
     torch.ops.sdo_fast.shortcut_backward_out(*arguments, *out)
@@ -173,11 +172,15 @@ def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, a tensor is needed")
     if tensor.shape != other.shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, that of {other_name} {tuple(other.shape)} is needed")
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, that of {other_name} {tuple(other.shape)} is needed"
+        )
     if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
         raise TypeError(f"{name}: got {tensor.dtype}, the dtype of {other_name} {other.dtype} is needed")
     if tensor.device != other.device:
-        raise ValueError(f"{name}: got a tensor on {tensor.device}, the device of {other_name} {other.device} is needed")
+        raise ValueError(
+            f"{name}: got a tensor on {tensor.device}, the device of {other_name} {other.device} is needed"
+        )
 
 
 def _check_out(
@@ -198,7 +201,9 @@ def _check_out(
     if any(t is not None and _overlap(out, t) and not _same_view(out, t) for t in inputs) or any(
         t is not None and _overlap(out, t) for t in others
     ):
-        raise ValueError(f"{name}: overlaps another tensor of the call; the same view as an input, or other memory is needed")
+        raise ValueError(
+            f"{name}: overlaps another tensor of the call; the same view as an input, or other memory is needed"
+        )
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -83,7 +83,8 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         )
         halves = tuple(g if need else None for g, need in zip(grads, needs, strict=False))
     terms = [scale * grad if need else None for scale, need in zip(ctx.scales, needs[6], strict=True)]
-    return (*halves, None, None, None, terms, None, None, None, None, None)
+    # torch takes an empty list of numbers for one of tensors.
+    return (*halves, None, None, None, terms, None if terms else [], None, None, None, None)
 
 
 torch.library.register_autograd(f"{NAMESPACE}::sampler_step", _step_backward, setup_context=_save_step, lib=_LIB)
@@ -96,8 +97,15 @@ def _keep_the_state_under_autocast(name: str) -> None:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
         def cast_and_call(
-            x: Tensor, cond: Tensor, uncond: Tensor | None, guidance: float, a: float, b: float, terms: Sequence[Tensor],
-            *args: Any, keys: Any = keys,
+            x: Tensor,
+            cond: Tensor,
+            uncond: Tensor | None,
+            guidance: float,
+            a: float,
+            b: float,
+            terms: Sequence[Tensor],
+            *args: Any,
+            keys: Any = keys,
         ) -> Any:
             terms = [term.to(x.dtype) for term in terms]
             uncond = None if uncond is None else uncond.to(x.dtype)

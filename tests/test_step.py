@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from helpers import LAYOUTS, SIZES, assert_close, assert_matches, poisoned_memory, rel_rms, value_and_grads
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import sdo_fast
 from sdo_fast import backend, functional, ops, reference
@@ -80,7 +81,9 @@ def test_sizes(each_backend: str, size: tuple[int, int]) -> None:
     check(tensors(4, torch.float32, 2, 3, *size), True, **AFFINE)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 5, 6), (2, 3, 4, 5, 6), (1, 2, 2, 2, 2, 3), (2,) * 7, (0, 3, 4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (7,), (2, 5, 6), (2, 3, 4, 5, 6), (1, 2, 2, 2, 2, 3), (2,) * 7, (0, 3, 4, 4)]
+)
 def test_ranks(each_backend: str, shape: tuple[int, ...]) -> None:
     if each_backend == "cpp" and len(shape) > 6:
         with pytest.raises(RuntimeError, match="at most 6 dimensions"):
@@ -93,9 +96,13 @@ def test_ranks(each_backend: str, shape: tuple[int, ...]) -> None:
     )
 
 
-@pytest.mark.parametrize(("of_x", "of_rest"), itertools.product(LAYOUTS, ["contiguous", "channels_last", "strided"]))
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("of_rest", ["contiguous", "channels_last", "strided"])
 def test_layouts(each_backend: str, of_x: str, of_rest: str) -> None:
-    x, rest = tensors(1, torch.float32, 2, 5, 7, 18, layout=of_x), tensors(3, torch.float32, 2, 5, 7, 18, layout=of_rest)
+    x, rest = (
+        tensors(1, torch.float32, 2, 5, 7, 18, layout=of_x),
+        tensors(3, torch.float32, 2, 5, 7, 18, layout=of_rest),
+    )
     check([*x, *rest], True, **CLIPPED)
     check([*rest[:1], *x, *rest[1:]], True, **AFFINE)
 
@@ -200,11 +207,13 @@ def arguments_of_op(guided: bool, clipped: bool, terms: int) -> tuple[Any, ...]:
     return x, cond, uncond if guided else None, 2.5, 1.25, -0.75, rest, [0.5, -2.0][:terms], *clip
 
 
-@pytest.mark.parametrize(("guided", "clipped", "terms"), [(False, False, 0), (True, False, 2), (True, True, 1), (False, True, 0)])
+@pytest.mark.parametrize(
+    ("guided", "clipped", "terms"), [(False, False, 0), (True, False, 2), (True, True, 1), (False, True, 0)]
+)
 def test_opcheck_and_gradcheck(each_backend: str, guided: bool, clipped: bool, terms: int) -> None:
     arguments = arguments_of_op(guided, clipped, terms)
     torch.library.opcheck(torch.ops.sdo_fast.sampler_step, arguments)
-    plain = tuple(a.detach() if isinstance(a, Tensor) else [t.detach() for t in a] if isinstance(a, list) and terms and a is arguments[6] else a for a in arguments)
+    plain = tree_map_only(Tensor, Tensor.detach, arguments)
     torch.library.opcheck(torch.ops.sdo_fast.sampler_step_out, (*plain, torch.empty_like(plain[0])))
 
     def by_tensors(*inputs: Tensor) -> Tensor:
@@ -226,8 +235,8 @@ def test_compiles_without_graph_breaks(each_backend: str) -> None:
     torch._dynamo.reset()
     compiled, arguments = torch.compile(two_steps, fullgraph=True), tensors(3)
     for a in (1.5, 0.25, -2.0):
-        actual = value_and_grads(lambda *t: compiled(*t, a), arguments)  # noqa: B023
-        assert_close(actual, value_and_grads(lambda *t: two_steps(*t, a), arguments))  # noqa: B023
+        actual, expected = (value_and_grads(partial(fn, a=a), arguments) for fn in (compiled, two_steps))
+        assert_close(actual, expected)
 
 
 def test_out_compiles(each_backend: str) -> None:
@@ -247,7 +256,9 @@ def test_autocast_keeps_the_state(each_backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = functional.sampler_step(x, cond, uncond, 2.0, terms=[term], scales=[0.5], **AFFINE)
         with torch.no_grad():
-            out = functional.sampler_step(x, cond, uncond, 2.0, terms=[term], scales=[0.5], **AFFINE, out=torch.empty_like(x))
+            out = functional.sampler_step(
+                x, cond, uncond, 2.0, terms=[term], scales=[0.5], **AFFINE, out=torch.empty_like(x)
+            )
     assert y.dtype == torch.float32
     assert torch.equal(y, plain)
     assert torch.equal(out, plain)
@@ -289,13 +300,29 @@ ONES = torch.ones(1, 2, 3)
         (TypeError, "x: got list", lambda: functional.sampler_step([1.0], ONES, **AFFINE)),
         (TypeError, "x: got torch.int64", lambda: functional.sampler_step(ONES.long(), ONES, **AFFINE)),
         (TypeError, "cond: got torch.float64", lambda: functional.sampler_step(ONES, ONES.double(), **AFFINE)),
-        (ValueError, r"uncond: got shape \(1, 2\)", lambda: functional.sampler_step(ONES, ONES, ONES[..., 0], **AFFINE)),
+        (
+            ValueError,
+            r"uncond: got shape \(1, 2\)",
+            lambda: functional.sampler_step(ONES, ONES, ONES[..., 0], **AFFINE),
+        ),
         (ValueError, "cond: got a tensor on meta", lambda: functional.sampler_step(ONES, ONES.to("meta"), **AFFINE)),
-        (ValueError, r"terms\[1\]: got shape", lambda: functional.sampler_step(ONES, ONES, terms=[ONES, ONES[0]], scales=[1.0, 1.0], **AFFINE)),
+        (
+            ValueError,
+            r"terms\[1\]: got shape",
+            lambda: functional.sampler_step(ONES, ONES, terms=[ONES, ONES[0]], scales=[1.0, 1.0], **AFFINE),
+        ),
         (ValueError, "scales: got 0", lambda: functional.sampler_step(ONES, ONES, terms=[ONES], **AFFINE)),
         (TypeError, "out: got torch.float64", lambda: functional.sampler_step(ONES, ONES, out=ONES.double(), **AFFINE)),
-        (ValueError, "out: got a tensor whose elements share", lambda: functional.sampler_step(ONES, ONES, out=torch.ones(1, 1, 3).expand(1, 2, 3), **AFFINE)),
-        (RuntimeError, "out: gradients cannot", lambda: functional.sampler_step(ONES.clone().requires_grad_(), ONES, out=ONES.clone(), **AFFINE)),
+        (
+            ValueError,
+            "out: got a tensor whose elements share",
+            lambda: functional.sampler_step(ONES, ONES, out=torch.ones(1, 1, 3).expand(1, 2, 3), **AFFINE),
+        ),
+        (
+            RuntimeError,
+            "out: gradients cannot",
+            lambda: functional.sampler_step(ONES.clone().requires_grad_(), ONES, out=ONES.clone(), **AFFINE),
+        ),
     ],
 )
 def test_errors(error: type[Exception], message: str, call: Any) -> None:
@@ -318,6 +345,10 @@ def test_names() -> None:
 # schedulers -----------------------------------------------------------------------------------------------------------
 
 
+def ddim_step(scheduler: Any, t: Tensor, clipped_output: bool, x: Tensor, eps: Tensor) -> Tensor:
+    return scheduler.step(eps, t, x, use_clipped_model_output=clipped_output).prev_sample
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("clipped_output", [False, True])
@@ -330,7 +361,11 @@ def test_ddim_is_one_call(each_backend: str, prediction: str, clip: float | None
     for i, t in enumerate(scheduler.timesteps):
         following = scheduler.timesteps[i + 1] if i + 1 < len(scheduler.timesteps) else None
         bar = scheduler.alphas_cumprod[t].double()
-        later = scheduler.final_alpha_cumprod.double() if following is None else scheduler.alphas_cumprod[following].double()
+        later = (
+            scheduler.final_alpha_cumprod.double()
+            if following is None
+            else scheduler.alphas_cumprod[following].double()
+        )
         alpha, sigma = bar.sqrt().item(), (1 - bar).sqrt().item()
         alpha2, sigma2 = later.sqrt().item(), (1 - later).sqrt().item()
         noise_x, noise_eps = (0.0, 1.0) if prediction == "epsilon" else (sigma, alpha)
@@ -342,9 +377,8 @@ def test_ddim_is_one_call(each_backend: str, prediction: str, clip: float | None
             numbers = {"a": numbers["a"] + alpha2 * pred_x, "b": numbers["b"] + alpha2 * pred_eps}
         else:
             numbers |= {"c": alpha2, "pred_x": pred_x, "pred_eps": pred_eps, "clip": clip}
-        actual = value_and_grads(lambda x, eps: functional.sampler_step(x, eps, **numbers), (x, eps))  # noqa: B023
-        expected = value_and_grads(
-            lambda x, eps: scheduler.step(eps, t, x, use_clipped_model_output=clipped_output).prev_sample, (x, eps)  # noqa: B023
-        )
+        ours = partial(functional.sampler_step, **numbers)
+        theirs = partial(ddim_step, scheduler, t, clipped_output)
+        actual, expected = value_and_grads(ours, (x, eps)), value_and_grads(theirs, (x, eps))
         for a, e in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
             assert rel_rms(a, e) < 2e-6

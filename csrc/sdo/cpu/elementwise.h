@@ -24,6 +24,7 @@ void for_each_vector(const Operands& operands, const Body& body) {
   const bool dense = walk.dense_rows();
 
   torch::stable::parallel_for(0, walk.numel, kGrain, [&](int64_t begin, int64_t end) {
+    const Body on_vectors = body;  // a local copy that no store can alias stays in registers
     T* at[kMaxOperands] = {};
     while (begin < end) {
       int64_t index = begin / row;
@@ -37,10 +38,10 @@ void for_each_vector(const Operands& operands, const Body& body) {
       int64_t done = 0;
       if (dense)
         for (; done + n <= count; done += n)
-          body([&](int k) { return simd::load(at[k] + done); }, [&](int k, V v) { simd::store(at[k] + done, v); });
+          on_vectors([&](int k) { return simd::load(at[k] + done); }, [&](int k, V v) { simd::store(at[k] + done, v); });
       for (; done < count; done += n) {
         const int left = static_cast<int>(std::min<int64_t>(n, count - done));
-        body(
+        on_vectors(
             [&](int k) {
               T lanes[n] = {};
               for (int i = 0; i < left; ++i) lanes[i] = at[k][(done + i) * walk.stride[0][k]];

@@ -16,8 +16,10 @@ void sampler_step(
   STD_TORCH_CHECK(count <= sdo::kMaxTerms, "expected at most ", sdo::kMaxTerms, " terms, got ", count);
   STD_TORCH_CHECK(scales.size() == terms.size(), "expected ", count, " scales, got ", scales.size());
   sdo::Operands operands;
-  const int at_out = operands.add(out, true), at_x = operands.add(x), at_cond = operands.add(cond);
-  const int at_uncond = operands.add(uncond), first = static_cast<int>(operands.tensors.size());
+  operands.add(out, true);
+  operands.add(x);
+  operands.add(cond);
+  operands.add(uncond);
   for (const Tensor& term : terms) operands.add(term);
 
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {
@@ -30,11 +32,11 @@ void sampler_step(
     sdo::with_flag(uncond.has_value(), [&](auto guided) {
       sdo::with_flag(clip.has_value(), [&](auto clipped) {
         sdo::for_each_vector<T>(operands, [=](const auto& load, const auto& store) {
-          auto eps = load(at_cond);
-          if constexpr (guided.value) eps = sdo::guide(load(at_uncond), eps, w);
-          auto next = update.template next<clipped.value>(load(at_x), eps);
-          for (int k = 0; k < count; ++k) next += scale[k] * load(first + k);
-          store(at_out, next);
+          auto eps = load(2);
+          if constexpr (guided.value) eps = sdo::guide(load(3), eps, w);
+          auto next = update.template next<clipped.value>(load(1), eps);
+          for (int k = 0; k < count; ++k) next += scale[k] * load((guided.value ? 4 : 3) + k);
+          store(0, next);
         });
       });
     });
