@@ -123,11 +123,12 @@ void load_centred(const Spectrum& g, const Tile& t, const float* spectrum, int64
   }
 }
 
-// How often each frequency of the half spectrum counts in the whole one.
-void multiplicity(const Spectrum& g, const Tile& t, float* alpha) {
+// How often each frequency of the half spectrum counts in the whole one, and the inverse.
+void multiplicity(const Spectrum& g, const Tile& t, float* alpha, float* inverse) {
   std::fill(alpha, alpha + kTile, 2.0f);
+  std::fill(inverse, inverse + kTile, 0.5f);
   for (int64_t edge : {int64_t{0}, g.width % 2 ? int64_t{0} : g.width / 2})
-    for (int64_t i = (edge - t.first % g.columns + g.columns) % g.columns; i < kTile; i += g.columns) alpha[i] = 1;
+    for (int64_t i = (edge - t.first % g.columns + g.columns) % g.columns; i < kTile; i += g.columns) alpha[i] = inverse[i] = 1;
 }
 
 void store_half(const Spectrum& g, const Tile& t, const float* tile, int64_t channels, float* spectrum) {
@@ -343,12 +344,12 @@ Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& 
 }
 
 struct BackwardBuffers {
-  float *in, *grad, *y, *grad_y, *grad_pre, *grad_in, *in_t, *y_t, *group, *alpha, *matrix, *out_weight;
+  float *in, *grad, *y, *grad_y, *grad_pre, *grad_in, *in_t, *y_t, *group, *alpha, *inverse, *matrix, *out_weight;
   BackwardBuffers(Cutter& k, int64_t d, int64_t c, int64_t e)
       : in(k.take(rows(2 * d + 2))), grad(k.take(rows(2 * e) + kGroup * kTile)), y(k.take(rows(2 * c) + kGroup * kTile)),
         grad_y(k.take(2 * c * kTile)), grad_pre(k.take(rows(4 * c))), grad_in(k.take(2 * d * kTile)),
         in_t(k.take(kTile * vectors(2 * d + 2))), y_t(k.take(kTile * vectors(c))), group(k.take(kTile * kGroup)),
-        alpha(k.take(kTile)), matrix(k.take(4 * c * vectors(2 * d + 2))), out_weight(k.take(e * vectors(c))) {}
+        alpha(k.take(kTile)), inverse(k.take(kTile)), matrix(k.take(4 * c * vectors(2 * d + 2))), out_weight(k.take(e * vectors(c))) {}
 };
 
 std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
@@ -372,7 +373,7 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
       const Tile t(g, index);
       load_mixed(g, t, data(spectrum), d, m.in);
       load(g, t, data(grad), e, e, m.grad);
-      multiplicity(g, t, m.alpha);
+      multiplicity(g, t, m.alpha, m.inverse);
       for (int64_t row = 0; row < 2 * e; ++row)
         for (int64_t i = 0; i < kTile; i += kFloats) {
           float* p = m.grad + row * kTile + i;
@@ -392,7 +393,7 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
           for (int i = 0; i < kRows && row + i < 2 * d; ++i)
             for (int v = 0; v < vs; ++v) {
               const int64_t at = column + v * kFloats;
-              simd::store(m.grad_in + (row + i) * kTile + at, sum[i][v] / simd::load(m.alpha + at));
+              simd::store(m.grad_in + (row + i) * kTile + at, sum[i][v] * simd::load(m.inverse + at));
             }
         });
         if (packed)
@@ -445,9 +446,9 @@ Tensor spectrum_moments(const Tensor& spectrum) {
 }
 
 struct MomentGradBuffers {
-  float *in, *grad, *alpha;
+  float *in, *grad, *alpha, *inverse;
   MomentGradBuffers(Cutter& k, int64_t d, int64_t, int64_t)
-      : in(k.take((2 * d + 2) * kTile)), grad(k.take(2 * d * kTile)), alpha(k.take(kTile)) {}
+      : in(k.take((2 * d + 2) * kTile)), grad(k.take(2 * d * kTile)), alpha(k.take(kTile)), inverse(k.take(kTile)) {}
 };
 
 // The spectrum's gradient `grad` plus what comes through its moments, in pairs.
@@ -468,7 +469,7 @@ Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, con
       const Tile t(g, index);
       load_centred(g, t, data(spectrum), d, m.in);
       load(g, t, data(grad), d, d, m.grad);
-      multiplicity(g, t, m.alpha);
+      multiplicity(g, t, m.alpha, m.inverse);
       for (int r = 0; r < 2; ++r)
         parts[r].apply(t.count, m.in + r * n * kTile, [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
           constexpr int vs = sizeof(sum[0]) / sizeof(VecF);
@@ -476,7 +477,7 @@ Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, con
             for (int v = 0; v < vs; ++v) {
               const int64_t at = column + v * kFloats;
               float* p = m.grad + (r * d + row + i) * kTile + at;
-              simd::store(p, simd::load(p) + sum[i][v] / simd::load(m.alpha + at));
+              simd::store(p, simd::load(p) + sum[i][v] * simd::load(m.inverse + at));
             }
         });
       pairs.store(t, m.grad);
