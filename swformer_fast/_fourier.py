@@ -66,6 +66,8 @@ def batch_statistics(
 
 
 def _factor(
+    eps: float,
+    side: float,
     in_weight: Tensor,
     in_bias: Tensor,
     mean: Tensor,
@@ -74,8 +76,6 @@ def _factor(
     shift: Tensor,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
-    side: float,
 ) -> Tensor:
     """One factor's half of the matrix, (2, C, 2, D + 1)."""
     channels = in_bias.shape[0]
@@ -90,29 +90,28 @@ def _factor(
 
 
 def _compose(
-    parameters: Sequence[Tensor | None],
-    moments: Tensor | None,
-    zero: Tensor | None,
+    eps: float,
     side: float,
     count: int,
-    eps: float,
-) -> tuple[Tensor, list[Tensor]]:
+    parameters: Sequence[Any],
+    moments: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> tuple[Tensor, list[Any]]:
     """The matrix, (4 * C, 2 * (D + 1)), and the statistics in use: gate mean, variance, value mean, variance."""
     in_weight, in_bias, *rest = parameters
-    assert in_weight is not None
-    assert in_bias is not None
     statistics = [rest[0], rest[1], rest[6], rest[7]]
     if moments is not None and zero is not None:
         mean, variance = batch_statistics(in_weight.double(), in_bias.double(), moments, zero, side, count)
         statistics = [part for pair in zip(mean.chunk(2), variance.chunk(2), strict=True) for part in pair]
+    in_weights, in_biases = in_weight.chunk(2), in_bias.chunk(2)
     factors = [
-        _factor(w, b, *statistics[2 * i : 2 * i + 2], *rest[6 * i + 2 : 6 * i + 6], eps, side)
-        for i, (w, b) in enumerate(zip(in_weight.chunk(2), in_bias.chunk(2), strict=True))
+        _factor(eps, side, in_weights[i], in_biases[i], *statistics[2 * i : 2 * i + 2], *rest[6 * i + 2 : 6 * i + 6])
+        for i in range(2)
     ]
     return torch.cat(factors).flatten(2).flatten(0, 1), statistics
 
 
-def _float(parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _float(parameters: Sequence[Any]) -> list[Any]:
     """In fp32, convolutions' weights as matrices."""
     return [
         None if p is None else p.detach().float().flatten(1) if p.dim() == 4 else p.detach().float() for p in parameters
@@ -132,7 +131,7 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
     moments = kernels.spectrum_moments(z) if own_statistics else None
     zero = z[:, :, 0, 0, 0].double() if own_statistics else None
-    matrix, statistics = _compose(_float(parameters), moments, zero, side, count, eps)
+    matrix, statistics = _compose(eps, side, count, _float(parameters), moments, zero)
     weight = out_weight.flatten(1).float().contiguous()
     mixed = kernels.spectrum_mix(z, matrix.contiguous(), weight, width)
     del z
@@ -144,10 +143,9 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     return y, moments, table.to(parameters[4].dtype)
 
 
-def no_statistics(x: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def no_statistics(x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """The moments and statistics that `fourier_mix` returns where there are none: empty, or 0 for an empty batch."""
     scale = parameters[4]
-    assert scale is not None
     own, dim = parameters[2] is None, x.shape[1]
     moments = torch.zeros((2, dim, dim + 1) if own else (0,), dtype=torch.float64, device=x.device)
     return moments, torch.zeros((4, scale.shape[0]) if own else (0,), dtype=scale.dtype, device=x.device)
@@ -174,7 +172,7 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
         leaves += [moments.detach(), z[:, :, 0, 0, 0].double()]
     for leaf in leaves:
         leaf.requires_grad_()
-    matrix, _ = _compose(terms, *(leaves[-2:] if own_statistics else (None, None)), side, count, eps)
+    matrix, _ = _compose(eps, side, count, terms, *(leaves[-2:] if own_statistics else ()))
     weight = parameters[-2].detach().flatten(1).float().contiguous()
     grad_z, grad_matrix, grad_weight = kernels.spectrum_mix_backward(
         grad_mixed,
