@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +31,10 @@ class Op:
     reference: Callable[..., Any]
     limits: Callable[..., str | None]
     """limits(backend, *args): why that backend cannot take these arguments, or None."""
+    kernel: str = ""
+    """What the backends' kernel is called, where not like the op."""
+    compose: Callable[..., Any] | None = None
+    """compose(kernels, *args): the op on a backend's kernels, where these are not the op itself."""
 
 
 OPS: dict[str, Op] = {}
@@ -76,11 +80,10 @@ def _kernels(family: str) -> ModuleType:
 
 
 def _implementation(op: Op, backend: str) -> Callable[..., Any]:
-    if backend == "cpp":
-        return getattr(torch.ops._swformer_fast, op.name)
-    if backend == "triton":
-        return getattr(_kernels(op.family), op.name)
-    return op.reference
+    if backend == "reference":
+        return op.reference
+    kernels = torch.ops._swformer_fast if backend == "cpp" else _kernels(op.family)
+    return getattr(kernels, op.name) if op.compose is None else partial(op.compose, kernels)
 
 
 def _problem(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
@@ -92,7 +95,7 @@ def _problem(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
         if device != "cpu":
             return f"the tensors are on {device}, not on the CPU"
         reason = _extension()
-        if reason is None and not hasattr(torch.ops._swformer_fast, op.name):
+        if reason is None and not hasattr(torch.ops._swformer_fast, op.kernel or op.name):
             reason = f"{op.name} has no C++ kernel"
     else:
         reason = _triton_problem()

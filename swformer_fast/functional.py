@@ -249,6 +249,8 @@ def fourier_mix(
         TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image; in training, one value per
             channel (B = H = W = 1).
 
+    Backward recomputes everything from x. Falls back to the reference for float64.
+
     Source: SWFormer (arXiv 2505.05504), Fourier branch; the interleaved layout is that of the authors' SFHformer.
     """
     _check_image("x", x)
@@ -274,22 +276,36 @@ def fourier_mix(
         for part, tensor in zip(("running_mean", "running_var", "weight", "bias"), state, strict=True):
             if tensor is not None:
                 _check_parameter(f"{name} {part}", tensor, (wide,), x)
-    return reference.fourier_mix(
-        _autocast(x),
+            elif not part.startswith("running"):
+                raise TypeError(f"{name} {part} must be a torch.Tensor, got None")
+    if len({t is None for t in (*gate_bn[:2], *value_bn[:2])}) == 2:
+        raise ValueError("gate_bn and value_bn must both have running statistics, or neither")
+    batch_statistics = training or gate_bn[0] is None
+    if batch_statistics and x.shape[0] * x.shape[2] * (x.shape[3] // 2 + 1) == 1:
+        raise ValueError(f"x must have more than 1 value per channel to be normalised, got shape {tuple(x.shape)}")
+    none = (None, None)
+    y, _, statistics = torch.ops.swformer_fast.fourier_mix(
+        x,
         in_weight,
         in_bias,
-        gate_bn,
+        *(none if batch_statistics else gate_bn[:2]),
+        *gate_bn[2:],
         gate_weight,
         gate_bias,
-        value_bn,
+        *(none if batch_statistics else value_bn[:2]),
+        *value_bn[2:],
         value_weight,
         value_bias,
         out_weight,
         out_bias,
-        training,
-        momentum,
         eps,
     )
+    if training and x.shape[0]:
+        with torch.no_grad():
+            for running, batch in zip((*gate_bn[:2], *value_bn[:2]), statistics.unbind(), strict=True):
+                if running is not None:
+                    running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
+    return y
 
 
 def multiscale_ffn(

@@ -6,13 +6,14 @@ gradient (double backward) is taken through the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _fourier, reference
 from .backend import OPS, Op, run
 
 NAMESPACE = "swformer_fast"
@@ -43,15 +44,21 @@ def _format(like: Tensor, x: Tensor) -> Tensor:
     )
 
 
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _define(
     schema: str,
     family: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     limits: Callable[..., str | None],
+    kernel: str = "",
+    compose: Callable[..., Any] | None = None,
 ) -> None:
     name = schema.split("(")[0]
-    op = OPS[name] = Op(name, family, reference, limits)
+    op = OPS[name] = Op(name, family, reference, limits, kernel, compose)
     _LIB.define(schema, tags=_TAGS)
     _LIB.impl(name, lambda *args: run(op, args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
@@ -73,20 +80,32 @@ def _cast_input_under_autocast(name: str) -> None:
         _LIB.impl(name, kernel(device), f"Autocast{device.upper()}")
 
 
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Kernels of ops run below autograd; inside, autograd records."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
+        yield
+
+
 def _define_differentiable(
     schema: str,
     backward_arguments: str,
     family: str,
-    reference: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
     limits: Callable[..., str | None],
     groups: Sequence[int],
+    kept: Sequence[str] = (),
+    kernels: tuple[str, Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> None:
-    """An op with one output, its op `NAME_backward(grad, *inputs, *flags)` and the gradients of both.
+    """An op, its op `NAME_backward(grad, *kept, *inputs, *flags)` and the gradients of both.
 
     groups: for each input the flag (its place among `backward_arguments`) that asks for the gradient, -1 for inputs
     that have none. The backward op returns one gradient for each differentiable input, in order; what its flag does
-    not ask for is empty.
+    not ask for is empty. Only the first of several outputs is differentiable; `kept` names those after it that the
+    backward op takes. kernels: the name of a kernel that a backend must have, and the two ops composed of its kernels,
+    called as (kernels, *arguments), the backward where autograd records; by default the ops are kernels themselves.
     """
     name, rest = schema.split("(", 1)
     inputs_schema = rest.rsplit(") ->", 1)[0]
@@ -94,7 +113,7 @@ def _define_differentiable(
     places = [i for i, group in enumerate(groups) if group >= 0]
 
     def gradients(grad: Tensor, inputs: Sequence[Any], wanted: Sequence[int], create_graph: bool) -> dict[int, Tensor]:
-        output = reference(*inputs)
+        output = _first(reference(*inputs))
         tensors = [inputs[i] for i in wanted]
         grads = torch.autograd.grad(
             output, tensors, grad.to(output.dtype), create_graph=create_graph, allow_unused=True
@@ -102,35 +121,55 @@ def _define_differentiable(
         return {i: torch.zeros_like(t) if g is None else g for i, t, g in zip(wanted, tensors, grads, strict=True)}
 
     def reference_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        args = args[len(kept) :]
         flags = args[count:]
         wanted = [i for i in places if flags[groups[i]] and args[i] is not None]
-        # Kernels of ops run below autograd; this one differentiates.
-        included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
+        with _autograd():
             inputs = [args[i].detach().requires_grad_() if i in wanted else args[i] for i in range(count)]
             grads = gradients(grad, inputs, wanted, False) if wanted else {}
         return tuple(_format(args[i], grads[i]) if i in grads else grad.new_empty(0) for i in places)
 
     def fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        args = args[len(kept) :]
         flags = args[count:]
         return tuple(
             _empty(args[i], *args[i].shape) if flags[groups[i]] and args[i] is not None else grad.new_empty(0)
             for i in places
         )
 
-    _define(schema, family, lambda *args: _format(args[0], reference(*args)), fake, limits)
+    def formatted(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result, like = implementation(*args), args[-count]
+            return (_format(like, result[0]), *result[1:]) if isinstance(result, tuple) else _format(like, result)
+
+        return call
+
+    def composed_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(kernels: Any, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+            with _autograd():
+                grads = backward(kernels, grad, *args)
+            inputs = args[len(kept) :]
+            return tuple(_format(inputs[i], g) for i, g in zip(places, grads, strict=True))
+
+        return call
+
+    kernel, composed, composed_back = kernels or ("", None, None)
+    _define(schema, family, formatted(reference), fake, limits, kernel, composed and formatted(composed))
     outputs = ", ".join("Tensor" for _ in places)
+    kept_schema = "".join(f"Tensor {k}, " for k in kept)
     _define(
-        f"{name}_backward(Tensor grad, {inputs_schema}, {backward_arguments}) -> ({outputs})",
+        f"{name}_backward(Tensor grad, {kept_schema}{inputs_schema}, {backward_arguments}) -> ({outputs})",
         family,
         reference_backward,
         fake_backward,
-        lambda backend, grad, *args: limits(backend, *args[:count]),
+        lambda backend, grad, *args: limits(backend, *args[len(kept) :][:count]),
+        kernel,
+        composed_back and composed_backward(composed_back),
     )
     backward_op = getattr(torch.ops.swformer_fast, f"{name}_backward")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(inputs[i] for i in places))
+        ctx.save_for_backward(*(output[1 + i] for i in range(len(kept))), *(inputs[i] for i in places))
         ctx.constants = [None if i in places else inputs[i] for i in range(count)]
 
     def restore(ctx: Any, saved: Sequence[Any]) -> list[Any]:
@@ -139,19 +178,21 @@ def _define_differentiable(
             inputs[i] = tensor
         return inputs
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
-        grads = backward_op(grad, *restore(ctx, ctx.saved_tensors), *flags)
+        state, saved = ctx.saved_tensors[: len(kept)], ctx.saved_tensors[len(kept) :]
+        grads = backward_op(grad, *state, *restore(ctx, saved), *flags)
         result: list[Any] = [None] * count
         for i, g in zip(places, grads, strict=True):
             result[i] = g if needs[i] else None
         return tuple(result)
 
     def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[0], *(inputs[1 + i] for i in places))
-        ctx.constants = [None if i in places else inputs[1 + i] for i in range(count)]
-        ctx.flags = inputs[1 + count :]
+        grad, inputs = inputs[0], inputs[1 + len(kept) :]
+        ctx.save_for_backward(grad, *(inputs[i] for i in places))
+        ctx.constants = [None if i in places else inputs[i] for i in range(count)]
+        ctx.flags = inputs[count:]
 
     def double_backward(ctx: Any, *grad_grads: Tensor) -> tuple[Any, ...]:
         create_graph = torch.is_grad_enabled()
@@ -172,10 +213,10 @@ def _define_differentiable(
             )
         found = iter(second)
         ordered = [None if t is None else next(found) for t in alive]
-        result: list[Any] = [None] * (1 + count + len(ctx.flags))
+        result: list[Any] = [None] * (1 + len(kept) + count + len(ctx.flags))
         result[0] = ordered[0]
         for i, g in zip(places, ordered[1:], strict=True):
-            result[1 + i] = g
+            result[1 + len(kept) + i] = g
         return tuple(result)
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_LIB)
@@ -227,4 +268,62 @@ _define_differentiable(
     lambda x0, x1, x2, weight, bias, residual: _empty(x0, x0.shape[0], weight.shape[1], *x0.shape[2:]),
     _pointwise_limits,
     groups=(0, 0, 0, 1, 1, 2),
+)
+
+# fourier --------------------------------------------------------------------------------------------------------------
+
+
+def _fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    in_weight, in_bias, *norms, out_weight, out_bias, eps = arguments
+    own_statistics = norms[0] is None
+    moments, statistics = _fourier.no_statistics(x, arguments[:-1])
+    bns, convolutions = [], []
+    for i, (mean, variance, scale, shift, weight, bias) in enumerate((norms[:6], norms[6:])):
+        # With momentum 1 the running statistics become the batch's.
+        running = tuple(statistics[2 * i : 2 * i + 2].unbind()) if own_statistics else (mean, variance)
+        bns.append((*running, scale, shift))
+        convolutions.append((weight, bias))
+    y = reference.fourier_mix(
+        x,
+        in_weight,
+        in_bias,
+        bns[0],
+        *convolutions[0],
+        bns[1],
+        *convolutions[1],
+        out_weight,
+        out_bias,
+        own_statistics,
+        1.0,
+        eps,
+    )
+    if own_statistics and x.shape[0]:
+        parts = _fourier.spectrum(x.detach()).double().permute(4, 1, 0, 2, 3)
+        parts = torch.cat((parts, torch.ones_like(parts[:, :1])), 1)
+        parts[..., 0, 0] = 0
+        parts = parts.flatten(2)
+        moments = parts[:, :-1] @ parts.mT
+    return y, moments, statistics
+
+
+def _fourier_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = _empty(x, x.shape[0], arguments[-3].shape[0], x.shape[2], x.shape[3])
+    return y, *_fourier.no_statistics(x, arguments[:-1])
+
+
+_define_differentiable(
+    "fourier_mix(Tensor x, Tensor in_weight, Tensor in_bias,"
+    " Tensor? gate_mean, Tensor? gate_variance, Tensor gate_scale, Tensor gate_shift,"
+    " Tensor gate_weight, Tensor gate_bias,"
+    " Tensor? value_mean, Tensor? value_variance, Tensor value_scale, Tensor value_shift,"
+    " Tensor value_weight, Tensor value_bias,"
+    " Tensor out_weight, Tensor out_bias, float eps) -> (Tensor y, Tensor moments, Tensor statistics)",
+    "bool need_x, bool need_parameters",
+    "fourier",
+    _fourier_mix,
+    _fourier_fake,
+    lambda backend, x, *args: "the kernels take no float64" if x.dtype == torch.float64 else None,
+    groups=(0, 1, 1, -1, -1, 1, 1, 1, 1, -1, -1, 1, 1, 1, 1, 1, 1, -1),
+    kept=("moments",),
+    kernels=("spectrum_mix", _fourier.mix, _fourier.mix_backward),
 )

@@ -117,6 +117,10 @@ inline void interleave(V even, V odd, V& a, V& b, std::index_sequence<I...>) {
   a = __builtin_shufflevector(even, odd, (I / 2 + (I % 2) * n)...);
   b = __builtin_shufflevector(even, odd, (n / 2 + I / 2 + (I % 2) * n)...);
 }
+template <class V, size_t... I>
+inline V reverse(V v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, (sizeof...(I) - 1 - I)...);
+}
 template <class V>
 using Indices = std::make_index_sequence<sizeof(V) / sizeof(std::declval<V>()[0])>;
 }  // namespace detail
@@ -125,6 +129,10 @@ using Indices = std::make_index_sequence<sizeof(V) / sizeof(std::declval<V>()[0]
 template <class V>
 inline void deinterleave(V a, V b, V& even, V& odd) {
   detail::deinterleave(a, b, even, odd, detail::Indices<V>{});
+}
+template <class V>
+inline V reverse(V v) {
+  return detail::reverse(v, detail::Indices<V>{});
 }
 template <class V>
 inline void interleave(V even, V odd, V& a, V& b) {

@@ -1,0 +1,541 @@
+// The Fourier branch between its two transforms. Spectra are (B, channels, H, W / 2 + 1) complex numbers; the work goes by tiles of
+// frequencies, held as rows of real parts and rows of imaginary parts.
+//
+// A tile's input rows are, for each part r (real, imaginary), the channels and one more row: 1 (r = 0), or 1 in the zero frequency
+// and else 0 (r = 1). With s for such a column, `matrix` (2, 2, C, 2, D + 1) gives the pre-activations (gate, value) of all output
+// parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is out_weight y.
+//
+// Results are packed in pairs of channels: the inverse transform of a pair's y1 + i y2, each made Hermitian, is one complex
+// transform with the image of channel 1 as its real and that of channel 2 as its imaginary part.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "gelu.h"
+#include "gemm.h"
+#include "tensor.h"
+
+namespace {
+
+using gemm::kRows;
+using simd::kFloats;
+using simd::VecF;
+using tensor::Tensor;
+
+constexpr int64_t kTile = 192;
+constexpr int64_t kTilesPerFlush = 4;  // float sums stay this short before they are added up in double
+constexpr int64_t kMaxTasks = 16, kMaxPartialBytes = int64_t{1} << 24;
+constexpr int kHalf = kRows / 2;
+constexpr int64_t kGroup = std::max<int64_t>(kRows, kFloats);
+
+template <class T>
+T* scratch(int64_t count) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t capacity = 0;
+  const int64_t bytes = gemm::round_up(count * sizeof(T), 64);
+  if (bytes > capacity) {
+    memory.reset();
+    memory.reset(std::aligned_alloc(64, bytes));
+    STD_TORCH_CHECK(memory != nullptr, "fourier_mix: out of memory for ", bytes, " bytes");
+    capacity = bytes;
+  }
+  return static_cast<T*>(memory.get());
+}
+
+// Cuts a workspace into buffers: first with no memory to count, then with it.
+struct Cutter {
+  float* base = nullptr;
+  int64_t used = 0;
+  float* take(int64_t count) {
+    float* p = base ? base + used : nullptr;
+    used += gemm::round_up(count, 16);
+    return p;
+  }
+};
+template <class Buffers>
+Buffers buffers(int64_t a, int64_t b = 0, int64_t c = 0) {
+  Cutter cutter;
+  Buffers(cutter, a, b, c);
+  cutter = {scratch<float>(cutter.used)};
+  return Buffers(cutter, a, b, c);
+}
+int64_t rows(int64_t count) { return gemm::round_up(count, kGroup) * kTile; }  // what `transpose` may read
+int64_t vectors(int64_t count) { return gemm::round_up(count, kFloats); }
+
+struct Spectrum {
+  int64_t batch, height, width, columns, frequencies, tiles;
+  Spectrum(const Tensor& spectrum, int64_t width)
+      : batch(spectrum.size(0)), height(spectrum.size(2)), width(width), columns(spectrum.size(3)), frequencies(height * columns),
+        tiles((frequencies + kTile - 1) / kTile) {}
+};
+
+struct Tile {
+  int64_t image, first, count;
+  Tile(const Spectrum& g, int64_t index)
+      : image(index / g.tiles), first(index % g.tiles * kTile), count(std::min(kTile, g.frequencies - first)) {}
+  bool zero_frequency() const { return first == 0; }
+};
+
+const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+// Real parts of the channels to rows from `tile`, imaginary parts to rows from `tile + part * kTile`.
+void load(const Spectrum& g, const Tile& t, const float* spectrum, int64_t channels, int64_t part, float* tile) {
+  const int64_t end = vectors(t.count);
+  for (int64_t c = 0; c < channels; ++c) {
+    const float* in = spectrum + ((t.image * channels + c) * g.frequencies + t.first) * 2;
+    float *re = tile + c * kTile, *im = re + part * kTile;
+    int64_t i = 0;
+    for (; i + kFloats <= t.count; i += kFloats) {
+      VecF a, b;
+      simd::deinterleave(simd::load(in + 2 * i), simd::load(in + 2 * i + kFloats), a, b);
+      simd::store(re + i, a);
+      simd::store(im + i, b);
+    }
+    for (; i < t.count; ++i) {
+      re[i] = in[2 * i];
+      im[i] = in[2 * i + 1];
+    }
+    for (; i < end; ++i) re[i] = im[i] = 0;
+  }
+}
+
+// The tile's input rows with the constant row and the row of the zero frequency.
+void load_mixed(const Spectrum& g, const Tile& t, const float* spectrum, int64_t channels, float* tile) {
+  load(g, t, spectrum, channels, channels + 1, tile);
+  float *constant = tile + channels * kTile, *zero_frequency = constant + (channels + 1) * kTile;
+  for (int64_t i = 0; i < kTile; ++i) {
+    constant[i] = i < t.count;
+    zero_frequency[i] = i == 0 && t.zero_frequency();
+  }
+}
+
+// The tile's input rows without the zero frequency; both further rows are 1 elsewhere.
+void load_centred(const Spectrum& g, const Tile& t, const float* spectrum, int64_t channels, float* tile) {
+  load(g, t, spectrum, channels, channels + 1, tile);
+  for (int r = 0; r < 2; ++r) {
+    float* part = tile + r * (channels + 1) * kTile;
+    for (int64_t i = 0; i < kTile; ++i) part[channels * kTile + i] = i < t.count;
+    if (t.zero_frequency())
+      for (int64_t c = 0; c <= channels; ++c) part[c * kTile] = 0;
+  }
+}
+
+// How often each frequency of the half spectrum counts in the whole one, and the inverse.
+void multiplicity(const Spectrum& g, const Tile& t, float* alpha, float* inverse) {
+  std::fill(alpha, alpha + kTile, 2.0f);
+  std::fill(inverse, inverse + kTile, 0.5f);
+  for (int64_t edge : {int64_t{0}, g.width % 2 ? int64_t{0} : g.width / 2})
+    for (int64_t i = (edge - t.first % g.columns + g.columns) % g.columns; i < kTile; i += g.columns) alpha[i] = inverse[i] = 1;
+}
+
+void store_half(const Spectrum& g, const Tile& t, const float* tile, int64_t channels, float* spectrum) {
+  for (int64_t c = 0; c < channels; ++c) {
+    float* out = spectrum + ((t.image * channels + c) * g.frequencies + t.first) * 2;
+    const float *re = tile + c * kTile, *im = re + channels * kTile;
+    int64_t i = 0;
+    for (; i + kFloats <= t.count; i += kFloats) {
+      VecF a, b;
+      simd::interleave(simd::load(re + i), simd::load(im + i), a, b);
+      simd::store(out + 2 * i, a);
+      simd::store(out + 2 * i + kFloats, b);
+    }
+    for (; i < t.count; ++i) {
+      out[2 * i] = re[i];
+      out[2 * i + 1] = im[i];
+    }
+  }
+}
+
+// Pairs of channels on the whole spectrum, (B, ceil(channels / 2), H, W) complex numbers.
+class Pairs {
+ public:
+  Pairs(const Tensor& like, const Spectrum& g, int64_t channels)
+      : result(tensor::empty(like, {g.batch, (channels + 1) / 2, g.height, g.width, 2})), g_(g), channels_(channels),
+        edge_(g.batch * channels * g.height * 4), zeros_(kTile), out_(static_cast<float*>(result.mutable_data_ptr())) {}
+
+  // All but the columns that are their own mirror images (the first and Nyquist's), which are put aside.
+  void store(const Tile& t, const float* tile) {
+    const int64_t half = (g_.width + 1) / 2;
+    for (int64_t first = 0; first < t.count;) {
+      const int64_t h = (t.first + first) / g_.columns, w = (t.first + first) % g_.columns;
+      const int64_t count = std::min(t.count - first, g_.columns - w), mirror = (g_.height - h) % g_.height;
+      const int64_t begin = std::max<int64_t>(w, 1), end = std::min(w + count, half);
+      for (int64_t c = 0; c < channels_; c += 2) {
+        const float *re1 = tile + c * kTile + first - w, *im1 = re1 + channels_ * kTile;
+        const bool single = c + 1 == channels_;
+        const float *re2 = single ? zeros_.data() + first - w : re1 + kTile, *im2 = single ? re2 : im1 + kTile;
+        float* plane = out_ + (t.image * ((channels_ + 1) / 2) + c / 2) * g_.height * g_.width * 2;
+        float *row = plane + h * g_.width * 2, *mirrored = plane + mirror * g_.width * 2;
+        int64_t j = begin;
+        for (; j + kFloats <= end; j += kFloats) {
+          const VecF a = simd::load(re1 + j), b = simd::load(im1 + j), c2 = simd::load(re2 + j), d = simd::load(im2 + j);
+          VecF low, high;
+          simd::interleave(a - d, b + c2, low, high);
+          simd::store(row + 2 * j, low);
+          simd::store(row + 2 * j + kFloats, high);
+          simd::interleave(simd::reverse(a + d), simd::reverse(c2 - b), low, high);
+          float* back = mirrored + 2 * (g_.width - j - kFloats + 1);
+          simd::store(back, low);
+          simd::store(back + kFloats, high);
+        }
+        for (; j < end; ++j) {
+          row[2 * j] = re1[j] - im2[j];
+          row[2 * j + 1] = im1[j] + re2[j];
+          mirrored[2 * (g_.width - j)] = re1[j] + im2[j];
+          mirrored[2 * (g_.width - j) + 1] = re2[j] - im1[j];
+        }
+        for (int64_t k = 0; k < 2; ++k) {
+          const int64_t column = k * (g_.width / 2);
+          if (column < w || column >= w + count || (k && g_.width % 2)) continue;
+          float* edge = edge_.data() + (((t.image * channels_ + c) * 2 + k) * g_.height + h) * 2;
+          edge[0] = re1[column];
+          edge[1] = im1[column];
+          if (!single) {
+            edge[4 * g_.height] = re2[column];
+            edge[4 * g_.height + 1] = im2[column];
+          }
+        }
+      }
+      first += count;
+    }
+  }
+
+  // Fills those columns with their Hermitian parts, which is all that the inverse transform to real numbers sees of them.
+  void finish() {
+    const int64_t pairs = (channels_ + 1) / 2, edges = g_.width % 2 ? 1 : 2;
+    for (int64_t i = 0; i < g_.batch * pairs; ++i)
+      for (int64_t k = 0; k < edges; ++k) {
+        const int64_t c = i % pairs * 2;
+        const float* first = edge_.data() + ((i / pairs * channels_ + c) * 2 + k) * g_.height * 2;
+        const float* second = c + 1 == channels_ ? nullptr : first + 4 * g_.height;
+        for (int64_t h = 0; h < g_.height; ++h) {
+          const int64_t mirror = (g_.height - h) % g_.height;
+          auto re = [&](const float* y) { return y ? 0.5f * (y[2 * h] + y[2 * mirror]) : 0.0f; };
+          auto im = [&](const float* y) { return y ? 0.5f * (y[2 * h + 1] - y[2 * mirror + 1]) : 0.0f; };
+          float* out = out_ + ((i * g_.height + h) * g_.width + k * (g_.width / 2)) * 2;
+          out[0] = re(first) - im(second);
+          out[1] = im(first) + re(second);
+        }
+      }
+  }
+
+  Tensor result;
+
+ private:
+  const Spectrum g_;
+  int64_t channels_;
+  std::vector<float> edge_, zeros_;
+  float* out_;
+};
+
+// The two factors of the gate share their register blocks: kHalf rows of the gate, then the same rows of the value.
+struct Gate {
+  int64_t outputs, inputs;  // rows of y (2 C), rows of a tile (2 (D + 1))
+  std::vector<float> panels;
+  explicit Gate(const Tensor& matrix)
+      : outputs(matrix.size(0) / 2), inputs(matrix.size(1)), panels((outputs + kHalf - 1) / kHalf * kRows * inputs) {
+    const float* m = data(matrix);
+    float* out = panels.data();
+    for (int64_t first = 0; first < outputs; first += kHalf)
+      for (int64_t j = 0; j < inputs; ++j)
+        for (int64_t i = 0; i < kRows; ++i, ++out) {
+          const int64_t row = first + i % kHalf;
+          *out = row < outputs ? m[(i / kHalf * outputs + row) * inputs + j] : 0;
+        }
+  }
+
+  // use(offset, gate, value): a vector of the pre-activations, at `offset` of y's rows.
+  template <class Use>
+  void apply(int64_t count, const float* tile, Use&& use) const {
+    gemm::multiply((outputs + kHalf - 1) / kHalf * kRows, count, inputs, panels.data(), kRows * inputs, kRows, tile, kTile,
+                   [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
+                     constexpr int n = sizeof(sum[0]) / sizeof(VecF);
+                     for (int i = 0; i < kHalf && row / 2 + i < outputs; ++i)
+                       for (int v = 0; v < n; ++v) use((row / 2 + i) * kTile + column + v * kFloats, sum[i][v], sum[kHalf + i][v]);
+                   });
+  }
+};
+
+// A matrix on tiles, applied to each part's rows or to all.
+struct Linear {
+  int64_t m, k;
+  std::vector<float> panels;
+  template <class At>
+  Linear(int64_t m, int64_t k, At&& at) : m(m), k(k), panels(gemm::packed_size(m, k)) {
+    gemm::pack(m, k, panels.data(), at);
+  }
+  template <class Use>
+  void apply(int64_t count, const float* tile, Use&& use) const {
+    gemm::multiply(m, count, k, panels.data(), kRows * k, kRows, tile, kTile, use);
+  }
+  void apply(int64_t count, const float* tile, float* out) const { apply(count, tile, gemm::into<false>(out, kTile, m)); }
+};
+
+// sum += left right^T over the tile's columns; `right` comes transposed.
+void accumulate(
+    int64_t count, int64_t m, const float* left, int64_t n, const float* right, int64_t ldright, float* group, float* sum, int64_t ldsum) {
+  for (int64_t i = 0; i < m; i += kGroup) {
+    gemm::transpose(kGroup, count, left + i * kTile, kTile, group, kGroup);
+    const int64_t left_over = std::min(kGroup, m - i);
+    gemm::multiply(left_over, n, count, group, kRows, kGroup, right, ldright, gemm::into<true>(sum + i * ldsum, ldsum, left_over));
+  }
+}
+
+// Runs task(first tile, last tile, totals) for stretches of tiles that depend on the shape only; the sum of their totals in order.
+template <class Task>
+std::vector<double> reduce(int64_t tiles, int64_t size, Task&& task) {
+  const int64_t most = std::clamp<int64_t>(kMaxPartialBytes / (size * 8), 1, kMaxTasks);
+  const int64_t tasks = std::clamp<int64_t>((tiles + kTilesPerFlush - 1) / kTilesPerFlush, 1, most);
+  std::vector<double> partial(tasks * size);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i * tiles / tasks, (i + 1) * tiles / tasks, partial.data() + i * size);
+  });
+  for (int64_t i = 1; i < tasks; ++i)
+    for (int64_t j = 0; j < size; ++j) partial[j] += partial[i * size + j];
+  partial.resize(size);
+  return partial;
+}
+
+// totals += sums (m x n in rows of ld), and sums = 0.
+void flush(int64_t m, int64_t n, float* sums, int64_t ld, double* totals) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      totals[i * n + j] += sums[i * ld + j];
+      sums[i * ld + j] = 0;
+    }
+}
+
+Tensor to_tensor(const Tensor& like, std::initializer_list<int64_t> size, const double* values) {
+  Tensor out = tensor::empty(like, size, false, tensor::ScalarType::Double);
+  std::copy(values, values + out.numel(), static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
+struct MixBuffers {
+  float *in, *y, *out;
+  MixBuffers(Cutter& c, int64_t inputs, int64_t outputs, int64_t channels)
+      : in(c.take(inputs * kTile)), y(c.take(outputs * kTile)), out(c.take(2 * channels * kTile)) {}
+};
+
+Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t width) {
+  const Spectrum g(spectrum, width);
+  const int64_t d = spectrum.size(1), e = out_weight.size(0), c = out_weight.size(1);
+  const Gate gate(matrix);
+  const float* w = data(out_weight);
+  const Linear last(e, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
+  Pairs pairs(spectrum, g, e);
+  torch::stable::parallel_for(0, g.batch * g.tiles, 1, [&](int64_t begin, int64_t end) {
+    const auto m = buffers<MixBuffers>(gate.inputs, gate.outputs, e);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      load_mixed(g, t, data(spectrum), d, m.in);
+      gate.apply(t.count, m.in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
+        simd::store(m.y + at, simd::sigmoid(a) * simd::gelu(v));
+      });
+      for (int r = 0; r < 2; ++r) last.apply(t.count, m.y + r * c * kTile, m.out + r * e * kTile);
+      pairs.store(t, m.out);
+    }
+  });
+  pairs.finish();
+  return pairs.result;
+}
+
+struct BackwardBuffers {
+  float *in, *grad, *y, *grad_y, *grad_pre, *grad_in, *in_t, *y_t, *group, *alpha, *inverse, *matrix, *out_weight;
+  BackwardBuffers(Cutter& k, int64_t d, int64_t c, int64_t e)
+      : in(k.take(rows(2 * d + 2))), grad(k.take(rows(2 * e) + kGroup * kTile)), y(k.take(rows(2 * c) + kGroup * kTile)),
+        grad_y(k.take(2 * c * kTile)), grad_pre(k.take(rows(4 * c))), grad_in(k.take(2 * d * kTile)),
+        in_t(k.take(kTile * vectors(2 * d + 2))), y_t(k.take(kTile * vectors(c))), group(k.take(kTile * kGroup)),
+        alpha(k.take(kTile)), inverse(k.take(kTile)), matrix(k.take(4 * c * vectors(2 * d + 2))), out_weight(k.take(e * vectors(c))) {}
+};
+
+std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
+    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t width, bool packed,
+    bool need_spectrum, bool need_parameters) {
+  const Spectrum g(spectrum, width);
+  const int64_t d = spectrum.size(1), e = out_weight.size(0), c = out_weight.size(1), n = 2 * d + 2;
+  const Gate gate(matrix);
+  const float *w = data(out_weight), *mx = data(matrix);
+  const Linear last_t(c, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
+  const Linear matrix_t(2 * d, 4 * c, [&](int64_t i, int64_t j) { return mx[j * n + i + i / d]; });
+  Pairs pairs(spectrum, g, need_spectrum && packed ? d : 0);
+  Tensor half = need_spectrum && !packed ? tensor::empty(spectrum, {g.batch, d, g.height, g.columns, 2}) : pairs.result;
+  float* half_out = static_cast<float*>(half.mutable_data_ptr());
+
+  const auto totals = reduce(g.batch * g.tiles, 4 * c * n + e * c, [&](int64_t begin, int64_t end, double* total) {
+    const auto m = buffers<BackwardBuffers>(d, c, e);
+    std::fill(m.matrix, m.matrix + 4 * c * vectors(n), 0.0f);
+    std::fill(m.out_weight, m.out_weight + e * vectors(c), 0.0f);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      load_mixed(g, t, data(spectrum), d, m.in);
+      load(g, t, data(grad), e, e, m.grad);
+      multiplicity(g, t, m.alpha, m.inverse);
+      for (int64_t row = 0; row < 2 * e; ++row)
+        for (int64_t i = 0; i < kTile; i += kFloats) {
+          float* p = m.grad + row * kTile + i;
+          simd::store(p, simd::load(p) * simd::load(m.alpha + i));
+        }
+      for (int r = 0; r < 2; ++r) last_t.apply(t.count, m.grad + r * e * kTile, m.grad_y + r * c * kTile);
+      float* const grad_value = m.grad_pre + 2 * c * kTile;
+      gate.apply(t.count, m.in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
+        const VecF s = simd::sigmoid(a), u = simd::gelu(v), grad_y = simd::load(m.grad_y + at);
+        simd::store(m.y + at, s * u);
+        simd::store(m.grad_pre + at, grad_y * u * (s * (1.0f - s)));
+        simd::store(grad_value + at, grad_y * s * simd::gelu_derivative(v));
+      });
+      if (need_spectrum) {
+        matrix_t.apply(t.count, m.grad_pre, [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
+          constexpr int vs = sizeof(sum[0]) / sizeof(VecF);
+          for (int i = 0; i < kRows && row + i < 2 * d; ++i)
+            for (int v = 0; v < vs; ++v) {
+              const int64_t at = column + v * kFloats;
+              simd::store(m.grad_in + (row + i) * kTile + at, sum[i][v] * simd::load(m.inverse + at));
+            }
+        });
+        if (packed)
+          pairs.store(t, m.grad_in);
+        else
+          store_half(g, t, m.grad_in, d, half_out);
+      }
+      if (need_parameters) {
+        gemm::transpose(n, t.count, m.in, kTile, m.in_t, vectors(n));
+        accumulate(t.count, 4 * c, m.grad_pre, n, m.in_t, vectors(n), m.group, m.matrix, vectors(n));
+        for (int r = 0; r < 2; ++r) {
+          gemm::transpose(c, t.count, m.y + r * c * kTile, kTile, m.y_t, vectors(c));
+          accumulate(t.count, e, m.grad + r * e * kTile, c, m.y_t, vectors(c), m.group, m.out_weight, vectors(c));
+        }
+        if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) {
+          flush(4 * c, n, m.matrix, vectors(n), total);
+          flush(e, c, m.out_weight, vectors(c), total + 4 * c * n);
+        }
+      }
+    }
+  });
+  if (need_spectrum && packed) pairs.finish();
+  return {half, to_tensor(spectrum, {4 * c, n}, totals.data()), to_tensor(spectrum, {e, c}, totals.data() + 4 * c * n)};
+}
+
+struct MomentBuffers {
+  float *in, *in_t, *group, *sums;
+  MomentBuffers(Cutter& k, int64_t d, int64_t, int64_t)
+      : in(k.take(rows(2 * d + 2) + kGroup * kTile)), in_t(k.take(kTile * (vectors(2 * d + 2) + kFloats))),
+        group(k.take(kTile * kGroup)), sums(k.take(2 * d * vectors(d + 1))) {}
+};
+
+// Over all frequencies but zero: of each part, the channels' products with each other, and in the last column their sums.
+Tensor spectrum_moments(const Tensor& spectrum) {
+  const Spectrum g(spectrum, 0);
+  const int64_t d = spectrum.size(1), n = d + 1, ld = vectors(2 * n) + kFloats;
+  const auto totals = reduce(g.batch * g.tiles, 2 * d * n, [&](int64_t begin, int64_t end, double* total) {
+    const auto m = buffers<MomentBuffers>(d);
+    std::fill(m.sums, m.sums + 2 * d * vectors(n), 0.0f);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      load_centred(g, t, data(spectrum), d, m.in);
+      gemm::transpose(2 * n, t.count, m.in, kTile, m.in_t, ld);
+      for (int r = 0; r < 2; ++r)
+        accumulate(t.count, d, m.in + r * n * kTile, n, m.in_t + r * n, ld, m.group, m.sums + r * d * vectors(n), vectors(n));
+      if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) flush(2 * d, n, m.sums, vectors(n), total);
+    }
+  });
+  return to_tensor(spectrum, {2, d, n}, totals.data());
+}
+
+struct MomentGradBuffers {
+  float *in, *grad, *alpha, *inverse;
+  MomentGradBuffers(Cutter& k, int64_t d, int64_t, int64_t)
+      : in(k.take((2 * d + 2) * kTile)), grad(k.take(2 * d * kTile)), alpha(k.take(kTile)), inverse(k.take(kTile)) {}
+};
+
+// The spectrum's gradient `grad` plus what comes through its moments, in pairs.
+Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, const Tensor& grad_moments, int64_t width) {
+  const Spectrum g(spectrum, width);
+  const int64_t d = spectrum.size(1), n = d + 1;
+  const double* q = static_cast<const double*>(grad_moments.const_data_ptr());
+  std::vector<Linear> parts;
+  for (int r = 0; r < 2; ++r)
+    parts.emplace_back(d, n, [&](int64_t i, int64_t j) {
+      const double* part = q + r * d * n;
+      return static_cast<float>(part[i * n + j] + (j < d ? part[j * n + i] : 0.0));
+    });
+  Pairs pairs(spectrum, g, d);
+  torch::stable::parallel_for(0, g.batch * g.tiles, 1, [&](int64_t begin, int64_t end) {
+    const auto m = buffers<MomentGradBuffers>(d);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      load_centred(g, t, data(spectrum), d, m.in);
+      load(g, t, data(grad), d, d, m.grad);
+      multiplicity(g, t, m.alpha, m.inverse);
+      for (int r = 0; r < 2; ++r)
+        parts[r].apply(t.count, m.in + r * n * kTile, [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
+          constexpr int vs = sizeof(sum[0]) / sizeof(VecF);
+          for (int i = 0; i < kRows && row + i < d; ++i)
+            for (int v = 0; v < vs; ++v) {
+              const int64_t at = column + v * kFloats;
+              float* p = m.grad + (r * d + row + i) * kTile + at;
+              simd::store(p, simd::load(p) + sum[i][v] * simd::load(m.inverse + at));
+            }
+        });
+      pairs.store(t, m.grad);
+    }
+  });
+  pairs.finish();
+  return pairs.result;
+}
+
+// Images (B, pairs, H, W) of complex numbers to channels [first, first + 2 pairs) of `out`, plus the channels' biases.
+void unpack_pairs(const Tensor& images, const std::optional<Tensor>& bias, Tensor out, int64_t first) {
+  const int64_t pairs = images.size(1), plane = images.size(2) * images.size(3), channels = out.size(1);
+  const auto offset = bias ? tensor::read<float>(*bias) : std::vector<float>(channels);
+  const float* in = data(images);
+  tensor::dispatch(out.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if constexpr (!std::is_same_v<T, double>) {
+      T* result = static_cast<T*>(out.mutable_data_ptr());
+      torch::stable::parallel_for(0, images.size(0) * pairs, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+          const int64_t c = first + index % pairs * 2;
+          const bool single = c + 1 == channels;
+          const float* z = in + index * plane * 2;
+          T *even = result + (index / pairs * channels + c) * plane, *odd = even + plane;
+          const float a = offset[c], b = single ? 0 : offset[c + 1];
+          int64_t i = 0;
+          for (; i + kFloats <= plane; i += kFloats) {
+            VecF re, im;
+            simd::deinterleave(simd::load(z + 2 * i), simd::load(z + 2 * i + kFloats), re, im);
+            simd::store(even + i, re + a);
+            if (!single) simd::store(odd + i, im + b);
+          }
+          for (; i < plane; ++i) {
+            even[i] = static_cast<T>(z[2 * i] + a);
+            if (!single) odd[i] = static_cast<T>(z[2 * i + 1] + b);
+          }
+        }
+      });
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
+  m.def("spectrum_mix(Tensor spectrum, Tensor matrix, Tensor out_weight, int width) -> Tensor");
+  m.def(
+      "spectrum_mix_backward(Tensor grad, Tensor spectrum, Tensor matrix, Tensor out_weight, int width, bool packed,"
+      " bool need_spectrum, bool need_parameters) -> (Tensor, Tensor, Tensor)");
+  m.def("spectrum_moments(Tensor spectrum) -> Tensor");
+  m.def("spectrum_moments_backward(Tensor grad, Tensor spectrum, Tensor grad_moments, int width) -> Tensor");
+  m.def("unpack_pairs(Tensor images, Tensor? bias, Tensor(a!) out, int first) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
+  m.impl("spectrum_mix", TORCH_BOX(&spectrum_mix));
+  m.impl("spectrum_mix_backward", TORCH_BOX(&spectrum_mix_backward));
+  m.impl("spectrum_moments", TORCH_BOX(&spectrum_moments));
+  m.impl("spectrum_moments_backward", TORCH_BOX(&spectrum_moments_backward));
+  m.impl("unpack_pairs", TORCH_BOX(&unpack_pairs));
+}

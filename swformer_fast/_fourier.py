@@ -1,0 +1,200 @@
+"""The Fourier branch on kernels that mix spectra: transforms, algebra of the parameters, order of the steps.
+
+The first convolution, the normalisations and the second convolutions are linear up to the non-linearities, so they are
+one matrix on the spectrum of x itself; the last convolution commutes with the inverse transform. The kernels' matrix is
+(2, 2, C, 2, D + 1): factor (gate, value), part (real, imaginary) and channel of the output, part and channel of the
+input; at channel D of the input stand the constant (part 0) and what the zero frequency receives beside (part 1): a
+bias of the first convolution is a constant image.
+
+Statistics of a batch follow from the second moments of x's spectrum, in fp64. The zero frequency, far larger than the
+others unless x has mean 0, is kept out of the moments and enters by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 4 << 20
+"""The inverse transform runs on so many bytes at a time: its results stay in the cache until they are unpacked."""
+
+
+def spectrum(x: Tensor) -> Tensor:
+    """(B, D, H, W) -> (B, D, H, W // 2 + 1, 2), contiguous, of at least fp32."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return torch.view_as_real(torch.fft.rfft2(x.contiguous(), norm="ortho")).contiguous()
+
+
+def _image(kernels: Any, mixed: Tensor, bias: Tensor | None, like: Tensor, channels: int) -> Tensor:
+    """The inverse transform of what the kernels return, (B, channels, H, W), plus `bias`, in the dtype of `like`."""
+    batch, height, width = like.shape[0], like.shape[2], like.shape[3]
+    mixed = torch.view_as_complex(mixed)
+    if not hasattr(kernels, "unpack_pairs"):
+        y = torch.fft.irfft2(mixed, s=(height, width), norm="ortho")
+        return (y if bias is None else y + bias.view(-1, 1, 1)).to(like.dtype)
+    y = torch.empty(batch, channels, height, width, dtype=like.dtype, device=like.device)
+    step = max(1, CHUNK_BYTES // (8 * batch * height * width))
+    for first in range(0, mixed.shape[1], step):
+        images = torch.fft.ifft2(mixed[:, first : first + step], norm="ortho")
+        kernels.unpack_pairs(torch.view_as_real(images).contiguous(), bias, y, 2 * first)
+    return y
+
+
+def batch_statistics(
+    in_weight: Tensor, in_bias: Tensor, moments: Tensor, zero: Tensor, side: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of both factors' inputs, (4 * C,) each.
+
+    moments: (2, D, D + 1), of the real and imaginary parts of x's spectrum over all frequencies but zero: products of
+    the channels, and in the last column their sums. zero: (B, D), the zero frequency (it is real). side: sqrt(H * W).
+    count: values per channel.
+    """
+    batch, dim = zero.shape
+    others = max(count - batch, 1)
+    real = zero @ in_weight.T + in_bias * side
+    at_zero = torch.stack((real, torch.zeros_like(real)))
+    sums = moments[..., dim] @ in_weight.T
+    covariance = moments[..., :dim] - moments[..., dim].unsqueeze(2) * moments[..., dim].unsqueeze(1) / others
+    spread = ((in_weight @ covariance) * in_weight).sum(2).clamp(min=0)
+    mean = (sums + at_zero.sum(1)) / count
+    shift = (count - batch) * (sums / others - mean).square() + (at_zero - mean.unsqueeze(1)).square().sum(1)
+    return mean.T.flatten(), ((spread + shift) / count).T.flatten()
+
+
+def _factor(
+    eps: float,
+    side: float,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """One factor's half of the matrix, (2, C, 2, D + 1)."""
+    channels = in_bias.shape[0]
+    slope = scale * torch.rsqrt(variance + eps)
+    offset = (shift - mean * slope).to(weight.dtype)
+    slope = slope.to(weight.dtype)
+    mixing = (weight * slope).view(channels, 2, channels, 2).permute(1, 0, 3, 2).contiguous()
+    constant = (weight @ offset + bias).view(channels, 2).T
+    at_zero = mixing[:, :, 0] @ in_bias * side
+    combined = (mixing.view(-1, channels) @ in_weight).view(2, channels, 2, -1)
+    return torch.cat((combined, torch.stack((constant, at_zero), 2).unsqueeze(3)), 3)
+
+
+def _compose(
+    eps: float,
+    side: float,
+    count: int,
+    parameters: Sequence[Any],
+    moments: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> tuple[Tensor, list[Any]]:
+    """The matrix, (4 * C, 2 * (D + 1)), and the statistics in use: gate mean, variance, value mean, variance."""
+    in_weight, in_bias, *rest = parameters
+    statistics = [rest[0], rest[1], rest[6], rest[7]]
+    if moments is not None and zero is not None:
+        mean, variance = batch_statistics(in_weight.double(), in_bias.double(), moments, zero, side, count)
+        statistics = [part for pair in zip(mean.chunk(2), variance.chunk(2), strict=True) for part in pair]
+    in_weights, in_biases = in_weight.chunk(2), in_bias.chunk(2)
+    factors = [
+        _factor(eps, side, in_weights[i], in_biases[i], *statistics[2 * i : 2 * i + 2], *rest[6 * i + 2 : 6 * i + 6])
+        for i in range(2)
+    ]
+    return torch.cat(factors).flatten(2).flatten(0, 1), statistics
+
+
+def _float(parameters: Sequence[Any]) -> list[Any]:
+    """In fp32, convolutions' weights as matrices."""
+    return [
+        None if p is None else p.detach().float().flatten(1) if p.dim() == 4 else p.detach().float() for p in parameters
+    ]
+
+
+def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `fourier_mix` on a backend's `spectrum_mix` and `spectrum_moments`."""
+    *parameters, eps = arguments
+    batch, _, height, width = x.shape
+    own_statistics = parameters[2] is None
+    out_weight, out_bias = parameters[-2:]
+    channels = out_weight.shape[0]
+    if batch == 0:
+        return x.new_empty(0, channels, height, width), *no_statistics(x, parameters)
+    z = spectrum(x)
+    count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
+    moments = kernels.spectrum_moments(z) if own_statistics else None
+    zero = z[:, :, 0, 0, 0].double() if own_statistics else None
+    matrix, statistics = _compose(eps, side, count, _float(parameters), moments, zero)
+    weight = out_weight.flatten(1).float().contiguous()
+    mixed = kernels.spectrum_mix(z, matrix.contiguous(), weight, width)
+    del z
+    y = _image(kernels, mixed, out_bias, x, channels)
+    if moments is None:
+        return y, *no_statistics(x, parameters)
+    unbiased = count / max(count - 1, 1)
+    table = torch.stack([s * unbiased if i % 2 else s for i, s in enumerate(statistics)])
+    return y, moments, table.to(parameters[4].dtype)
+
+
+def no_statistics(x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """The moments and statistics that `fourier_mix` returns where there are none: empty, or 0 for an empty batch."""
+    scale = parameters[4]
+    own, dim = parameters[2] is None, x.shape[1]
+    moments = torch.zeros((2, dim, dim + 1) if own else (0,), dtype=torch.float64, device=x.device)
+    return moments, torch.zeros((4, scale.shape[0]) if own else (0,), dtype=scale.dtype, device=x.device)
+
+
+def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The op `fourier_mix_backward` on a backend's kernels; call it where autograd records.
+
+    Recomputed from x: its spectrum and, in the kernel, the tiles of pre-activations.
+    """
+    *parameters, eps, need_x, need_parameters = arguments
+    own_statistics = parameters[2] is None
+    places = [i for i in range(len(parameters)) if i not in (2, 3, 8, 9)]
+    if x.shape[0] == 0:
+        zeros = [torch.zeros_like(parameters[i]) if need_parameters else x.new_empty(0) for i in places]
+        return x.new_empty(x.shape if need_x else (0,)), *zeros
+    x, grad = x.detach(), grad.detach()
+    height, width = x.shape[2:]
+    z, grad_mixed = spectrum(x), spectrum(grad)
+    count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
+    terms = _float(parameters[:-2])
+    leaves = [terms[i] for i in places[:-2]]
+    if own_statistics:
+        leaves += [moments.detach(), z[:, :, 0, 0, 0].double()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    matrix, _ = _compose(eps, side, count, terms, *(leaves[-2:] if own_statistics else ()))
+    weight = parameters[-2].detach().flatten(1).float().contiguous()
+    grad_z, grad_matrix, grad_weight = kernels.spectrum_mix_backward(
+        grad_mixed,
+        z,
+        matrix.detach().contiguous(),
+        weight,
+        width,
+        not own_statistics,
+        need_x,
+        need_parameters or own_statistics,
+    )
+    grads = []
+    if need_parameters or own_statistics:
+        grads = list(torch.autograd.grad(matrix, leaves, grad_matrix.to(matrix.dtype)))
+    if need_x and own_statistics:
+        grad_z[:, :, 0, 0, 0] += grads[-1]
+        grad_z = kernels.spectrum_moments_backward(grad_z, z, grads[-2], width)
+    grad_x = _image(kernels, grad_z, None, x, x.shape[1]) if need_x else x.new_empty(0)
+    if not need_parameters:
+        return grad_x, *(x.new_empty(0) for _ in places)
+    grad_bias = grad_mixed[:, :, 0, 0, 0].double().sum(0) * side
+    given = [*grads[: len(places) - 2], grad_weight, grad_bias]
+    return grad_x, *(
+        g.to(parameters[i].dtype).reshape(parameters[i].shape).contiguous() for i, g in zip(places, given, strict=True)
+    )

@@ -1,0 +1,418 @@
+"""The Fourier branch on every backend that runs here, against the reference in fp64."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYOUTS, SIZES, assert_close, assert_matches, fp64, poisoned_memory, rel_rms, value_and_grads
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import swformer_fast as sf
+from swformer_fast import functional, reference
+from swformer_fast.modules import FourierBranch
+
+BACKENDS = [name for name in ("reference", "cpp") if sf.backends()[name] == "available"]
+KERNELS = [name for name in BACKENDS if name != "reference"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Any:
+    with sf.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Any:
+    with sf.use_backend(request.param):
+        yield request.param
+
+
+def parameters(dim: int, inner: int, outputs: int, dtype: torch.dtype = torch.float32, running: bool = True) -> tuple:
+    def parameter(*shape: int) -> Tensor:
+        return (torch.randn(shape, dtype=dtype) * 0.5).requires_grad_()
+
+    def norm() -> tuple:
+        statistics = (torch.randn(2 * inner, dtype=dtype), torch.rand(2 * inner, dtype=dtype) + 0.5)
+        return (*(statistics if running else (None, None)), parameter(2 * inner), parameter(2 * inner))
+
+    def conv(out: int, channels: int) -> tuple[Tensor, Tensor]:
+        return parameter(out, channels, 1, 1), parameter(out)
+
+    in_weight, in_bias = conv(2 * inner, dim)
+    # It reaches the zero frequency alone, sqrt(H * W) times as large: where that saturates the gate, fp32 cannot
+    # resolve the gradient, in the reference either.
+    in_bias.detach().mul_(0.05)
+    return (
+        in_weight,
+        in_bias,
+        norm(),
+        *conv(2 * inner, 2 * inner),
+        norm(),
+        *conv(2 * inner, 2 * inner),
+        *conv(outputs, inner),
+    )
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous", mean: float = 0.0) -> Tensor:
+    return LAYOUTS[layout]((torch.randn(shape) + mean).to(dtype)).requires_grad_()
+
+
+def check(x: Tensor, arguments: tuple, grad: Tensor | None = None, **options: Any) -> None:
+    """Output, gradients and running statistics; the reference's are in fp64."""
+    mine, theirs = (x, *arguments), fp64((x, *arguments))
+    with poisoned_memory():
+        actual = value_and_grads(functional.fourier_mix, mine, grad, **options)
+    expected = value_and_grads(reference.fourier_mix, theirs, grad, **options)
+    assert actual[0].dtype == x.dtype
+    assert_close(actual, expected, x.dtype)
+    for place in (3, 6):
+        assert_close(mine[place][:2], theirs[place][:2], what="running statistics")
+
+
+@pytest.mark.parametrize("size", [*SIZES, (2, 1), (3, 1), (1, 2), (31, 37), (4, 97)])
+@pytest.mark.parametrize("training", [False, True])
+def test_matches_reference(kernels: str, size: tuple[int, int], training: bool) -> None:
+    if training and size == (1, 1):
+        pytest.skip("without frequencies beside zero the first bias has no gradient but rounding errors")
+    check(image(2 if size[0] * size[1] > 16 else 12, 5, *size), parameters(5, 4, 3), training=training)
+
+
+@pytest.mark.parametrize(
+    "dims", [(1, 1, 1), (2, 1, 2), (3, 5, 7), (16, 16, 16), (17, 9, 33), (40, 40, 40), (64, 64, 64)]
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_widths(kernels: str, dims: tuple[int, int, int], training: bool) -> None:
+    if training and dims[1] == 1:
+        pytest.skip("normalisation cancels the gradients of a single channel's weights down to rounding errors")
+    check(image(2, dims[0], 14, 23), parameters(*dims), training=training)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_more_tiles_than_one_task(kernels: str, batch: int, training: bool) -> None:
+    check(image(batch, 8, 96, 130), parameters(8, 8, 8), training=training)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [False, True])
+def test_layouts_and_dtypes(kernels: str, layout: str, dtype: torch.dtype, training: bool) -> None:
+    x = image(3, 6, 19, 22, dtype=dtype, layout=layout)
+    check(x, parameters(6, 6, 6), training=training)
+    y = functional.fourier_mix(x, *parameters(6, 6, 6), training)
+    last = layout == "channels_last"
+    assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_the_image_s_dtype(kernels: str, dtype: torch.dtype) -> None:
+    check(
+        image(2, 6, 19, 22, dtype=dtype),
+        tree_map(lambda t: t.detach().to(dtype).requires_grad_(t.requires_grad), parameters(6, 6, 6)),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [False, True])
+def test_layouts_of_the_gradient(kernels: str, layout: str, training: bool) -> None:
+    grad = LAYOUTS[layout](torch.randn(2, 4, 17, 26))
+    check(image(2, 6, 17, 26), parameters(6, 4, 4), grad, training=training)
+
+
+def test_fp64_runs_on_the_reference() -> None:
+    x, *arguments = op_arguments(False, torch.float64)
+    assert "no float64" in sf.why_not("fourier_mix", x, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.ops.swformer_fast.fourier_mix(x, *arguments)[0].dtype == torch.float64
+    arguments = (image(2, 3, 9, 8, dtype=torch.float64), *parameters(3, 3, 3, torch.float64))
+    assert_matches(functional.fourier_mix, reference.fourier_mix, arguments)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_statistics_without_running_ones(backend: str, training: bool) -> None:
+    check(image(2, 3, 8, 9), parameters(3, 3, 3, running=False), training=training)
+
+
+def test_images_of_positive_mean(kernels: str) -> None:
+    """The zero frequency holds nearly all of such an image; moments that include it lose the rest."""
+    check((torch.rand(1, 8, 96, 96) + 0.5).requires_grad_(), parameters(8, 8, 8), training=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_large_mean_stays_finite(kernels: str, training: bool) -> None:
+    x = image(1, 4, 1024, 1024, mean=1e3)
+    arguments = parameters(4, 4, 4)
+    y, grads = value_and_grads(functional.fourier_mix, (x, *arguments), training=training)
+    assert y.isfinite().all()
+    assert all(g.isfinite().all() for g in grads)
+    expected = reference.fourier_mix(*fp64((x, *arguments)), training).detach()
+    eager = reference.fourier_mix(x, *arguments, training).detach()
+    assert rel_rms(y, expected) < max(5e-6, 2 * rel_rms(eager, expected))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("training", [False, True])
+def test_inf_and_nan_propagate(backend: str, value: float, training: bool) -> None:
+    arguments = parameters(3, 3, 3)
+    x = torch.randn(2, 3, 6, 7)
+    x[0, 1, 2, 3] = value
+    y = functional.fourier_mix(x, *arguments, training)
+    expected = reference.fourier_mix(x, *arguments, training)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.allclose(y, expected, equal_nan=True, atol=1e-4)
+    arguments = parameters(3, 3, 3)
+    arguments[-1].detach()[1] = value
+    y = functional.fourier_mix(torch.randn(1, 3, 6, 7), *arguments)
+    assert torch.equal(y.isfinite()[0, :, 0, 0], torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_empty_batch(backend: str, training: bool) -> None:
+    branch = FourierBranch(3).train(training)
+    before = {name: tensor.clone() for name, tensor in branch.state_dict().items() if "running" in name}
+    x = torch.randn(0, 3, 7, 8, requires_grad=True)
+    y = branch(x)
+    y.sum().backward()
+    assert y.shape == (0, 3, 7, 8)
+    assert x.grad is not None
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in branch.parameters())
+    assert all(torch.equal(branch.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("needs", [{0}, {1}, {0, 4}, {10}, set()])
+@pytest.mark.parametrize("training", [False, True])
+def test_partial_gradients(backend: str, needs: set[int], training: bool) -> None:
+    arguments = [a if isinstance(a, tuple) else a.detach() for a in (image(2, 3, 9, 10), *parameters(3, 3, 3))]
+    arguments = tree_map(lambda t: t.detach(), arguments)
+    for place in needs:
+        arguments[place].requires_grad_()
+    y = functional.fourier_mix(*arguments, training, 0.0)
+    assert y.requires_grad == bool(needs)
+    if needs:
+        actual = value_and_grads(functional.fourier_mix, arguments, training=training, momentum=0.0)
+        expected = value_and_grads(reference.fourier_mix, fp64(arguments), training=training, momentum=0.0)
+        assert_close(actual, expected, torch.float32)
+
+
+def modules(dim: int, **options: Any) -> tuple[nn.Module, nn.Module]:
+    mine, theirs = FourierBranch(dim, **options), reference.FourierBranch(dim, **options)
+    with torch.no_grad():
+        for name, tensor in theirs.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 2) if name.endswith("running_var") else tensor.normal_(0, 0.5)
+    mine.load_state_dict(theirs.state_dict())
+    return mine, theirs.double()
+
+
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+def test_module_through_training_and_evaluation(backend: str, momentum: float | None, track: bool) -> None:
+    mine, theirs = modules(3, momentum=momentum, track_running_stats=track, eps=1e-3)
+    for step, training in enumerate((True, True, False, True, False)):
+        mine.train(training)
+        theirs.train(training)
+        x = torch.randn(2, 3, 11, 14) + step
+        assert_close(mine(x), theirs(x.double()), torch.float32)
+        for (name, tensor), other in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert rel_rms(tensor, other) < 5e-6, name
+
+
+def test_module_of_the_other_layout_runs_the_reference() -> None:
+    mine, theirs = modules(3, layout="concatenated")
+    x = torch.randn(1, 3, 6, 7)
+    assert_close(mine(x), theirs(x.double()), torch.float32)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_frozen_normalisation(kernels: str, training: bool) -> None:
+    mine, theirs = modules(3)
+    for module in itertools.chain(mine.modules(), theirs.modules()):
+        module.train(training and not isinstance(module, nn.BatchNorm2d))
+    x = torch.randn(2, 3, 6, 7)
+    assert_close(mine(x), theirs(x.double()), torch.float32)
+    assert torch.equal(mine.gate_bn.running_mean, theirs.gate_bn.running_mean.float())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_bitwise_repeatable(kernels: str, threads: int, training: bool) -> None:
+    arguments = (image(2, 8, 64, 66), *parameters(8, 8, 8))
+    first = value_and_grads(functional.fourier_mix, arguments, training=training, momentum=0.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        second = value_and_grads(functional.fourier_mix, arguments, training=training, momentum=0.0)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True))
+
+
+def op_arguments(training: bool, dtype: torch.dtype = torch.float32, dim: int = 2) -> tuple:
+    x = torch.randn(2, dim, 4, 5, dtype=dtype, requires_grad=True)
+    flat = tree_leaves(parameters(dim, dim, dim, dtype), is_leaf=lambda t: t is None)
+    if training:
+        for place in (2, 3, 8, 9):
+            flat[place] = None
+    return (x, *flat, 1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_opcheck(backend: str, training: bool) -> None:
+    arguments = op_arguments(training)
+    torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, arguments)
+    last = (arguments[0].detach().contiguous(memory_format=torch.channels_last), *arguments[1:])
+    torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, last, test_utils="test_faketensor")
+    y, moments, _ = torch.ops.swformer_fast.fourier_mix(*arguments)
+    for flags in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            torch.ops.swformer_fast.fourier_mix_backward,
+            (
+                torch.randn_like(y),
+                moments.detach(),
+                *tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, arguments),
+                *flags,
+            ),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradcheck_twice(training: bool) -> None:
+    arguments = op_arguments(training, torch.float64, 1)
+
+    def function(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        return torch.ops.swformer_fast.fourier_mix(
+            *(next(given) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments)
+        )[0]
+
+    inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_double_backward(kernels: str, training: bool) -> None:
+    def penalty(fn: Any, arguments: tuple) -> list[Tensor]:
+        leaves = [leaf for leaf in tree_leaves(arguments) if leaf.requires_grad]
+        y = fn(*arguments, training=training, momentum=0.0)
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+
+    arguments = (image(2, 3, 7, 8), *parameters(3, 3, 3))
+    wide = fp64(arguments)
+    for actual, expected in zip(
+        penalty(functional.fourier_mix, arguments), penalty(reference.fourier_mix, wide), strict=True
+    ):
+        assert rel_rms(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_graph_breaks(backend: str, training: bool) -> None:
+    torch._dynamo.reset()
+    mine, _ = modules(3)
+    mine.train(training)
+    twin = copy.deepcopy(mine)
+    x = torch.randn(2, 3, 9, 12, requires_grad=True)
+    for module, run in (
+        (mine, torch.compile(lambda x: mine(x.sin()).cos(), fullgraph=True)),
+        (twin, lambda x: twin(x.sin()).cos()),
+    ):
+        run(x).square().sum().backward()
+        module.gradient, x.grad = x.grad, None
+    assert_close(mine.gradient, twin.gradient)
+    assert_close([p.grad for p in mine.parameters()], [p.grad for p in twin.parameters()])
+    assert_close(
+        [b for b in mine.buffers() if b.is_floating_point()], [b for b in twin.buffers() if b.is_floating_point()]
+    )
+    assert mine.gate_bn.num_batches_tracked == twin.gate_bn.num_batches_tracked == int(training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast(kernels: str, training: bool) -> None:
+    mine, theirs = modules(4)
+    mine.train(training)
+    theirs.train(training)
+    x = torch.randn(2, 4, 9, 12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mine(x)
+        assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert mine.gate_conv.weight.grad.dtype == torch.float32
+    assert rel_rms(y, theirs(x.bfloat16().double())) < 1e-2
+
+
+def test_backward_keeps_the_inputs_only() -> None:
+    branch = FourierBranch(8)
+    x, sizes = torch.randn(1, 8, 32, 32, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
+        branch(x)
+    known = [x, *branch.parameters()]
+    assert sum(sizes) <= sum(t.numel() * t.element_size() for t in known) + 2 * 8 * 9 * 8
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "name", ["spectrum_mix", "spectrum_mix_backward", "spectrum_moments", "spectrum_moments_backward", "unpack_pairs"]
+)
+def test_a_zeroed_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, kernels: str, name: str, training: bool) -> None:
+    """The comparison above must fail for a kernel that writes zeros: it measures something."""
+    if "moments" in name and not training:
+        pytest.skip("evaluation takes no moments")
+    real = torch.ops._swformer_fast
+
+    class Zeroed:
+        def __getattr__(self, other: str) -> Any:
+            def kernel(*args: Any) -> Any:
+                result = getattr(real, other)(*args)
+                if other == "unpack_pairs":
+                    args[2].zero_()
+                return None if result is None else tree_map(torch.zeros_like, result)
+
+            return kernel if other == name else getattr(real, other)
+
+    zeroed = Zeroed()
+    monkeypatch.setattr(sf.backend, "_implementation", lambda op, _: lambda *args: op.compose(zeroed, *args))
+    with pytest.raises(AssertionError):
+        check(image(2, 3, 9, 10), parameters(3, 3, 3), training=training)
+
+
+def changed(place: int, value: Any) -> list:
+    arguments = [torch.randn(1, 3, 4, 5), *parameters(3, 3, 3)]
+    arguments[place] = value
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "place", "value"),
+    [
+        (TypeError, "x must be a torch.Tensor, got int", 0, 3),
+        (ValueError, r"x must have shape \(B, C, H, W\)", 0, torch.ones(3, 4, 5)),
+        (ValueError, "at least one channel", 0, torch.ones(1, 3, 0, 5)),
+        (ValueError, r"in_weight must have shape \(6, 3, 1, 1\), got \(6, 4, 1, 1\)", 1, torch.ones(6, 4, 1, 1)),
+        (ValueError, r"in_weight must have shape \(2 . C, 3, 1, 1\), got \(5, 3", 1, torch.ones(5, 3, 1, 1)),
+        (TypeError, "in_bias must be a torch.Tensor, got NoneType", 2, None),
+        (ValueError, "gate_bn must be .running_mean, running_var", 3, (None, None)),
+        (ValueError, "gate_bn weight must have shape", 3, (None, None, torch.ones(5), torch.ones(6))),
+        (ValueError, "must both have running statistics, or neither", 3, (None, None, torch.ones(6), torch.ones(6))),
+        (ValueError, "gate_weight must have shape", 4, torch.ones(6, 5, 1, 1)),
+        (TypeError, "value_bias must have the dtype of the image", 8, torch.ones(6, dtype=torch.float64)),
+        (ValueError, "out_weight must have shape", 9, torch.ones(3, 4, 1, 1)),
+        (ValueError, "out_bias must have shape", 10, torch.ones(4)),
+    ],
+)
+def test_errors(error: type[Exception], message: str, place: int, value: Any) -> None:
+    with pytest.raises(error, match=message):
+        functional.fourier_mix(*changed(place, value))
+
+
+def test_one_value_per_channel_cannot_be_normalised() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        FourierBranch(2)(torch.randn(1, 2, 1, 1))
+    assert FourierBranch(2).eval()(torch.randn(1, 2, 1, 1)).shape == (1, 2, 1, 1)
