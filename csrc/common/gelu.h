@@ -15,7 +15,7 @@ namespace detail {
 
 // As many cells as one permute instruction can look up; the degree makes up for wider cells.
 #if defined(__AVX512F__)
-constexpr int kCells = 16, kGeluDegree = 4, kSlopeDegree = 4;
+constexpr int kCells = 16, kGeluDegree = 4, kSlopeDegree = 5;
 #else
 constexpr int kCells = 8, kGeluDegree = 5, kSlopeDegree = 6;
 #endif
