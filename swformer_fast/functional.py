@@ -179,7 +179,7 @@ def wavelet_mix(
     _check_parameter("bias", bias, (channels,), x)
     for name, taps in (("dec_lo", dec_lo), ("dec_hi", dec_hi), ("rec_lo", rec_lo), ("rec_hi", rec_hi)):
         _check_parameter(name, taps, (2,), x)
-    return reference.wavelet_mix(_autocast(x), weight, bias, dec_lo, dec_hi, rec_lo, rec_hi)
+    return torch.ops.swformer_fast.wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi)
 
 
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     _check_image("x", x)
     _check_parameter("weight", weight, (x.shape[1], 1, *_kernel("weight", weight)), x)
     _check_parameter("bias", bias, (x.shape[1],), x)
-    return reference.depthwise_gelu(_autocast(x), weight, bias)
+    return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias)
 
 
 def fourier_mix(

@@ -327,3 +327,37 @@ _define_differentiable(
     kept=("moments",),
     kernels=("spectrum_mix", _fourier.mix, _fourier.mix_backward),
 )
+
+# wavelet --------------------------------------------------------------------------------------------------------------
+
+_KERNEL_SIZES = (3, 5)
+
+
+def _kernel_size_limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    if weight.shape[2] != weight.shape[3] or weight.shape[3] not in _KERNEL_SIZES:
+        return f"kernels of 3 x 3 and 5 x 5 only, got {weight.shape[2]} x {weight.shape[3]}"
+    return _no_triton_fp64(backend, x)
+
+
+_define_differentiable(
+    "wavelet_mix(Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi)"
+    " -> Tensor",
+    "bool need_x, bool need_params",
+    "wavelet",
+    reference.wavelet_mix,
+    lambda x, *args: _empty(x, *x.shape),
+    _kernel_size_limits,
+    groups=(0, 1, 1, 1, 1, 1, 1),
+)
+
+# spatial --------------------------------------------------------------------------------------------------------------
+
+_define_differentiable(
+    "depthwise_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "bool need_x, bool need_params",
+    "spatial",
+    reference.depthwise_gelu,
+    lambda x, *args: _empty(x, *x.shape),
+    _kernel_size_limits,
+    groups=(0, 1, 1),
+)

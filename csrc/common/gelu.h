@@ -15,7 +15,7 @@ namespace detail {
 
 // As many cells as one permute instruction can look up; the degree makes up for wider cells.
 #if defined(__AVX512F__)
-constexpr int kCells = 16, kGeluDegree = 4, kSlopeDegree = 4;
+constexpr int kCells = 16, kGeluDegree = 4, kSlopeDegree = 5;
 #else
 constexpr int kCells = 8, kGeluDegree = 5, kSlopeDegree = 6;
 #endif
@@ -92,16 +92,31 @@ inline VecF with_sign_of(VecF magnitude, VecF x) {
 }
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
 
-// Both give x where x is NaN.
-inline VecF at_most(VecF x, float limit) { return broadcast(limit) < x ? broadcast(limit) : x; }
-inline VecF at_least(VecF x, float limit) { return broadcast(limit) > x ? broadcast(limit) : x; }
+// Both give x where x is NaN, as the instructions do whose second operand is x; GCC makes two of a comparison and a selection.
+inline VecF at_most(VecF x, float limit) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(limit), reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecF>(_mm256_min_ps(_mm256_set1_ps(limit), reinterpret_cast<__m256>(x)));
+#else
+  return broadcast(limit) < x ? broadcast(limit) : x;
+#endif
+}
+inline VecF at_least(VecF x, float limit) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(limit), reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecF>(_mm256_max_ps(_mm256_set1_ps(limit), reinterpret_cast<__m256>(x)));
+#else
+  return broadcast(limit) > x ? broadcast(limit) : x;
+#endif
+}
 
-// kLimit: keep s within the table, so that an infinite s gives the last cell's constant; otherwise it gives NaN.
-template <bool kLimit, int kDegree>
+template <int kDegree>
 inline VecF evaluate(const Table<kDegree>& table, VecF t) {
-  VecF s = t * table.scale - 0.5f, inside = at_most(s, kCells - 1), rounded = inside + kRound;
+  VecF s = at_most(t * table.scale - 0.5f, kCells - 1), rounded = s + kRound;
   VecU cell = reinterpret_cast<VecU>(rounded);
-  VecF u = (kLimit ? inside : s) - (rounded - kRound);
+  VecF u = s - (rounded - kRound);
   VecF y = lookup(table.coefficient[kDegree], cell);
   for (int d = kDegree - 1; d >= 0; --d) y = y * u + lookup(table.coefficient[d], cell);
   return y;
@@ -131,7 +146,7 @@ inline Vec<double> each(F f, Vec<double> x) {
 
 inline VecF gelu(VecF x) {
   VecF t = detail::absolute(x);
-  return 0.5f * x + t * detail::evaluate<true>(detail::kNormalHalf, t);
+  return 0.5f * x + t * detail::evaluate(detail::kNormalHalf, t);
 }
 inline float gelu(float x) {
   return detail::one([](VecF v) { return gelu(v); }, x);
@@ -142,7 +157,8 @@ inline Vec<double> gelu(Vec<double> x) {
 }
 
 inline VecF gelu_derivative(VecF x) {
-  return 0.5f + detail::with_sign_of(detail::evaluate<false>(detail::kGeluSlopeHalf, detail::absolute(x)), x);
+  // x - x is zero, or NaN where x is infinite.
+  return detail::with_sign_of(detail::evaluate(detail::kGeluSlopeHalf, detail::absolute(x)), x) + (0.5f + (x - x));
 }
 inline float gelu_derivative(float x) {
   return detail::one([](VecF v) { return gelu_derivative(v); }, x);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -86,7 +87,7 @@ inline void store(BFloat16* p, VecF v) {
 
 inline VecF load(const Half* p) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<VecF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return reinterpret_cast<VecF>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return reinterpret_cast<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -97,11 +98,51 @@ inline VecF load(const Half* p) {
 }
 inline void store(Half* p, VecF v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kFloats; ++i) p[i] = static_cast<Half>(v[i]);
+#endif
+}
+
+// The first `count` elements; the other lanes are zero and their memory is not touched.
+template <class T>
+inline Vec<Acc<T>> load_partial(const T* p, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    return reinterpret_cast<VecF>(_mm512_maskz_loadu_ps(mask, p));
+  else if constexpr (std::is_same_v<T, double>)
+    return reinterpret_cast<Vec<double>>(_mm512_maskz_loadu_pd(mask, p));
+  else {
+    alignas(kBytes) T elements[kFloats];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(elements), _mm256_maskz_loadu_epi16(mask, p));
+    return load(elements);
+  }
+#else
+  T elements[kLanes<Acc<T>>] = {};
+  for (int i = 0; i < count; ++i) elements[i] = p[i];
+  return load(elements);
+#endif
+}
+template <class T>
+inline void store_partial(T* p, Vec<Acc<T>> v, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));
+  else if constexpr (std::is_same_v<T, double>)
+    _mm512_mask_storeu_pd(p, mask, reinterpret_cast<__m512d>(v));
+  else {
+    alignas(kBytes) T elements[kFloats];
+    store(elements, v);
+    _mm256_mask_storeu_epi16(p, mask, _mm256_load_si256(reinterpret_cast<const __m256i*>(elements)));
+  }
+#else
+  T elements[kLanes<Acc<T>>];
+  store(elements, v);
+  for (int i = 0; i < count; ++i) p[i] = elements[i];
 #endif
 }
 
