@@ -14,13 +14,13 @@ from .reference.solver import Solver
 from .schedulers import NotAffineError, refuse_not_affine, refuse_stochastic
 
 LONGEST_HISTORY = 3
-# Relative residuals of a true recurrence: rounding alone, in float32 where the scheduler works in that whatever it is given.
+# Relative residuals of a true recurrence: rounding alone. Some schedulers work in float32 whatever they are given.
 TOLERANCE, TOLERANCE_IN_FLOAT32 = 1e-11, 2e-7
 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """x_{i+1} = a x_i + b eps_i + sum_j states[j] x_{i-j} + sum_j outputs[j] eps_{i-j}, and the model's input scale x_i."""
+    """x_{i+1} = a x_i + b eps_i + sum_j states[j] x_{i-j} + sum_j outputs[j] eps_{i-j}; the model reads scale x_i."""
 
     a: float
     b: float
@@ -39,6 +39,9 @@ class FusedSolver(Solver):
         NotAffineError: the scheduler clips, thresholds, reads a learned variance, or needs too long a history.
         ValueError: it adds noise of its own.
     """
+
+    _states: dict[int, Tensor]
+    _outputs: dict[int, Tensor]
 
     def __init__(self, solver: Solver) -> None:
         vars(self).update(vars(solver))
@@ -60,18 +63,16 @@ class FusedSolver(Solver):
     def guided_step(self, outputs: Sequence[Tensor], guidance: float | None, i: int, x: Tensor) -> Tensor:
         """S_i(x, eps) with the model's outputs before guidance: (output,), or (uncond, cond)."""
         rule = self.recurrences[i]
-        uncond, cond = outputs if guidance is not None else (None, outputs[0])
+        cond, uncond = outputs[-1], outputs[0] if guidance is not None else None
         if self.depth:
-            # Later steps read the guided output once more.
-            if uncond is not None:
-                uncond, cond = None, uncond + guidance * (cond - uncond)
+            if uncond is not None and guidance is not None:
+                cond, uncond = uncond + guidance * (cond - uncond), None  # later steps read it once more
             self._states[i], self._outputs[i] = x, cond
             for history in (self._states, self._outputs):
                 history.pop(i - self.depth - 1, None)
         terms = [self._states[i - j] for j in rule.states] + [self._outputs[i - j] for j in rule.outputs]
         scales = [*rule.states.values(), *rule.outputs.values()]
-        guidance = 1.0 if guidance is None else guidance
-        return sampler_step(x, cond, uncond, guidance, a=rule.a, b=rule.b, terms=terms, scales=scales)
+        return sampler_step(x, cond, uncond, guidance or 0.0, a=rule.a, b=rule.b, terms=terms, scales=scales)
 
 
 def recurrences(solver: Solver) -> dict[int, Recurrence]:
