@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import common
+import diffusers
 import digits_model
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ import transformers
 from matplotlib.image import imread
 from PIL import Image
 from safetensors import safe_open
-from sdo_models import tiny_stable_diffusion
+from sdo_models import tiny_stable_diffusion, tiny_unet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -118,6 +119,28 @@ def test_training_refuses_a_checkpoint_of_other_settings(tmp_path: Path) -> None
         train_digits.train("test", make, loss_fn, 3, batch=4, seed=0, checkpoint=tmp_path / "checkpoint")
 
 
+def test_training_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Interrupted and run again it ends with weights that load, and reports what they are worth."""
+    argv = ["--out", str(tmp_path), "--steps", "2", "--classifier-steps", "2", "--batch", "4"]
+    loss_fn = train_digits.unet_loss
+
+    def interrupted(*args: object) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return loss_fn(*args)
+
+    monkeypatch.setattr(train_digits, "sample_accuracy", lambda unet, classifier: 0.125)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_digits, "unet_loss", interrupted)
+        assert train_digits.main(argv) == 130
+    assert "The same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / digits_model.UNET_FILE).exists()
+    assert train_digits.main(argv) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"classifier: \d+\.\d% of 297 held-out digits are right", output)
+    assert "unet: 12.5% of 200 samples" in output
+    digits_model.load_digits_unet(tmp_path / digits_model.UNET_FILE)
+
+
 def test_exported_weights_are_the_model_in_half_precision(tmp_path: Path) -> None:
     model = digits_model.digits_classifier()
     train_digits.export(model, tmp_path / "weights.safetensors")
@@ -161,9 +184,16 @@ def test_script_on_digits(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     script, options = SCRIPTS[name]
     out = tmp_path / "picture.png"
     assert script.main(["--quick", *options, "--out", str(out)]) == 0
-    found = losses(capsys.readouterr().out)
+    output = capsys.readouterr().out
+    found = losses(output)
     assert len(found) == (3 if name == "guidance" else 1)
     assert all(after < before for before, after in found), found
+    if name == "guidance":  # 5 evaluations of 5 steps; the shortcut recomputes one step in each of 4 backward passes
+        assert re.findall(r"(\w+): 4 steps, (\d+) model calls", output) == [
+            ("shortcut", "29"),
+            ("identity", "25"),
+            ("full", "25"),
+        ]
     assert_picture(out)
 
 
@@ -244,6 +274,20 @@ def test_script_on_a_pipeline(
         assert rewards[1] > rewards[0] == rewards[2] < rewards[3]
     else:
         assert all(after < before for before, after in losses(output)), output
+    assert_picture(out)
+
+
+def test_script_on_an_unconditional_pipeline(
+    saved_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pixels instead of latents, a stochastic scheduler, no prompt to encode."""
+    unet = tiny_unet(in_channels=3, out_channels=3, num_class_embeds=None)
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    models = ["--model", str(tmp_path / "pipeline"), *saved_models[2:]]
+    out = tmp_path / "picture.png"
+    assert sdo_score.main(["--quick", "--prompt", "", "", *models, "--lr", "0.1", "--out", str(out)]) == 0
+    ((before, after),) = losses(capsys.readouterr().out)
+    assert after < before
     assert_picture(out)
 
 
