@@ -151,7 +151,7 @@ class NinjaBuild(build_ext):
         for extension in self.extensions:
             cuda = extension.name.endswith("_C_cuda")
             if cuda:
-                flags = ["-ccbin", cxx, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo"]
+                flags = ["-ccbin", cxx, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
                 flags += ["-DUSE_CUDA", *cuda_target_flags(str(nvcc)), *(f.replace("-isystem", "-I") for f in include)]
             else:
                 flags = [*CXX_FLAGS, *extension.extra_compile_args, *include]

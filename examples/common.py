@@ -1,34 +1,29 @@
-"""What the examples share: options, files written whole, pictures."""
+"""What the examples share: options, models, the optimisation and its pictures.
+
+Images are (B, C, H, W) in [-1, 1] everywhere.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from diffusers import DDIMPipeline, DiffusionPipeline
+from digits_model import NULL_LABEL, ThicknessScore, load_digits_classifier, load_digits_unet, scheduler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdo_fast import ShortcutSampler, optimize_latents
+from sdo_fast import ShortcutSampler, from_pipeline, optimize_latents
 from sdo_fast.optimize import Iteration
+from sdo_fast.pipelines import PipelineSampler
 
 OUTPUT = Path(__file__).resolve().parent / "output"
-
-
-class SphereSampler(ShortcutSampler):
-    """A sampler that scales its input noise to RMS 1, where all Gaussian noise of many pixels lies.
-
-    The model knows no other input: without this the latents leave that sphere as they are optimised, and the images
-    turn into saturated pixels that please the loss alone.
-    """
-
-    def sample(self, latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rms = latents.square().mean(tuple(range(1, latents.ndim)), keepdim=True).sqrt()
-        return super().sample(latents / rms, *args, **kwargs)
 
 
 def write_whole(path: Path, save: Callable[[Path], None]) -> None:
@@ -37,6 +32,9 @@ def write_whole(path: Path, save: Callable[[Path], None]) -> None:
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     save(partial)
     os.replace(partial, path)
+
+
+# Options
 
 
 def grad_step(text: str) -> str | int:
@@ -62,54 +60,213 @@ def sdo_parser(script: str, description: str, *, steps: int, sampler_steps: int,
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **quick: object) -> argparse.Namespace:
+def add_model_options(
+    parser: argparse.ArgumentParser, *, prompts: Sequence[str], guidance: float | None, critic: str
+) -> None:
+    """The options of the examples that run on the digits model or on a diffusers pipeline."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--model", type=Path, help="folder of a diffusers pipeline (the digits model)")
+    group.add_argument("--critic", type=Path, help=f"folder of a transformers image classifier, {critic}")
+    group.add_argument(
+        "--prompt",
+        nargs="*",
+        default=prompts,
+        help="prompts of the pipeline, one image each; 0 to 9 or none for the digits model (%(default)s)",
+    )
+    group.add_argument(
+        "--guidance",
+        type=lambda text: None if text == "none" else float(text),
+        default=guidance,
+        help='scale of classifier-free guidance, or "none" (%(default)s)',
+    )
+    group.add_argument("--device", default="cpu", help="(%(default)s)")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
     """Parse; with --quick the given defaults replace the others, and options that are set still win."""
     if parser.parse_args(argv).quick:
         parser.set_defaults(**quick)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if getattr(args, "model", None) and not args.critic:
+        parser.error("--model needs --critic: the digits classifier knows digits only")
+    return args
 
 
+# Models
+
+
+class OnSphere:
+    """A sampler that scales its input noise to the RMS of Gaussian noise.
+
+    The model knows no other input: without this the latents leave that sphere as they are optimised, and the images
+    turn into saturated pixels that please the loss alone.
+    """
+
+    def __init__(self, sampler: ShortcutSampler) -> None:
+        if sampler.start:
+            raise ValueError(f"sampler: starts at step {sampler.start}, whose input is no pure noise; 0 is needed")
+        self.sampler = sampler
+        self.rms = float(getattr(sampler.solver.scheduler, "init_noise_sigma", 1.0))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+    def sample(self, latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.sampler.sample(self.project(latents), *args, **kwargs)
+
+    def __call__(self, latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.sampler(self.project(latents), *args, **kwargs)
+
+    def project(self, latents: Tensor) -> Tensor:
+        norm = latents.flatten(1).norm(dim=1).view(-1, *[1] * (latents.ndim - 1))
+        return latents * (self.rms * latents[0].numel() ** 0.5 / norm)
+
+
+class HubClassifier(nn.Module):
+    """A transformers image classifier as a differentiable critic with the interface of ``DigitsClassifier``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        self.model = AutoModelForImageClassification.from_pretrained(path, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        size = getattr(processor, "crop_size", None) or processor.size
+        self.size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
+        self.register_buffer("mean", torch.tensor(processor.image_mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(processor.image_std).view(-1, 1, 1))
+
+    def _run(self, images: Tensor, **kwargs: Any) -> Any:
+        images = nn.functional.interpolate(images, self.size, mode="bilinear", antialias=True)
+        return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, **kwargs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._run(images).logits
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Every hidden state with its channels in dimension 1."""
+        states = self._run(images, output_hidden_states=True).hidden_states
+        return [state if state.ndim == 4 else state.mT for state in states]
+
+
+@dataclass
+class Studio:
+    """A sampler with its conditions bound, its starting noise, and a critic of its images."""
+
+    sampler: Any  # OnSphere around a PipelineSampler
+    latents: Tensor
+    critic: nn.Module
+    digits: bool
+    """Whether it is the digits model."""
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return 2 * self.sampler.decode(x0) - 1
+
+    def score(self, index: int) -> tuple[Callable[[Tensor], Tensor], str]:
+        """Images to the score to maximise (B,), and its name: the strokes' thickness, or a logit of the critic."""
+        if self.digits:
+            thickness = ThicknessScore(self.critic).to(self.latents.device)
+            return thickness, f"estimated thickness (R² {thickness.r2:.2f})"
+        return lambda images: self.critic(images)[:, index], f"critic's output {index}"
+
+
+def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1) -> Studio:
+    """The digits model, or the pipeline and the critic of the options; ``images_per_prompt`` images of each prompt."""
+    prompts = list(args.prompt)
+    options: dict[str, Any] = {
+        "num_inference_steps": args.sampler_steps,
+        "grad_step": args.grad_step,
+        "guidance_scale": args.guidance,
+    }
+    if args.model is None:
+        unet = load_digits_unet().to(args.device)
+        labels = torch.tensor([int(prompt) for prompt in prompts], device=args.device)
+        labels = labels.repeat_interleave(images_per_prompt)
+        conditions = ({"class_labels": labels}, None)
+        if args.guidance is not None:
+            conditions = ({"class_labels": labels}, {"class_labels": torch.full_like(labels, NULL_LABEL)})
+        pipe = DDIMPipeline(unet=unet, scheduler=scheduler())
+        sampler = PipelineSampler(pipe, unet, conditions, len(labels), (16, 16), **options)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(args.model, local_files_only=True).to(args.device)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False)
+        if hasattr(pipe, "encode_prompt"):
+            options |= {"prompt": prompts}
+        else:
+            options |= {"guidance_scale": None}
+            images_per_prompt *= len(prompts)
+        sampler = from_pipeline(pipe, images_per_prompt=images_per_prompt, **options)
+    critic = (
+        load_digits_classifier() if args.critic is None else HubClassifier(args.critic).eval().requires_grad_(False)
+    )
+    latents = sampler.prepare_latents(torch.Generator().manual_seed(args.seed))
+    return Studio(OnSphere(sampler), latents, critic.to(args.device), digits=args.model is None)
+
+
+# Optimisation
+
+
+@dataclass
 class Film:
-    """A callback for ``optimize_latents`` that keeps the image of every iteration."""
+    """The images and the loss of every iteration, and the seconds it took."""
 
-    def __init__(self) -> None:
-        self.images: list[Tensor] = []
-        self.losses: list[float] = []
-
-    def __call__(self, record: Iteration, latents: Tensor, image: Tensor) -> None:
-        self.images.append(image.clamp(-1, 1))
-        self.losses.append(record.loss)
+    images: list[Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     def stills(self, count: int) -> list[int]:
         """At most ``count`` iterations, the first and the last among them, closer together at the beginning."""
         last = len(self.images) - 1
-        return sorted({round(last * (i / (count - 1)) ** 2) for i in range(count)}) if last else [0]
+        return sorted({round(last * (i / (count - 1)) ** 2) for i in range(count)})
 
 
 def optimise(
-    sampler: ShortcutSampler,
+    sampler: Any,
     latents: Tensor,
     loss_fn: Callable[[Tensor], Tensor],
     args: argparse.Namespace,
     title: str,
-    **sampler_kwargs: Any,
+    *,
+    decode: Callable[[Tensor], Tensor],
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Film:
-    """``optimize_latents`` with the options of the command line; prints the loss and its price.
+    """Minimise ``loss_fn(decode(x_0))`` by ``optimize_latents`` with the options given; print the loss and its price.
 
     Ctrl-C ends it early, and what was done until then is drawn all the same.
     """
     film = Film()
-    result = optimize_latents(sampler, latents, loss_fn, args.steps, args.lr, callback=film, **sampler_kwargs)
+    image: Tensor
+
+    def loss(x0: Tensor) -> Tensor:
+        nonlocal image
+        image = decode(x0)
+        return loss_fn(image)
+
+    def keep(record: Iteration, latents: Tensor, x0: Tensor) -> None:
+        film.images.append(image.detach().cpu())
+        film.losses.append(record.loss)
+        film.seconds.append(record.seconds)
+
+    calls = sampler.model_calls
+    generator = torch.Generator(latents.device).manual_seed(args.seed)
+    optimize_latents(
+        sampler, latents, loss, args.steps, args.lr, callback=keep, model_kwargs=model_kwargs, generator=generator
+    )
     if not film.images:
         raise SystemExit("interrupted before the first result")
-    calls, seconds = (sum(getattr(record, name) for record in result.history) for name in ("model_calls", "seconds"))
-    print(f"\n{title}: {len(film.losses) - 1} steps, {calls} model calls, {seconds:.1f} s")
+    calls = sampler.model_calls - calls
+    print(f"\n{title}: {len(film.losses) - 1} steps, {calls} model calls, {sum(film.seconds):.1f} s")
     print(f"  loss, sum of {len(latents)}: {film.losses[0]:.4f} -> {film.losses[-1]:.4f}")
     return film
 
 
+# Pictures
+
+
 def show(axes: Axes, image: Tensor, caption: str = "", title: str = "", frame: str | None = None) -> None:
-    """One image (1 or 3, H, W) in [-1, 1], an optional caption below and title above, an optional coloured frame."""
+    """One image, an optional caption below and title above, an optional coloured frame."""
     pixels = (image.detach().float().cpu().clamp(-1, 1) + 1) / 2
     axes.imshow(pixels.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
@@ -126,25 +283,30 @@ def show_film(
     caption: Callable[[Tensor, int], str],
     stills: int = 6,
     targets: Tensor | None = None,
+    target_title: str = "target",
 ) -> None:
-    """One row per image of the batch, one column per still, and the targets in a last column."""
+    """One row per image of the batch, one column per still, and the targets in a last column.
+
+    ``caption(images, row)`` describes image ``row`` of a batch.
+    """
     moments = film.stills(stills)
-    columns = len(moments) + (targets is not None)
-    grid = figure.subplots(len(film.images[0]), columns, squeeze=False)
+    grid = figure.subplots(len(film.images[0]), len(moments) + (targets is not None), squeeze=False)
     for row, axes in enumerate(grid):
         for column, moment in enumerate(moments):
-            image = film.images[moment][row]
+            images = film.images[moment]
             title = "" if row else "before" if moment == 0 else f"step {moment}"
-            show(axes[column], image, caption(image, row), title)
+            show(axes[column], images[row], caption(images, row), title)
         if targets is not None:
-            show(axes[-1], targets[row], "", "" if row else "target", frame="tab:orange")
+            show(axes[-1], targets[row], "", "" if row else target_title, frame="tab:orange")
 
 
-def show_curve(axes: Axes, curves: dict[str, Sequence[float]], ylabel: str, xlabel: str = "optimisation step") -> None:
-    """One line per named series, over 0, 1, 2, ..."""
+def show_curves(
+    axes: Axes, curves: Mapping[str, Sequence[float]], ylabel: str, *, x: Mapping[str, Sequence[float]] | None = None
+) -> None:
+    """One line per named series, over the optimisation steps or over ``x``."""
     for name, values in curves.items():
-        axes.plot(np.arange(len(values)), values, label=name)
-    axes.set_xlabel(xlabel)
+        axes.plot(x[name] if x else range(len(values)), values, label=name)
+    axes.set_xlabel("optimisation step")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,8 +14,12 @@ from typing import TypeVar
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
+from skimage.morphology import skeletonize
 from sklearn.datasets import load_digits
+from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -116,6 +120,39 @@ def scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         num_train_timesteps=1000, prediction_type="epsilon", timestep_spacing="trailing", clip_sample=False
     )
+
+
+def stroke_thickness(images: Tensor) -> Tensor:
+    """Mean thickness of the strokes (B,), in pixels: ink over the length of the skeleton."""
+    skeletons = [skeletonize(image[0].detach().cpu().numpy() > 0).sum() for image in images]
+    return (images + 1).sum((1, 2, 3)) / 2 / torch.tensor(skeletons, device=images.device).clamp(min=1)
+
+
+class ThicknessScore(nn.Module):
+    """Images (B, 1, 16, 16) to the estimated thickness of their strokes (B,): a linear head on a classifier's features.
+
+    It is to the digits what an aesthetic predictor is to photographs: a differentiable judge that was fitted to
+    examples (here by ridge regression, at construction) and can be fooled. ``r2`` is its score on held-out digits.
+    """
+
+    def __init__(self, classifier: DigitsClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+        (train, _), (test, _) = digits("train"), digits("test")
+        ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=(0.01, 0.1, 1, 10, 100)))
+        with torch.no_grad():
+            ridge.fit(self._pooled(train).numpy(), stroke_thickness(train).numpy())
+            self.r2 = float(ridge.score(self._pooled(test).numpy(), stroke_thickness(test).numpy()))
+        scaler, head = ridge[0], ridge[-1]
+        weight = head.coef_ / scaler.scale_
+        self.register_buffer("weight", torch.tensor(weight, dtype=torch.float32))
+        self.register_buffer("bias", torch.tensor(head.intercept_ - weight @ scaler.mean_, dtype=torch.float32))
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        return torch.cat([stage.mean((2, 3)) for stage in self.classifier.features(images)], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._pooled(images) @ self.weight + self.bias
 
 
 @torch.no_grad()

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from common import SphereSampler, optimise, parse, save_picture, sdo_parser, show_curve, show_film
+from common import OnSphere, optimise, parse, save_picture, sdo_parser, show_curves, show_film
 from digits_model import IMAGE_SHAPE, NULL_LABEL, digits, load_digits_classifier, load_digits_unet, scheduler
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 from torch.nn import functional
+
+from sdo_fast import ShortcutSampler
 
 BATCH = 4
 
@@ -34,11 +36,11 @@ class ClassTask:
         self.targets = None
 
     def loss(self, images: Tensor) -> Tensor:
-        return functional.cross_entropy(self.classifier(images.clamp(-1, 1)), self.labels, reduction="sum")
+        return functional.cross_entropy(self.classifier(images), self.labels, reduction="sum")
 
-    def score(self, image: Tensor, row: int) -> str:
+    def caption(self, images: Tensor, row: int) -> str:
         with torch.no_grad():
-            probability = self.classifier(image[None])[0].softmax(0)[self.labels[row]].item()
+            probability = self.classifier(images).softmax(1)[row, self.labels[row]].item()
         return f"p({self.labels[row]}) = {probability:.3f}"
 
 
@@ -53,10 +55,10 @@ class ImageTask:
         self.targets = images[torch.randperm(len(images), generator=generator)[:BATCH]]
 
     def loss(self, images: Tensor) -> Tensor:
-        return functional.mse_loss(images.clamp(-1, 1), self.targets, reduction="none").mean((1, 2, 3)).sum()
+        return functional.mse_loss(images, self.targets, reduction="none").mean((1, 2, 3)).sum()
 
-    def score(self, image: Tensor, row: int) -> str:
-        return f"MSE = {functional.mse_loss(image, self.targets[row]):.4f}"
+    def caption(self, images: Tensor, row: int) -> str:
+        return f"MSE = {functional.mse_loss(images[row], self.targets[row]):.4f}"
 
 
 TASKS: dict[str, Callable[[torch.Generator], ClassTask | ImageTask]] = {"class": ClassTask, "image": ImageTask}
@@ -67,17 +69,24 @@ def run(name: str, args: argparse.Namespace, figure: SubFigure) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     task = TASKS[name](generator)
     latents = torch.randn(BATCH, *IMAGE_SHAPE, generator=generator)
-    sampler = SphereSampler(load_digits_unet(), scheduler(), args.sampler_steps, grad_step=args.grad_step)
-    unlabelled = {"class_labels": torch.full((BATCH,), NULL_LABEL)}
-    film = optimise(sampler, latents, task.loss, args, task.title, model_kwargs=unlabelled)
+    sampler = OnSphere(ShortcutSampler(load_digits_unet(), scheduler(), args.sampler_steps, grad_step=args.grad_step))
+    film = optimise(
+        sampler,
+        latents,
+        task.loss,
+        args,
+        task.title,
+        decode=lambda x0: x0.clamp(-1, 1),
+        model_kwargs={"class_labels": torch.full((BATCH,), NULL_LABEL)},
+    )
     for row in range(BATCH):
-        print(f"  latent {row}: {task.score(film.images[0][row], row)} -> {task.score(film.images[-1][row], row)}")
+        print(f"  latent {row}: {task.caption(film.images[0], row)} -> {task.caption(film.images[-1], row)}")
 
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
-    show_film(left, film, caption=task.score, targets=task.targets)
+    show_film(left, film, caption=task.caption, targets=task.targets)
     figure.suptitle(task.title, x=0.02, ha="left", weight="bold")
     axes = right.subplots()
-    show_curve(axes, {name: [loss / BATCH for loss in film.losses]}, task.loss_name)
+    show_curves(axes, {name: [loss / BATCH for loss in film.losses]}, task.loss_name)
     axes.set_yscale("log")
 
 

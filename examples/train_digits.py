@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +146,14 @@ def sample_accuracy(unet: nn.Module, classifier: nn.Module, per_class: int = 20,
     return (probability > 0.9).float().mean().item()
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of weights and checkpoints (%(default)s)")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of the UNet (%(default)s)")
     parser.add_argument("--classifier-steps", type=int, default=600, help="and of the classifier (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="images a step (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (%(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     for name, make, loss_fn, steps, file in (
         ("classifier", digits_classifier, classifier_loss, args.classifier_steps, CLASSIFIER_FILE),

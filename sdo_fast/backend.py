@@ -21,7 +21,7 @@ _chosen: list[str] = []
 
 @dataclass(frozen=True)
 class Op:
-    """One operator and its implementations, all with the same signature."""
+    """One operator and its implementations, all with the same signature; its first argument is a tensor."""
 
     name: str
     reference: Callable[..., Any]
@@ -60,23 +60,19 @@ def _cuda_extension() -> str | None:
     return None
 
 
+@cache
+def _kernel(name: str, backend: str) -> Callable[..., Any]:
+    return getattr(torch.ops._sdo_fast if backend == "cpp" else torch.ops._sdo_fast_cuda, name).default
+
+
 def _implementation(op: Op, backend: str) -> Callable[..., Any]:
-    if backend == "cpp":
-        return getattr(torch.ops._sdo_fast, op.name)
-    if backend == "cuda":
-        return getattr(torch.ops._sdo_fast_cuda, op.name)
-    return op.reference
+    return op.reference if backend == "reference" else _kernel(op.name, backend)
 
 
-def _device(args: tuple[Any, ...]) -> str:
-    return next(a for a in args if isinstance(a, Tensor)).device.type
-
-
-def _problem(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
+def _problem(op: Op, backend: str, device: str, args: tuple[Any, ...]) -> str | None:
     """Why `backend` cannot run `op` on `args`, in words, or None."""
     if backend == "reference":
         return None
-    device = _device(args)
     if backend == "cpp":
         reason = f"the tensors are on {device}, not on the CPU" if device != "cpu" else _extension()
     else:
@@ -94,14 +90,14 @@ def default_backend() -> str:
 
 def _choose(op: Op, args: tuple[Any, ...]) -> tuple[str, str | None]:
     """The backend that runs `op` on `args`, and why the fast one of this device does not (None if it does)."""
-    asked = default_backend()
+    asked, device = default_backend(), args[0].device.type
     if asked != "auto":
-        reason = _problem(op, asked, args)
+        reason = _problem(op, asked, device, args)
         if reason is not None:
             raise RuntimeError(f"backend {asked!r} was asked for, but it cannot run {op.name}: {reason}")
         return asked, f"backend {asked!r} was asked for" if asked == "reference" else None
-    fast = "cpp" if _device(args) == "cpu" else "cuda"
-    reason = _problem(op, fast, args)
+    fast = "cpp" if device == "cpu" else "cuda"
+    reason = _problem(op, fast, device, args)
     return (fast, None) if reason is None else ("reference", f"not {fast}: {reason}")
 
 
@@ -143,7 +139,7 @@ def why_not(op_name: str, *args: Any) -> str:
     """
     if op_name not in OPS:
         raise ValueError(f"op_name must be one of {', '.join(sorted(OPS))}, got {op_name!r}")
-    if not any(isinstance(a, Tensor) for a in args):
-        raise TypeError(f"args must hold the tensors that {op_name} takes, got {args!r}")
+    if not args or not isinstance(args[0], Tensor):
+        raise TypeError(f"args must begin with the tensor that {op_name} takes first, got {args!r}")
     backend, reason = _choose(OPS[op_name], args)
     return f"{backend} runs" if reason is None else f"{backend} runs ({reason})"

@@ -82,11 +82,11 @@ def sampler_step(
         raise ValueError(f"scales: got {len(scales)}, one for each of the {len(terms)} terms is needed")
     arguments = (x, cond, uncond, guidance, a, b, list(terms), list(scales), c, pred_x, pred_eps, clip)
     if out is None:
-        return torch.ops.sdo_fast.sampler_step(*arguments)
+        return torch.ops.sdo_fast.sampler_step.default(*arguments)
     _check_out("out", out, "x", x, (x, cond, uncond, *terms))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, cond, uncond, *terms)):
         raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")
-    torch.ops.sdo_fast.sampler_step_out(*arguments, out)
+    torch.ops.sdo_fast.sampler_step_out.default(*arguments, out)
     return out
 
 
@@ -145,7 +145,7 @@ def shortcut_backward(
     arguments = (grad, a, b, 1.0 if guidance is None else guidance, *(inputs.get(n) for n in ("x", "cond", "uncond")))
     arguments += (c, pred_x, pred_eps, clip)
     if out is None:
-        grad_x, grad_cond, grad_uncond = torch.ops.sdo_fast.shortcut_backward(
+        grad_x, grad_cond, grad_uncond = torch.ops.sdo_fast.shortcut_backward.default(
             *arguments, True, True, guidance is not None
         )
         return grad_x, grad_cond, grad_uncond if guidance is not None else None
@@ -157,7 +157,7 @@ def shortcut_backward(
             _check_out(f"out ({name})", tensor, "grad", grad, (grad, *inputs.values()), earlier)
     if torch.is_grad_enabled() and grad.requires_grad:
         raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")
-    torch.ops.sdo_fast.shortcut_backward_out(*arguments, *out)
+    torch.ops.sdo_fast.shortcut_backward_out.default(*arguments, *out)
     return out
 
 

@@ -32,13 +32,10 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
 
 
-def _limits(first: Tensor, *args: Any) -> str | None:
+def _limits(first: Tensor) -> str | None:
     if first.dim() > MAX_DIMENSIONS:
         return f"the kernels take at most {MAX_DIMENSIONS} dimensions, got {first.dim()}"
-    if first.dtype not in DTYPES:
-        return f"the kernels take no {first.dtype}"
-    terms = next((len(a) for a in args if isinstance(a, (list, tuple))), 0)
-    return f"the kernels take at most {MAX_TERMS} terms, got {terms}" if terms > MAX_TERMS else None
+    return None if first.dtype in DTYPES else f"the kernels take no {first.dtype}"
 
 
 # step -----------------------------------------------------------------------------------------------------------------
@@ -53,7 +50,12 @@ def _reference_step(*args: Any) -> None:
     args[-1].copy_(sampler_step(*args[:-1]))
 
 
-STEP = OPS["sampler_step"] = Op("sampler_step", _reference_step, _limits)
+def _step_limits(x: Tensor, *args: Any) -> str | None:
+    terms = len(args[5]) if len(args) > 5 else 0
+    return f"the kernels take at most {MAX_TERMS} terms, got {terms}" if terms > MAX_TERMS else _limits(x)
+
+
+STEP = OPS["sampler_step"] = Op("sampler_step", _reference_step, _step_limits)
 
 
 def _step(x: Tensor, *args: Any) -> Tensor:
@@ -133,7 +135,7 @@ def _reference_shortcut(*args: Any) -> None:
             out.copy_(result)
 
 
-SHORTCUT = OPS["shortcut_backward"] = Op("shortcut_backward", _reference_shortcut, _limits)
+SHORTCUT = OPS["shortcut_backward"] = Op("shortcut_backward", _reference_shortcut, lambda grad, *args: _limits(grad))
 
 
 def _shortcut(*args: Any) -> tuple[Tensor, ...]:

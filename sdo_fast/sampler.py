@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ._progress import bar
+from .fused import FusedSolver
 from .reference.loops import draw_step, grad_step_choices
 from .reference.model import GuidedModel
 from .reference.solver import Solver
@@ -60,6 +61,9 @@ class ShortcutSampler:
         schedule_kwargs: keyword arguments of `scheduler.set_timesteps`, e.g. `{"mu": 1.15}`.
         reuse: a TrajectoryCache, with which most model outputs of most calls are reused from earlier calls, and the
             result is an estimate except where `reuse.exact` says so (experimental).
+        fused: run each step as one `sampler_step` instead of the scheduler's many small operations, where the scheduler
+            is affine and deterministic; elsewhere the scheduler runs, and `why_not()` gives the reason. Values and
+            gradients then agree with the scheduler's to rounding, not bit for bit.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the gradient asked for is exactly zero (sample prediction
@@ -84,6 +88,7 @@ class ShortcutSampler:
         step_kwargs: Mapping[str, Any] | None = None,
         schedule_kwargs: Mapping[str, Any] | None = None,
         reuse: TrajectoryCache | None = None,
+        fused: bool = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got {type(model).__name__}, a callable model(x, t, **kwargs) is needed")
@@ -110,6 +115,14 @@ class ShortcutSampler:
         self.reuse = reuse
         if reuse is not None:
             reuse.attach(self.solver)
+        self.fused = fused
+        self._stepper: Solver = self.solver
+        self._why_not = "fused=False was asked for"
+        if fused:
+            try:
+                self._stepper, self._why_not = FusedSolver(self.solver), ""
+            except ValueError as reason:
+                self._why_not = str(reason)
 
     @property
     def timesteps(self) -> Tensor:
@@ -155,8 +168,13 @@ class ShortcutSampler:
             normalize=self.normalize,
             step_kwargs=self.solver.step_kwargs,
             schedule_kwargs=self.solver.schedule_kwargs,
+            fused=self.fused,
         )
         return other
+
+    def why_not(self) -> str:
+        """What does the steps' arithmetic: `sampler_step`, or the scheduler and why not the other."""
+        return f"the scheduler runs ({self._why_not})" if self._why_not else "sampler_step runs"
 
     def draw_grad_step(self, generator: torch.Generator | None = None) -> int | None:
         """The step of the next call's gradient; None for "identity"."""
@@ -176,15 +194,15 @@ class ShortcutSampler:
         eps = self.guided(latents, model_kwargs, uncond_kwargs)
         steps, reuse = bar(self.solver.steps, "sampling", progress), self.reuse
         if reuse is None:
-            x = self.run(self.solver.begin(generator), eps, latents, steps, grad_step)
+            x = self.run(self._stepper.begin(generator), eps, latents, steps, grad_step)
         else:
             warm = reuse.warm(latents, {"cond": eps.cond, "uncond": eps.uncond, "guidance": eps.guidance_scale})
             planned = reuse.plan(self.solver.steps)
             estimate = None
             if warm and len(planned) == len(self.solver.steps):
                 with torch.no_grad():
-                    estimate = self.run(self.solver.begin(), eps, latents, self.solver.steps, None, reuse)
-            x = self.run(self.solver.begin(), eps, latents, steps, grad_step, reuse, {*planned, grad_step})
+                    estimate = self.run(self._stepper.begin(), eps, latents, self.solver.steps, None, reuse)
+            x = self.run(self._stepper.begin(), eps, latents, steps, grad_step, reuse, {*planned, grad_step})
             reuse.done(self.solver.steps, planned)
             if estimate is not None:
                 reuse.judge(estimate, x.detach())
@@ -214,6 +232,8 @@ class ShortcutSampler:
 
     def advance(self, solver: Solver, eps: GuidedModel, outputs: tuple[Tensor, ...], i: int, x: Tensor) -> Tensor:
         """x_{i+1} from x_i and the model's outputs before guidance."""
+        if isinstance(solver, FusedSolver):
+            return solver.guided_step(outputs, eps.guidance_scale, i, x)
         return solver.step(eps.combine(*outputs), i, x)
 
     @torch.no_grad()

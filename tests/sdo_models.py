@@ -58,6 +58,51 @@ def tiny_unet(**config: Any) -> nn.Module:
     return UNet2DModel(**{**settings, **config}).eval()
 
 
+def tiny_vae(**config: Any) -> nn.Module:
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **config,
+    ).eval()  # fmt: skip
+
+
+def tiny_conditional_unet(**config: Any) -> nn.Module:
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=4, **config,
+    ).eval()  # fmt: skip
+
+
+def tiny_stable_diffusion() -> Any:
+    """A pipeline with text encoder and autoencoder, of random weights."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    letters = [chr(k) for k in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.model_max_length = 16
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=transformers.CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        unet=tiny_conditional_unet(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def gradients(image: Tensor, *inputs: Tensor, seed: int = 5) -> tuple[Tensor, ...]:
     """Gradients of a fixed quadratic loss of the image."""
     target = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)).to(image)

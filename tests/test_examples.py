@@ -6,19 +6,30 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import common
+import diffusers
 import digits_model
+import numpy as np
 import pytest
+import sdo_adversarial
 import sdo_digits
+import sdo_finetune
+import sdo_guidance
+import sdo_score
+import sdo_style
 import torch
 import train_digits
+import transformers
 from matplotlib.image import imread
+from PIL import Image
 from safetensors import safe_open
+from sdo_models import tiny_stable_diffusion, tiny_unet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sdo_fast import coefficients
+from sdo_fast import ShortcutSampler, coefficients
 
 
 def test_split_is_fixed_and_disjoint() -> None:
@@ -108,6 +119,28 @@ def test_training_refuses_a_checkpoint_of_other_settings(tmp_path: Path) -> None
         train_digits.train("test", make, loss_fn, 3, batch=4, seed=0, checkpoint=tmp_path / "checkpoint")
 
 
+def test_training_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Interrupted and run again it ends with weights that load, and reports what they are worth."""
+    argv = ["--out", str(tmp_path), "--steps", "2", "--classifier-steps", "2", "--batch", "4"]
+    loss_fn = train_digits.unet_loss
+
+    def interrupted(*args: object) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return loss_fn(*args)
+
+    monkeypatch.setattr(train_digits, "sample_accuracy", lambda unet, classifier: 0.125)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_digits, "unet_loss", interrupted)
+        assert train_digits.main(argv) == 130
+    assert "The same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / digits_model.UNET_FILE).exists()
+    assert train_digits.main(argv) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"classifier: \d+\.\d% of 297 held-out digits are right", output)
+    assert "unet: 12.5% of 200 samples" in output
+    digits_model.load_digits_unet(tmp_path / digits_model.UNET_FILE)
+
+
 def test_exported_weights_are_the_model_in_half_precision(tmp_path: Path) -> None:
     model = digits_model.digits_classifier()
     train_digits.export(model, tmp_path / "weights.safetensors")
@@ -134,14 +167,181 @@ def losses(output: str) -> list[tuple[float, float]]:
 
 def assert_picture(path: Path) -> None:
     picture = imread(path)
-    assert min(picture.shape[:2]) >= 400
+    assert min(picture.shape[:2]) >= 300
     assert picture[..., :3].std() > 0.1
 
 
-@pytest.mark.parametrize("grad_step", ["first", "identity", "2"])
+SCRIPTS: dict[str, tuple[ModuleType, list[str]]] = {
+    "style": (sdo_style, ["--prompt", "0", "3"]),
+    "guidance": (sdo_guidance, ["--prompt", "10", "10"]),
+    "score": (sdo_score, ["--prompt", "0", "3"]),
+    "adversarial": (sdo_adversarial, ["--prompt", "0", "3"]),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_on_digits(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, options = SCRIPTS[name]
+    out = tmp_path / "picture.png"
+    assert script.main(["--quick", *options, "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    found = losses(output)
+    assert len(found) == (3 if name == "guidance" else 1)
+    assert all(after < before for before, after in found), found
+    if name == "guidance":  # 5 evaluations of 5 steps; the shortcut recomputes one step in each of 4 backward passes
+        assert re.findall(r"(\w+): 4 steps, (\d+) model calls", output) == [
+            ("shortcut", "29"),
+            ("identity", "25"),
+            ("full", "25"),
+        ]
+    assert_picture(out)
+
+
+REPORT = re.compile(r"reward ([-.\d]+), diversity ([.\d]+)(?:, distance to the data ([.\d]+))?")
+
+
+def test_finetune_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "picture.png"
+    assert sdo_finetune.main(["--quick", "--out", str(out), "--save", str(tmp_path)]) == 0
+    before_all, after_all, before_lora, after_lora = (
+        tuple(map(float, found)) for found in REPORT.findall(capsys.readouterr().out)
+    )
+    assert before_all == before_lora
+    assert after_all[0] > before_all[0]
+    assert after_lora[0] > before_lora[0]
+    assert all(value > 0.1 for value in (*before_all, *after_all))
+    assert_picture(out)
+
+    with safe_open(tmp_path / "all.safetensors", "pt") as stored:
+        original = digits_model.load_digits_unet().state_dict()
+        assert set(stored.keys()) == set(original)
+        assert not torch.equal(stored.get_tensor("conv_in.weight"), original["conv_in.weight"])
+    with safe_open(tmp_path / "lora.safetensors", "pt") as stored:
+        names = set(stored.keys())
+        assert names
+        assert all(".lora_" in name for name in names)
+        assert all(stored.get_tensor(name).any() for name in names if ".lora_B." in name)
+
+
+def test_finetune_measures() -> None:
+    """Diversity within groups of four and distance to the nearest picture, against direct sums."""
+    report = sdo_finetune.Report()
+    images, data = torch.randn(8, 1, 4, 4), torch.randn(5, 1, 4, 4)
+    report.add(0, images, torch.arange(8.0), data)
+    rms = lambda a, b: (a - b).square().mean().sqrt().item()  # noqa: E731
+    pairs = [(i, j) for i in range(8) for j in range(8) if i < j and i // 4 == j // 4]
+    assert report.diversity[0] == pytest.approx(sum(rms(images[i], images[j]) for i, j in pairs) / len(pairs), rel=1e-4)
+    nearest = [min(rms(image, other) for other in data) for image in images]
+    assert report.distance[0] == pytest.approx(sum(nearest) / 8, rel=1e-4)
+    assert report.reward[0] == 3.5
+
+
+@pytest.fixture(scope="module")
+def saved_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a text-to-image pipeline and a classifier in folders, tiny and with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tiny_stable_diffusion().save_pretrained(folder / "pipeline")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=24, patch_size=8,
+        num_labels=3, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder / "classifier")
+    transformers.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(folder / "classifier")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(folder / "picture.png")
+    return ["--model", str(folder / "pipeline"), "--critic", str(folder / "classifier")]
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "finetune"])
+def test_script_on_a_pipeline(
+    name: str, saved_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = sdo_finetune if name == "finetune" else SCRIPTS[name][0]
+    folder = Path(saved_models[1]).parent
+    own = {
+        "style": ["--style", str(folder / "picture.png")],
+        "guidance": ["--target", "1"],
+        "score": ["--score-index", "2"],
+        "adversarial": ["--guidance", "2", "--hold", "1"],
+        "finetune": ["--score-index", "2", "--data", str(folder), "--lr", "1e-3", "--lora-lr", "1e-2"],
+    }
+    out = tmp_path / "picture.png"
+    prompts = ["--prompt", "a cat", "dog"]
+    assert script.main(["--quick", *prompts, *saved_models, *own[name], "--lr", "0.1", "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    if name == "finetune":
+        rewards = [float(reward) for reward, _, _ in REPORT.findall(output)]
+        assert rewards[1] > rewards[0] == rewards[2] < rewards[3]
+    else:
+        assert all(after < before for before, after in losses(output)), output
+    assert_picture(out)
+
+
+def test_script_on_an_unconditional_pipeline(
+    saved_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pixels instead of latents, a stochastic scheduler, no prompt to encode."""
+    unet = tiny_unet(in_channels=3, out_channels=3, num_class_embeds=None)
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    models = ["--model", str(tmp_path / "pipeline"), *saved_models[2:]]
+    out = tmp_path / "picture.png"
+    assert sdo_score.main(["--quick", "--prompt", "", "", *models, "--lr", "0.1", "--out", str(out)]) == 0
+    ((before, after),) = losses(capsys.readouterr().out)
+    assert after < before
+    assert_picture(out)
+
+
+def test_a_pipeline_needs_a_critic(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sdo_score.main(["--model", "somewhere"])
+    assert "--model needs --critic" in capsys.readouterr().err
+
+
+def test_hub_classifier_prepares_images_as_its_processor_does(saved_models: list[str]) -> None:
+    critic = common.HubClassifier(Path(saved_models[3])).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(saved_models[3])
+    pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = critic.model(**processor(list(pixels), return_tensors="pt")).logits
+        actual = critic(pixels / 127.5 - 1)
+        features = critic.features(pixels / 127.5 - 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert [tuple(state.shape) for state in features] == [(2, 16, 10)] * 3
+
+
+def test_sphere_keeps_the_norm_of_noise() -> None:
+    """The samples of scaled noise are those of the noise itself."""
+    labels = {"class_labels": torch.tensor([3, 5])}
+    sampler = common.OnSphere(ShortcutSampler(digits_model.load_digits_unet(), digits_model.scheduler(), 3))
+    noise = torch.randn(2, 1, 16, 16)
+    projected = sampler.project(noise * torch.tensor([0.1, 7.0]).view(-1, 1, 1, 1))
+    torch.testing.assert_close(projected.square().mean((1, 2, 3)), torch.ones(2))
+    torch.testing.assert_close(sampler(3 * noise, labels), sampler.sampler(projected, labels), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="starts at step 2"):
+        common.OnSphere(ShortcutSampler(digits_model.load_digits_unet(), digits_model.scheduler(), 5, start=2))
+
+
+def test_thickness_score_follows_the_measured_thickness() -> None:
+    score = digits_model.ThicknessScore(digits_model.load_digits_classifier())
+    images, _ = digits_model.digits("test")
+    estimated, measured = score(images), digits_model.stroke_thickness(images)
+    r2 = 1 - (estimated - measured).square().sum() / (measured - measured.mean()).square().sum()
+    assert score.r2 == pytest.approx(r2.item(), abs=1e-4)
+    assert score.r2 > 0.75
+    bar = torch.full((1, 1, 16, 16), -1.0)
+    bar[..., 2:14, 6:9] = 1  # 12 x 3 pixels, skeleton of 12 or less
+    assert 3 <= digits_model.stroke_thickness(bar).item() <= 4
+
+
+@pytest.mark.parametrize("grad_step", ["identity", "2"])
 def test_sdo_digits(grad_step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "sdo.png"
-    assert sdo_digits.main(["--quick", "--steps", "4", "--grad-step", grad_step, "--out", str(out)]) == 0
+    assert (
+        sdo_digits.main(
+            ["--quick", "--steps", "4", "--sampler-steps", "4", "--grad-step", grad_step, "--out", str(out)]
+        )
+        == 0
+    )
     found = losses(capsys.readouterr().out)
     assert len(found) == 2
     assert all(after < 0.9 * before for before, after in found), found

@@ -1,0 +1,142 @@
+"""A scheduler's pass as recurrences of scalar coefficients, each step one call of `sampler_step`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .functional import sampler_step
+from .reference.solver import Solver
+from .schedulers import NotAffineError, refuse_not_affine, refuse_stochastic
+
+LONGEST_HISTORY = 3
+# Relative residuals of a true recurrence: rounding alone. Some schedulers work in float32 whatever they are given.
+TOLERANCE, TOLERANCE_IN_FLOAT32 = 1e-11, 2e-7
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """x_{i+1} = a x_i + b eps_i + sum_j states[j] x_{i-j} + sum_j outputs[j] eps_{i-j}; the model reads scale x_i."""
+
+    a: float
+    b: float
+    states: dict[int, float]
+    outputs: dict[int, float]
+    scale: float
+
+
+class FusedSolver(Solver):
+    """The same update rule as a deterministic affine `Solver`, from coefficients found once.
+
+    Equal to the scheduler's own arithmetic but for rounding. Every step costs one pass over memory, and the scheduler
+    is neither copied nor run.
+
+    Raises:
+        NotAffineError: the scheduler clips, thresholds, reads a learned variance, or needs too long a history.
+        ValueError: it adds noise of its own.
+    """
+
+    _states: dict[int, Tensor]
+    _outputs: dict[int, Tensor]
+
+    def __init__(self, solver: Solver) -> None:
+        vars(self).update(vars(solver))
+        self.recurrences = recurrences(solver)
+        self.depth = max((j for r in self.recurrences.values() for j in (*r.states, *r.outputs)), default=0)
+
+    def begin(self, generator: torch.Generator | None = None) -> FusedSolver:
+        solver = copy.copy(self)
+        solver._states, solver._outputs = {}, {}
+        return solver
+
+    def scale_input(self, x: Tensor, i: int) -> Tensor:
+        scale = self.recurrences[i].scale
+        return x if scale == 1 else x * scale
+
+    def step(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+        return self.guided_step((output,), None, i, x)
+
+    def guided_step(self, outputs: Sequence[Tensor], guidance: float | None, i: int, x: Tensor) -> Tensor:
+        """S_i(x, eps) with the model's outputs before guidance: (output,), or (uncond, cond)."""
+        rule = self.recurrences[i]
+        cond, uncond = outputs[-1], outputs[0] if guidance is not None else None
+        if self.depth:
+            if uncond is not None and guidance is not None:
+                cond, uncond = uncond + guidance * (cond - uncond), None  # later steps read it once more
+            self._states[i], self._outputs[i] = x, cond
+            for history in (self._states, self._outputs):
+                history.pop(i - self.depth - 1, None)
+        terms = [self._states[i - j] for j in rule.states] + [self._outputs[i - j] for j in rule.outputs]
+        scales = [*rule.states.values(), *rule.outputs.values()]
+        return sampler_step(x, cond, uncond, guidance or 0.0, a=rule.a, b=rule.b, terms=terms, scales=scales)
+
+
+def recurrences(solver: Solver) -> dict[int, Recurrence]:
+    """The recurrence of every step, from one pass of the scheduler over unit vectors.
+
+    The scheduler is linear and works element by element, so in a state whose elements stand for the inputs (x_start,
+    eps_start, eps_{start+1}, ...) each element becomes the coefficient of its input.
+    """
+    refuse_not_affine(solver)
+    refuse_stochastic(solver)
+    units = torch.eye(1 + len(solver), dtype=torch.float64)[:, None, None, None, :]
+    run, x = solver.begin(), units[0]
+    tolerance = TOLERANCE_IN_FLOAT32 if _rounds_to_float32(solver) else TOLERANCE
+    states: dict[int, Tensor] = {}
+    found = {}
+    for i in run.steps:
+        states[i] = x
+        model_input = run.scale_input(x, i)
+        following = run.step(units[1 + i], i, x)
+        scale = (model_input.flatten() @ x.flatten() / x.square().sum()).item()
+        if not torch.allclose(model_input, scale * x, rtol=tolerance):
+            raise NotAffineError(f"scheduler: {_name(solver)} does more to the model's input than to scale it")
+        found[i] = _recurrence(solver, i, states, units, following, scale, tolerance)
+        x = following
+    return found
+
+
+def _recurrence(
+    solver: Solver, i: int, states: dict[int, Tensor], units: Tensor, following: Tensor, scale: float, tolerance: float
+) -> Recurrence:
+    b = following.flatten()[1 + i].item()
+    target = (following - b * units[1 + i]).flatten()
+    for depth in range(LONGEST_HISTORY + 1):
+        back = [j for j in range(1, depth + 1) if i - j in states]
+        columns = [states[i], *(states[i - j] for j in back), *(units[1 + i - j] for j in back)]
+        basis = torch.stack([column.flatten() for column in columns], dim=1)
+        norms = basis.norm(dim=0)
+        solution = torch.linalg.lstsq(basis / norms, target[:, None], driver="gelsd").solution[:, 0]
+        if (basis / norms @ solution - target).norm() <= tolerance * (target.norm() + abs(b)):
+            solution[solution.abs() <= 1e-2 * tolerance * solution.abs().max()] = 0
+            a, *rest = (solution / norms).tolist()
+            of_states, of_outputs = rest[: len(back)], rest[len(back) :]
+            return Recurrence(
+                a,
+                b,
+                {j: value for j, value in zip(back, of_states, strict=True) if value},
+                {j: value for j, value in zip(back, of_outputs, strict=True) if value},
+                scale,
+            )
+    raise NotAffineError(f"scheduler: {_name(solver)} uses more than {LONGEST_HISTORY} earlier steps")
+
+
+def _rounds_to_float32(solver: Solver) -> bool:
+    """Whether the first step of a float64 state is less exact than float64 is."""
+    draw = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 1, 1, 1, 64, generator=draw, dtype=torch.float64)
+    factor = 1 + 2.0**-30
+    results = []
+    for k in (1.0, factor):
+        run = solver.begin()
+        run.scale_input(k * x, solver.start)
+        results.append(run.step(k * output, solver.start, k * x))
+    return not torch.allclose(results[1], factor * results[0], rtol=1e-12, atol=1e-12 * results[0].abs().max().item())
+
+
+def _name(solver: Solver) -> str:
+    return type(solver.scheduler).__name__

@@ -1,0 +1,154 @@
+"""The recurrences of every affine scheduler, and ShortcutSampler(fused=True), against the scheduler's own pass."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import rel_rms
+from sdo_models import ConvModel, gradients
+from torch import Tensor
+
+from sdo_fast import ShortcutSampler, TrajectoryCache, functional
+from sdo_fast.fused import FusedSolver
+from sdo_fast.reference import Solver
+
+diffusers = pytest.importorskip("diffusers")
+
+# The scheduler, and how many earlier steps its recurrence reads.
+AFFINE = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}, 0),
+    "ddim v": (diffusers.DDIMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}, 0),
+    "euler": (diffusers.EulerDiscreteScheduler, {}, 0),
+    "euler v": (diffusers.EulerDiscreteScheduler, {"prediction_type": "v_prediction"}, 0),
+    "flow": (diffusers.FlowMatchEulerDiscreteScheduler, {}, 0),
+    "edm": (diffusers.EDMEulerScheduler, {}, 0),
+    "dpm++ 2m": (diffusers.DPMSolverMultistepScheduler, {}, 1),
+    "dpm++ 3m": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 3}, 2),
+    "dpm single": (diffusers.DPMSolverSinglestepScheduler, {}, 1),
+    "deis": (diffusers.DEISMultistepScheduler, {}, 1),
+    "heun": (diffusers.HeunDiscreteScheduler, {}, 1),
+    "flow heun": (diffusers.FlowMatchHeunDiscreteScheduler, {}, 1),
+    "kdpm2": (diffusers.KDPM2DiscreteScheduler, {}, 1),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}, 2),
+    "unipc 3": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}, 3),
+    "lms": (diffusers.LMSDiscreteScheduler, {}, 3),
+    "plms": (diffusers.PNDMScheduler, {"skip_prk_steps": True}, 3),
+}
+OTHERS = {
+    "ddim clipped": (diffusers.DDIMScheduler, {}, "clips"),
+    "ddim thresholding": (diffusers.DDIMScheduler, {"thresholding": True, "clip_sample": False}, "thresholds"),
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}, "fresh noise"),
+    "ddpm learned": (diffusers.DDPMScheduler, {"variance_type": "learned_range", "clip_sample": False}, "learned"),
+    "pndm": (diffusers.PNDMScheduler, {}, "more than 3 earlier steps"),
+}
+
+
+def scheduler(name: str) -> Any:
+    kind, config, _ = {**AFFINE, **OTHERS}[name]
+    return kind(**config)
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_recurrences_equal_the_scheduler(name: str) -> None:
+    plain = Solver(scheduler(name), 8)
+    fused = FusedSolver(plain)
+    assert fused.depth == AFFINE[name][2]
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64) * float(getattr(plain.scheduler, "init_noise_sigma", 1.0))
+    passes = (plain.begin(), fused.begin())
+    states = [x, x]
+    for i in plain.steps:
+        inputs = [solver.scale_input(state, i) for solver, state in zip(passes, states, strict=True)]
+        assert rel_rms(inputs[1], inputs[0]) <= 1e-6
+        output = torch.randn_like(x)
+        states = [solver.step(output, i, state) for solver, state in zip(passes, states, strict=True)]
+        assert rel_rms(states[1], states[0]) <= 1e-6, i
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("name", AFFINE)
+def test_sampler_agrees_with_the_scheduler(name: str, guidance: float | None, start: int) -> None:
+    """Value and gradients of latents, condition and parameters, in float64."""
+    model = ConvModel().double()
+    x, cond, uncond = (torch.randn(2, *s, dtype=torch.float64, requires_grad=True) for s in ((3, 6, 5), (5,), (5,)))
+    inputs = [x, cond, *model.parameters(), *([uncond] if guidance else [])]
+    results = []
+    for fused in (False, True):
+        step = start + 1 if name == "kdpm2" else "first"  # its first stages do not reach x_0
+        sampler = ShortcutSampler(model, scheduler(name), 6, start, step, guidance_scale=guidance, fused=fused)
+        assert sampler.why_not() == ("sampler_step runs" if fused else "the scheduler runs (fused=False was asked for)")
+        image = sampler(x, {"cond": cond}, {"cond": uncond} if guidance else None)
+        results.append((image, *gradients(image, *inputs)))
+    for theirs, ours in zip(*results, strict=True):
+        assert rel_rms(ours, theirs) <= 1e-6
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_run_the_scheduler(name: str) -> None:
+    model = ConvModel(out_channels=6 if "learned" in name else 3)
+    x, results = torch.randn(2, 3, 6, 6), []
+    for fused in (False, True):
+        sampler = ShortcutSampler(model, scheduler(name), 5, fused=fused)
+        results.append(sampler(x, generator=torch.Generator().manual_seed(0)))
+    assert OTHERS[name][2] in sampler.why_not()
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    model, x = ConvModel().to(dtype), torch.randn(2, 3, 6, 6, dtype=dtype, requires_grad=True)
+    image = ShortcutSampler(model, scheduler("unipc"), 5, start=2, normalize=True, fused=True)(x)
+    assert image.dtype == dtype
+    double = x.detach().double().requires_grad_()
+    exact = ShortcutSampler(copy.deepcopy(model).double(), scheduler("unipc"), 5, start=2, normalize=True)(double)
+    tolerance = {torch.float32: 5e-6, torch.bfloat16: 5e-2, torch.float16: 6e-3}[dtype]
+    assert rel_rms(image, exact) <= tolerance
+    assert rel_rms(gradients(image, x)[0], gradients(exact, double)[0]) <= tolerance
+
+
+def test_one_call_per_step_and_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = ShortcutSampler(ConvModel(), scheduler("ddim"), 7, guidance_scale=2.0, fused=True)
+    calls = []
+    step: Any = functional.sampler_step
+    monkeypatch.setattr("sdo_fast.fused.sampler_step", lambda *args, **kwargs: calls.append(1) or step(*args, **kwargs))
+    monkeypatch.setattr(type(sampler.solver.scheduler), "step", None)
+    sampler(torch.randn(1, 3, 4, 4), {}, {})
+    assert len(calls) == 7
+
+
+def test_caller_s_latents_are_left_alone_and_passes_are_independent() -> None:
+    sampler = ShortcutSampler(ConvModel(), scheduler("unipc"), 5, fused=True)
+    x = torch.randn(1, 3, 4, 4)
+    before = x.clone()
+    first = sampler(x)
+    assert torch.equal(x, before)
+    sampler(torch.randn(1, 3, 4, 4))
+    assert torch.equal(sampler(x), first)
+
+
+def test_with_reuse_normalize_and_warm_up() -> None:
+    model, x = ConvModel(), torch.randn(1, 3, 4, 4, requires_grad=True)
+    plain, fused = (
+        ShortcutSampler(model, scheduler("ddim"), 6, normalize=True, reuse=TrajectoryCache(), fused=f)
+        for f in (False, True)
+    )
+    for _ in range(3):
+        images = plain(x), fused(x)
+        assert rel_rms(images[1], images[0]) <= 1e-5
+        assert rel_rms(gradients(images[1], x)[0], gradients(images[0], x)[0]) <= 1e-5
+    late = [ShortcutSampler(model, scheduler("ddim"), 6, start=3, fused=f) for f in (False, True)]
+    assert torch.equal(*(sampler.warm_up(x.detach()) for sampler in late))
+    assert fused.with_steps(3).why_not() == "sampler_step runs"
+
+
+def test_second_derivatives() -> None:
+    model, x = ConvModel().double(), torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    results: list[Tensor] = []
+    for fused in (False, True):
+        image = ShortcutSampler(model, scheduler("dpm++ 2m"), 3, fused=fused)(x)
+        (first,) = torch.autograd.grad(image.pow(2).sum(), x, create_graph=True)
+        results += torch.autograd.grad(first.pow(2).sum(), x)
+    assert rel_rms(results[1], results[0]) <= 1e-6
