@@ -182,7 +182,8 @@ inline void correlate(
     const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int64_t step, int last_lanes) {
   constexpr int n = simd::kLanes<A>;
   Vec<A> total[k * k + 1];
-  std::copy(sums, sums + k * k + 1, total);
+#pragma GCC unroll 32
+  for (int t = 0; t <= k * k; ++t) total[t] = sums[t];  // unrolled, not std::copy, so that they stay in registers
   each_vector(last_lanes == n ? vectors : vectors - 1, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
     Vec<A> g[kRows];
 #pragma GCC unroll 8
@@ -201,7 +202,8 @@ inline void correlate(
           if (r - o >= 0 && r - o < k) total[(r - o) * k + d] += g[o] * x;
       }
   });
-  std::copy(total, total + k * k + 1, sums);
+#pragma GCC unroll 32
+  for (int t = 0; t <= k * k; ++t) sums[t] = total[t];
 }
 
 // Sums that are kept in A for short runs and in double beyond.

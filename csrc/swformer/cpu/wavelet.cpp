@@ -153,7 +153,10 @@ void synthesise_row(
     Vec<A>* sums) {
   const Filters<A> f = synthesis;
   Vec<A> total[16];
-  if (kSum) std::copy(sums, sums + 16, total);
+  if (kSum) {
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; ++t) total[t] = sums[t];  // unrolled, not std::copy, so that they stay in registers
+  }
   stencil::each_vector(blocks.whole(), blocks.vectors(), [&](int64_t v, auto whole) __attribute__((always_inline)) {
     Vec<A> y[kBands], pixels[4];
     for (int q = 0; q < kBands; ++q) y[q] = simd::load(bands[q] + v * B::n);
@@ -169,7 +172,10 @@ void synthesise_row(
       out_blocks.template store<kReplicate>(out, i, v, whole, pixels);
     }
   });
-  if (kSum) std::copy(total, total + 16, sums);
+  if (kSum) {
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; ++t) sums[t] = total[t];
+  }
 }
 
 template <class P>
