@@ -18,7 +18,7 @@ STEPS = 20
 SHAPES = [(1, 4, 64, 64), (4, 4, 128, 128)]
 GUIDANCE = 5.0
 TARGETS = {"DDIM": 10.0, "UniPC": 20.0}
-"""Least ratio over the scheduler's own step."""
+"""Least ratio over the scheduler's own step, without guidance."""
 
 
 def schedulers() -> dict[str, Any]:
@@ -81,7 +81,7 @@ def scheduler_pass(name: str, shape: tuple[int, ...], guided: bool, options: Opt
 
     variants = {"scheduler": Variant(lambda: by_scheduler(x, outputs))}
     variants |= variants_of(by_steps, options, "sampler_step in plain PyTorch")
-    return Work(variants, expected, {"scheduler": TARGETS[name]} if name in TARGETS else {})
+    return Work(variants, expected, {"scheduler": TARGETS[name]} if name in TARGETS and not guided else {})
 
 
 def shortcut(shape: tuple[int, ...], options: Options) -> Work:
