@@ -180,4 +180,18 @@ inline void interleave(V even, V odd, V& a, V& b) {
   detail::interleave(even, odd, a, b, detail::Indices<V>{});
 }
 
+// v's lanes at `index`, each below the number of lanes.
+inline VecF permute(VecF v, VecU index) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(
+      _mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(index), reinterpret_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecF>(_mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256i>(index)));
+#else
+  VecF result;
+  for (int i = 0; i < kFloats; ++i) result[i] = v[index[i]];
+  return result;
+#endif
+}
+
 }  // namespace simd
