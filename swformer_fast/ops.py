@@ -387,3 +387,15 @@ _define_differentiable(
     _ffn_limits,
     groups=(0, *[1] * 10),
 )
+
+# attention ------------------------------------------------------------------------------------------------------------
+
+_define_differentiable(
+    "channel_attention(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor",
+    "bool need_x, bool need_params",
+    "attention",
+    reference.channel_attention,
+    lambda x, *parameters: _empty(x, *x.shape),
+    _pointwise_limits,
+    groups=(0, 1, 1, 1, 1),
+)

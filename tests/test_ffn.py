@@ -37,7 +37,7 @@ def arguments(
     kernel: int = 3,
     parameter_dtype: torch.dtype | None = None,
 ) -> tuple:
-    """Weights scaled as a trained network's, so that every GELU sees both of its sides; an image whose mean is not 0."""
+    """Weights scaled as a trained network's, so that every GELU sees both sides; an image whose mean is not 0."""
     wide = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
     dim = shape[1]
 
@@ -69,7 +69,7 @@ def flat(args: tuple) -> tuple[Tensor, ...]:
 
 
 def check(args: tuple, grad: Tensor | None = None) -> None:
-    """By default with a gradient of one sign: sums over few channels that cancel are as inexact in PyTorch's own fp32."""
+    """By default with a gradient of one sign: sums that cancel are as inexact in PyTorch's own fp32."""
     dtype = args[0].dtype
     if grad is None:
         batch, _, height, width = args[0].shape
