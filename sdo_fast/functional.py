@@ -82,7 +82,7 @@ def sampler_step(
         raise ValueError(f"scales: got {len(scales)}, one for each of the {len(terms)} terms is needed")
     arguments = (x, cond, uncond, guidance, a, b, list(terms), list(scales), c, pred_x, pred_eps, clip)
     if out is None:
-        return torch.ops.sdo_fast.sampler_step.default(*arguments)
+        return ops.step(*arguments)
     _check_out("out", out, "x", x, (x, cond, uncond, *terms))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, cond, uncond, *terms)):
         raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")

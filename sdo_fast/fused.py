@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .functional import sampler_step
+from . import ops
 from .reference.solver import Solver
 from .schedulers import NotAffineError, refuse_not_affine, refuse_stochastic
 
@@ -64,15 +65,28 @@ class FusedSolver(Solver):
         """S_i(x, eps) with the model's outputs before guidance: (output,), or (uncond, cond)."""
         rule = self.recurrences[i]
         cond, uncond = outputs[-1], outputs[0] if guidance is not None else None
-        if self.depth:
-            if uncond is not None and guidance is not None:
-                cond, uncond = uncond + guidance * (cond - uncond), None  # later steps read it once more
-            self._states[i], self._outputs[i] = x, cond
-            for history in (self._states, self._outputs):
-                history.pop(i - self.depth - 1, None)
+        if self.depth and uncond is not None and guidance is not None:
+            cond, uncond = torch.lerp(uncond, cond, guidance), None  # later steps read it once more
+        self._states[i], self._outputs[i] = x, cond
         terms = [self._states[i - j] for j in rule.states] + [self._outputs[i - j] for j in rule.outputs]
         scales = [*rule.states.values(), *rule.outputs.values()]
-        return sampler_step(x, cond, uncond, guidance or 0.0, a=rule.a, b=rule.b, terms=terms, scales=scales)
+        arguments = (x, cond, uncond, guidance or 0.0, rule.a, rule.b, terms, scales, 0.0, 0.0, 0.0, None)
+        self._outputs.pop(i - self.depth, None)
+        spare = self._spare(i)
+        if spare is None:
+            return ops.step(*arguments)
+        torch.ops.sdo_fast.sampler_step_out.default(*arguments, spare)
+        return spare
+
+    def _spare(self, i: int) -> Tensor | None:
+        """A state that this pass made, that no later step reads and nobody else holds: memory for x_{i+1}."""
+        old, alone = self._states.pop(i - self.depth - 1, None), object()
+        if old is None or i - self.depth - 1 == self.start or torch.is_grad_enabled():
+            return None
+        # A hook may have kept the state, or a view of it.
+        kept = sys.getrefcount(old) > sys.getrefcount(alone)
+        viewed = torch._C._storage_Use_Count(old.untyped_storage()._cdata) > 2
+        return None if kept or viewed else old
 
 
 def recurrences(solver: Solver) -> dict[int, Recurrence]:
@@ -92,7 +106,8 @@ def recurrences(solver: Solver) -> dict[int, Recurrence]:
         states[i] = x
         model_input = run.scale_input(x, i)
         following = run.step(units[1 + i], i, x)
-        scale = (model_input.flatten() @ x.flatten() / x.square().sum()).item()
+        fit = (model_input.flatten() @ x.flatten() / x.square().sum()).item()
+        scale = 1.0 if torch.equal(model_input, x) else fit
         if not torch.allclose(model_input, scale * x, rtol=tolerance):
             raise NotAffineError(f"scheduler: {_name(solver)} does more to the model's input than to scale it")
         found[i] = _recurrence(solver, i, states, units, following, scale, tolerance)

@@ -92,6 +92,16 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd(f"{NAMESPACE}::sampler_step", _step_backward, setup_context=_save_step, lib=_LIB)
 
 
+def step(x: Tensor, cond: Tensor, uncond: Tensor | None, *args: Any) -> Tensor:
+    """`sampler_step`, past the machinery of autograd where no gradient is recorded."""
+    inputs = (x, cond, *args[3]) if uncond is None else (x, cond, uncond, *args[3])
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return torch.ops.sdo_fast.sampler_step.default(x, cond, uncond, *args)
+    out = torch.empty_like(x)
+    torch.ops.sdo_fast.sampler_step_out.default(x, cond, uncond, *args, out)
+    return out
+
+
 def _keep_the_state_under_autocast(name: str) -> None:
     """Under autocast every tensor is cast to the dtype of x: a sampler's state keeps its precision."""
     op = getattr(torch.ops.sdo_fast, name)

@@ -29,7 +29,7 @@ def spectrum(x: Tensor) -> Tensor:
     return torch.view_as_real(torch.fft.rfft2(x.contiguous(), norm="ortho")).contiguous()
 
 
-def _image(kernels: Any, mixed: Tensor, bias: Tensor | None, like: Tensor, channels: int) -> Tensor:
+def image(kernels: Any, mixed: Tensor, bias: Tensor | None, like: Tensor, channels: int) -> Tensor:
     """The inverse transform of what the kernels return, (B, channels, H, W), plus `bias`, in the dtype of `like`."""
     batch, height, width = like.shape[0], like.shape[2], like.shape[3]
     mixed = torch.view_as_complex(mixed)
@@ -89,7 +89,7 @@ def _factor(
     return torch.cat((combined, torch.stack((constant, at_zero), 2).unsqueeze(3)), 3)
 
 
-def _compose(
+def compose(
     eps: float,
     side: float,
     count: int,
@@ -111,7 +111,7 @@ def _compose(
     return torch.cat(factors).flatten(2).flatten(0, 1), statistics
 
 
-def _float(parameters: Sequence[Any]) -> list[Any]:
+def in_fp32(parameters: Sequence[Any]) -> list[Any]:
     """In fp32, convolutions' weights as matrices."""
     return [
         None if p is None else p.detach().float().flatten(1) if p.dim() == 4 else p.detach().float() for p in parameters
@@ -131,11 +131,11 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
     moments = kernels.spectrum_moments(z) if own_statistics else None
     zero = z[:, :, 0, 0, 0].double() if own_statistics else None
-    matrix, statistics = _compose(eps, side, count, _float(parameters), moments, zero)
+    matrix, statistics = compose(eps, side, count, in_fp32(parameters), moments, zero)
     weight = out_weight.flatten(1).float().contiguous()
     mixed = kernels.spectrum_mix(z, matrix.contiguous(), weight, width)
     del z
-    y = _image(kernels, mixed, out_bias, x, channels)
+    y = image(kernels, mixed, out_bias, x, channels)
     if moments is None:
         return y, *no_statistics(x, parameters)
     unbiased = count / max(count - 1, 1)
@@ -166,13 +166,13 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
     height, width = x.shape[2:]
     z, grad_mixed = spectrum(x), spectrum(grad)
     count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
-    terms = _float(parameters[:-2])
+    terms = in_fp32(parameters[:-2])
     leaves = [terms[i] for i in places[:-2]]
     if own_statistics:
         leaves += [moments.detach(), z[:, :, 0, 0, 0].double()]
     for leaf in leaves:
         leaf.requires_grad_()
-    matrix, _ = _compose(eps, side, count, terms, *(leaves[-2:] if own_statistics else ()))
+    matrix, _ = compose(eps, side, count, terms, *(leaves[-2:] if own_statistics else ()))
     weight = parameters[-2].detach().flatten(1).float().contiguous()
     grad_z, grad_matrix, grad_weight = kernels.spectrum_mix_backward(
         grad_mixed,
@@ -190,7 +190,7 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
     if need_x and own_statistics:
         grad_z[:, :, 0, 0, 0] += grads[-1]
         grad_z = kernels.spectrum_moments_backward(grad_z, z, grads[-2], width)
-    grad_x = _image(kernels, grad_z, None, x, x.shape[1]) if need_x else x.new_empty(0)
+    grad_x = image(kernels, grad_z, None, x, x.shape[1]) if need_x else x.new_empty(0)
     if not need_parameters:
         return grad_x, *(x.new_empty(0) for _ in places)
     grad_bias = grad_mixed[:, :, 0, 0, 0].double().sum(0) * side

@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import (
-    ops,  # noqa: F401  (registers the operators)
-    reference,
-)
+from . import ops  # noqa: F401  (registers the operators)
 from .reference.fourier import BatchNormState
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -62,14 +59,6 @@ def _kernel(name: str, weight: Tensor) -> tuple[int, int]:
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{name} must have a square kernel of odd side, got {tuple(weight.shape[2:])}")
     return weight.shape[2], weight.shape[3]
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x in the autocast dtype, where autocast is on."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def _taps(low_name: str, low: Tensor | None, high_name: str, high: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,6 +330,8 @@ def multiscale_ffn(
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
 
+    Backward recomputes everything from x and the parameters; sums over pixels are taken in fp32 within a strip of rows
+    and in fp64 over the strips. Falls back to the reference for float64 and where k is not 3.
     Source: SWFormer (arXiv 2505.05504), multi-scale FFN.
     """
     _check_image("x", x)
@@ -360,7 +351,8 @@ def multiscale_ffn(
         _check_parameter(f"dw_biases[{i}]", bias, (wide // 3,), x)
     _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide, 1, 1), x)
     _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
-    return reference.multiscale_ffn(_autocast(x), in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias)
+    depthwise = (t for pair in zip(dw_weights, dw_biases, strict=True) for t in pair)
+    return torch.ops.swformer_fast.multiscale_ffn(x, in_weight, in_bias, *depthwise, out_weight, out_bias)
 
 
 def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -378,7 +370,7 @@ def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
 
-    Source: SWFormer (arXiv 2505.05504), channel attention.
+    Falls back to the reference for channels_last images. Source: SWFormer (arXiv 2505.05504), channel attention.
     """
     _check_image("x", x)
     if not isinstance(w1, Tensor) or w1.dim() != 4:
@@ -388,4 +380,4 @@ def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
     _check_parameter("b1", b1, (hidden,), x)
     _check_parameter("w2", w2, (channels, hidden, 1, 1), x)
     _check_parameter("b2", b2, (channels,), x)
-    return reference.channel_attention(_autocast(x), w1, b1, w2, b2)
+    return torch.ops.swformer_fast.channel_attention(x, w1, b1, w2, b2)

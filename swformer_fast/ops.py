@@ -361,3 +361,41 @@ _define_differentiable(
     _kernel_size_limits,
     groups=(0, 1, 1),
 )
+
+# ffn ------------------------------------------------------------------------------------------------------------------
+
+
+def _multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> Tensor:
+    *depthwise, out_weight, out_bias = rest
+    return reference.multiscale_ffn(x, in_weight, in_bias, depthwise[::2], depthwise[1::2], out_weight, out_bias)
+
+
+def _ffn_limits(backend: str, x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "multiscale_ffn has no float64 kernel"
+    kernels = [tuple(weight.shape[2:]) for weight in rest[:6:2]]
+    return None if kernels == [(3, 3)] * 3 else f"the depthwise kernels must be 3 x 3, got {kernels}"
+
+
+_define_differentiable(
+    "multiscale_ffn(Tensor x, Tensor in_weight, Tensor in_bias, Tensor dw_weight1, Tensor dw_bias1, Tensor dw_weight2, "
+    "Tensor dw_bias2, Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias) -> Tensor",
+    "bool need_x, bool need_params",
+    "ffn",
+    _multiscale_ffn,
+    lambda x, *parameters: _empty(x, x.shape[0], parameters[-1].shape[0], x.shape[2], x.shape[3]),
+    _ffn_limits,
+    groups=(0, *[1] * 10),
+)
+
+# attention ------------------------------------------------------------------------------------------------------------
+
+_define_differentiable(
+    "channel_attention(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor",
+    "bool need_x, bool need_params",
+    "attention",
+    reference.channel_attention,
+    lambda x, *parameters: _empty(x, *x.shape),
+    _pointwise_limits,
+    groups=(0, 1, 1, 1, 1),
+)

@@ -11,7 +11,7 @@ from helpers import rel_rms
 from sdo_models import ConvModel, gradients
 from torch import Tensor
 
-from sdo_fast import ShortcutSampler, TrajectoryCache, functional
+from sdo_fast import ShortcutSampler, TrajectoryCache, ops
 from sdo_fast.fused import FusedSolver
 from sdo_fast.reference import Solver
 
@@ -112,8 +112,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_one_call_per_step_and_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = ShortcutSampler(ConvModel(), scheduler("ddim"), 7, guidance_scale=2.0, fused=True)
     calls = []
-    step: Any = functional.sampler_step
-    monkeypatch.setattr("sdo_fast.fused.sampler_step", lambda *args, **kwargs: calls.append(1) or step(*args, **kwargs))
+    step: Any = ops.step
+    monkeypatch.setattr(ops, "step", lambda *args: calls.append(1) or step(*args))
     monkeypatch.setattr(type(sampler.solver.scheduler), "step", None)
     sampler(torch.randn(1, 3, 4, 4), {}, {})
     assert len(calls) == 7
@@ -127,6 +127,27 @@ def test_caller_s_latents_are_left_alone_and_passes_are_independent() -> None:
     assert torch.equal(x, before)
     sampler(torch.randn(1, 3, 4, 4))
     assert torch.equal(sampler(x), first)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++ 2m", "unipc"])
+@pytest.mark.parametrize("keep", [lambda x: x, lambda x: x[:, 1:], lambda x: x.detach(), lambda x: None])
+def test_states_that_somebody_keeps_are_not_overwritten(name: str, keep: Any) -> None:
+    """Plain sampling writes new states over old ones, but only over those that nobody holds."""
+    inner, seen, kept, addresses = ConvModel(), [], [], set()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x.clone())
+        kept.append(keep(x))
+        addresses.add(x.data_ptr())
+        return inner(x, t)
+
+    sampler = ShortcutSampler(model, scheduler(name), 12, fused=True)
+    with torch.no_grad():
+        sampler(torch.randn(1, 3, 40, 40))
+    if kept[0] is None:
+        assert len(addresses) <= AFFINE[name][2] + 3
+    else:
+        assert all(torch.equal(keep(x), y) for x, y in zip(seen, kept, strict=True))
 
 
 def test_with_reuse_normalize_and_warm_up() -> None:

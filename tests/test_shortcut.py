@@ -116,6 +116,17 @@ def test_out(each_backend: str, clipped: bool, layout: str) -> None:
     assert torch.equal(own, expected[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("size", [(64, 64), (9, 11)])
+def test_cuda_matches_reference(dtype: torch.dtype, layout: str, size: tuple[int, int]) -> None:
+    grad, step = inputs(dtype, True, 2, 4, *size, layouts=(layout, "contiguous"))
+    with sdo_fast.use_backend("cuda"):
+        check(grad.cuda(), 3.5, {name: t.cuda() for name, t in step.items()})
+        check(grad.cuda(), 3.5, None)
+
+
 def test_it_is_the_gradient_of_a_sampler(each_backend: str) -> None:
     """With A and B of the scheduler, the shortcut's gradient is that of the sampler."""
     diffusers = pytest.importorskip("diffusers")

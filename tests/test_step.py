@@ -342,6 +342,36 @@ def test_names() -> None:
     assert ops.NAMESPACE == "sdo_fast"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("numbers", [AFFINE, CLIPPED], ids=["affine", "clipped"])
+@pytest.mark.parametrize("size", [(64, 64), (9, 11)])
+def test_cuda_matches_reference(dtype: torch.dtype, layout: str, numbers: Any, size: tuple[int, int]) -> None:
+    given = away_from_bounds(tensors(4, dtype, 2, 4, *size), True, **numbers)
+    arguments = [LAYOUTS[layout](t.detach().cuda()).requires_grad_() for t in given]
+    call = flat(True, 1, **numbers)
+    with sdo_fast.use_backend("cuda"):
+        assert_matches(
+            lambda *args: call(functional.sampler_step, *args),
+            lambda *args: call(reference.sampler_step, *args),
+            arguments,
+        )
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_record_the_step() -> None:
+    x, cond, uncond = (t.detach().cuda() for t in tensors(3))
+    out, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
+    with sdo_fast.use_backend("cuda"):
+        functional.sampler_step(x, cond, uncond, 2.0, **AFFINE, out=out)
+        with torch.cuda.graph(graph):
+            functional.sampler_step(x, cond, uncond, 2.0, **AFFINE, out=out)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert_close(out, reference.sampler_step(x.double(), cond.double(), uncond.double(), 2.0, **AFFINE))
+
+
 # schedulers -----------------------------------------------------------------------------------------------------------
 
 

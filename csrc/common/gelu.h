@@ -75,15 +75,10 @@ constexpr auto kGeluSlopeHalf = make_table<kSlopeDegree>(gelu_slope_half, 5.5);
 
 // row[index's low bits], lane by lane.
 inline VecF lookup(const float (&row)[kCells], VecU index) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<VecF>(_mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(index), _mm512_load_ps(row)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<VecF>(_mm256_permutevar8x32_ps(_mm256_load_ps(row), reinterpret_cast<__m256i>(index)));
-#else
+  if constexpr (kCells == kFloats) return permute(load(row), index);
   VecF v;
   for (int i = 0; i < kFloats; ++i) v[i] = row[index[i] % kCells];
   return v;
-#endif
 }
 
 inline VecF absolute(VecF x) { return reinterpret_cast<VecF>(reinterpret_cast<VecU>(x) & 0x7fffffffu); }

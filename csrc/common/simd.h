@@ -180,4 +180,19 @@ inline void interleave(V even, V odd, V& a, V& b) {
   detail::interleave(even, odd, a, b, detail::Indices<V>{});
 }
 
+// v's lanes at the low bits of `index`.
+inline VecF permute(VecF v, VecU index) {
+#if !defined(__clang__)
+  return __builtin_shuffle(v, index);  // to GCC 12 the intrinsic may throw, which cuts the callers' code in pieces
+#elif defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), reinterpret_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecF>(_mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256i>(index)));
+#else
+  VecF result;
+  for (int i = 0; i < kFloats; ++i) result[i] = v[index[i] % kFloats];
+  return result;
+#endif
+}
+
 }  // namespace simd

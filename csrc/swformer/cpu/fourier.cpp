@@ -300,12 +300,34 @@ std::vector<double> reduce(int64_t tiles, int64_t size, Task&& task) {
 }
 
 // totals += sums (m x n in rows of ld), and sums = 0.
-void flush(int64_t m, int64_t n, float* sums, int64_t ld, double* totals) {
+void flush(int64_t m, int64_t n, float* sums, int64_t ld, double* totals, int64_t ldtotals) {
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
-      totals[i * n + j] += sums[i * ld + j];
+      totals[i * ldtotals + j] += sums[i * ld + j];
       sums[i * ld + j] = 0;
     }
+}
+
+// sums[i * kFloats ...] += the tile's rows, vector by vector; `flush_rows` adds up the lanes.
+void add_rows(int64_t count, int64_t m, const float* tile, float* sums) {
+  for (int64_t row = 0; row < m; ++row) {
+    VecF sum = simd::load(sums + row * kFloats);
+    for (int64_t i = 0; i < count; i += kFloats) sum += simd::load(tile + row * kTile + i);
+    simd::store(sums + row * kFloats, sum);
+  }
+}
+void flush_rows(int64_t m, float* sums, double* totals, int64_t ldtotals) {
+  for (int64_t row = 0; row < m; ++row)
+    for (int64_t i = 0; i < kFloats; ++i) {
+      totals[row * ldtotals] += sums[row * kFloats + i];
+      sums[row * kFloats + i] = 0;
+    }
+}
+
+// The tile's channels, both parts side by side, by frequency. Whole vectors are written, the second part's over the first's excess.
+void transpose_parts(int64_t count, int64_t channels, const float* tile, float* out, int64_t ld) {
+  for (int r = 0; r < 2; ++r)
+    gemm::transpose(channels, count, tile + r * (channels + 1) * kTile, kTile, out + r * channels, ld);
 }
 
 Tensor to_tensor(const Tensor& like, std::initializer_list<int64_t> size, const double* values) {
@@ -344,12 +366,12 @@ Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& 
 }
 
 struct BackwardBuffers {
-  float *in, *grad, *y, *grad_y, *grad_pre, *grad_in, *in_t, *y_t, *group, *alpha, *inverse, *matrix, *out_weight;
+  float *in, *grad, *y, *grad_y, *grad_pre, *grad_in, *in_t, *y_t, *group, *alpha, *inverse, *matrix, *constants, *out_weight;
   BackwardBuffers(Cutter& k, int64_t d, int64_t c, int64_t e)
-      : in(k.take(rows(2 * d + 2))), grad(k.take(rows(2 * e) + kGroup * kTile)), y(k.take(rows(2 * c) + kGroup * kTile)),
+      : in(k.take(rows(2 * d + 2) + kGroup * kTile)), grad(k.take(rows(2 * e) + kGroup * kTile)), y(k.take(rows(2 * c) + kGroup * kTile)),
         grad_y(k.take(2 * c * kTile)), grad_pre(k.take(rows(4 * c))), grad_in(k.take(2 * d * kTile)),
-        in_t(k.take(kTile * vectors(2 * d + 2))), y_t(k.take(kTile * vectors(c))), group(k.take(kTile * kGroup)),
-        alpha(k.take(kTile)), inverse(k.take(kTile)), matrix(k.take(4 * c * vectors(2 * d + 2))), out_weight(k.take(e * vectors(c))) {}
+        in_t(k.take(kTile * (vectors(2 * d) + kFloats))), y_t(k.take(kTile * vectors(c))), group(k.take(kTile * kGroup)),
+        alpha(k.take(kTile)), inverse(k.take(kTile)), matrix(k.take(4 * c * vectors(2 * d))), constants(k.take(4 * c * kFloats)), out_weight(k.take(e * vectors(c))) {}
 };
 
 std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
@@ -367,7 +389,9 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
 
   const auto totals = reduce(g.batch * g.tiles, 4 * c * n + e * c, [&](int64_t begin, int64_t end, double* total) {
     const auto m = buffers<BackwardBuffers>(d, c, e);
-    std::fill(m.matrix, m.matrix + 4 * c * vectors(n), 0.0f);
+    const int64_t ld = vectors(2 * d), ld_in = ld + kFloats;
+    std::fill(m.matrix, m.matrix + 4 * c * ld, 0.0f);
+    std::fill(m.constants, m.constants + 4 * c * kFloats, 0.0f);
     std::fill(m.out_weight, m.out_weight + e * vectors(c), 0.0f);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
@@ -402,15 +426,19 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
           store_half(g, t, m.grad_in, d, half_out);
       }
       if (need_parameters) {
-        gemm::transpose(n, t.count, m.in, kTile, m.in_t, vectors(n));
-        accumulate(t.count, 4 * c, m.grad_pre, n, m.in_t, vectors(n), m.group, m.matrix, vectors(n));
+        transpose_parts(t.count, d, m.in, m.in_t, ld_in);
+        accumulate(t.count, 4 * c, m.grad_pre, 2 * d, m.in_t, ld_in, m.group, m.matrix, ld);
+        add_rows(t.count, 4 * c, m.grad_pre, m.constants);
+        if (t.zero_frequency())
+          for (int64_t row = 0; row < 4 * c; ++row) total[row * n + n - 1] += m.grad_pre[row * kTile];
         for (int r = 0; r < 2; ++r) {
           gemm::transpose(c, t.count, m.y + r * c * kTile, kTile, m.y_t, vectors(c));
           accumulate(t.count, e, m.grad + r * e * kTile, c, m.y_t, vectors(c), m.group, m.out_weight, vectors(c));
         }
         if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) {
-          flush(4 * c, n, m.matrix, vectors(n), total);
-          flush(e, c, m.out_weight, vectors(c), total + 4 * c * n);
+          for (int r = 0; r < 2; ++r) flush(4 * c, d, m.matrix + r * d, ld, total + r * (d + 1), n);
+          flush_rows(4 * c, m.constants, total + d, n);
+          flush(e, c, m.out_weight, vectors(c), total + 4 * c * n, c);
         }
       }
     }
@@ -420,26 +448,33 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
 }
 
 struct MomentBuffers {
-  float *in, *in_t, *group, *sums;
+  float *in, *in_t, *group, *products, *sums;
   MomentBuffers(Cutter& k, int64_t d, int64_t, int64_t)
-      : in(k.take(rows(2 * d + 2) + kGroup * kTile)), in_t(k.take(kTile * (vectors(2 * d + 2) + kFloats))),
-        group(k.take(kTile * kGroup)), sums(k.take(2 * d * vectors(d + 1))) {}
+      : in(k.take(rows(2 * d + 2) + kGroup * kTile)), in_t(k.take(kTile * (vectors(2 * d) + kFloats))),
+        group(k.take(kTile * kGroup)), products(k.take(2 * d * vectors(d))), sums(k.take(2 * d * kFloats)) {}
 };
 
 // Over all frequencies but zero: of each part, the channels' products with each other, and in the last column their sums.
 Tensor spectrum_moments(const Tensor& spectrum) {
   const Spectrum g(spectrum, 0);
-  const int64_t d = spectrum.size(1), n = d + 1, ld = vectors(2 * n) + kFloats;
+  const int64_t d = spectrum.size(1), n = d + 1, ld = vectors(d), ld_in = vectors(2 * d) + kFloats;
   const auto totals = reduce(g.batch * g.tiles, 2 * d * n, [&](int64_t begin, int64_t end, double* total) {
     const auto m = buffers<MomentBuffers>(d);
-    std::fill(m.sums, m.sums + 2 * d * vectors(n), 0.0f);
+    std::fill(m.products, m.products + 2 * d * ld, 0.0f);
+    std::fill(m.sums, m.sums + 2 * d * kFloats, 0.0f);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
       load_centred(g, t, data(spectrum), d, m.in);
-      gemm::transpose(2 * n, t.count, m.in, kTile, m.in_t, ld);
-      for (int r = 0; r < 2; ++r)
-        accumulate(t.count, d, m.in + r * n * kTile, n, m.in_t + r * n, ld, m.group, m.sums + r * d * vectors(n), vectors(n));
-      if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) flush(2 * d, n, m.sums, vectors(n), total);
+      transpose_parts(t.count, d, m.in, m.in_t, ld_in);
+      for (int r = 0; r < 2; ++r) {
+        const float* part = m.in + r * n * kTile;
+        accumulate(t.count, d, part, d, m.in_t + r * d, ld_in, m.group, m.products + r * d * ld, ld);
+        add_rows(t.count, d, part, m.sums + r * d * kFloats);
+      }
+      if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) {
+        flush(2 * d, d, m.products, ld, total, n);
+        flush_rows(2 * d, m.sums, total + d, n);
+      }
     }
   });
   return to_tensor(spectrum, {2, d, n}, totals.data());

@@ -1,0 +1,109 @@
+"""Fourier branch: evaluation, training step, and the stages of evaluation by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import swformer_fast as sf
+from swformer_fast import _fourier
+
+from .families import family_cases
+from .harness import Case, Options, Variant, Work
+
+SHAPES = [
+    (1, 16, 256, 256),
+    (1, 32, 256, 256),
+    (1, 40, 256, 256),
+    (1, 64, 128, 128),
+    (1, 128, 64, 64),
+    (1, 40, 512, 512),
+    (1, 16, 1024, 1024),
+]
+
+
+def targets(kind: str, shape: tuple[int, ...]) -> Mapping[str, float]:
+    dim = shape[1]
+    if shape not in SHAPES:
+        return {}
+    if kind == "forward+backward":
+        return {"reference": 2.6 if dim <= 40 else 1.9 if dim <= 64 else 1.25}
+    reference, compiled = (2.6, 2.5) if dim <= 40 else (2.4, 2.2) if dim <= 64 else (1.9, 1.8)
+    return {"reference": reference, "compile": compiled}
+
+
+def branch_args(shape: tuple[int, ...]) -> Sequence[Any]:
+    branch = sf.reference.FourierBranch(shape[1]).eval()
+    return torch.randn(shape, requires_grad=True), *branch.arguments()[:-3]
+
+
+def in_mode(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Evaluation where no gradient is recorded, training where one is."""
+
+    @wraps(function)
+    def run(*args: Any) -> Tensor:
+        return function(*args, training=torch.is_grad_enabled())
+
+    return run
+
+
+def stages(shape: tuple[int, ...]) -> Work:
+    """What the branch in evaluation is made of; values are compared in the other cases."""
+    torch.manual_seed(0)
+    x, *arguments = branch_args(shape)
+    x = x.detach()
+    note = sf.backends()["cpp"]
+    if note != "available":
+        return Work({"branch": Variant(None, note=note)})
+    kernels = torch.ops._swformer_fast
+    in_weight, in_bias, gate_bn, gate_weight, gate_bias, value_bn, value_weight, value_bias, out_weight, out_bias = (
+        a if isinstance(a, tuple) else a.detach() for a in arguments
+    )
+    parameters = (in_weight, in_bias, *gate_bn, gate_weight, gate_bias, *value_bn, value_weight, value_bias)
+    height, width = shape[2:]
+
+    def compose() -> Tensor:
+        return _fourier.compose(1e-5, math.sqrt(height * width), 1, _fourier.in_fp32(parameters))[0]
+
+    spectrum, matrix, out_matrix = _fourier.spectrum(x), compose(), out_weight.flatten(1).contiguous()
+    mixed = kernels.spectrum_mix(spectrum, matrix, out_matrix, width)
+
+    def part(run: Callable[[], Any], note: str) -> Variant:
+        def without_gradient() -> Any:
+            with torch.no_grad():
+                return run()
+
+        return Variant(without_gradient, note=note, compared=False)
+
+    return Work(
+        {
+            "branch": part(lambda: sf.functional.fourier_mix(x, *arguments), "all stages"),
+            "compose": part(compose, "parameters to one matrix"),
+            "rfft2": part(lambda: _fourier.spectrum(x), "transform"),
+            "mix": part(lambda: kernels.spectrum_mix(spectrum, matrix, out_matrix, width), "matrix, gate, last conv"),
+            "irfft2": part(lambda: _fourier.image(kernels, mixed, out_bias, x, shape[1]), "packed inverse transform"),
+        }
+    )
+
+
+def cases(options: Options) -> list[Case]:
+    shapes = [(2, 6, 23, 30)] if options.quick else SHAPES
+    branch = family_cases(
+        "fourier",
+        "fourier_mix",
+        in_mode(sf.functional.fourier_mix),
+        in_mode(sf.reference.fourier_mix),
+        branch_args,
+        shapes,
+        options,
+        targets,
+        compile_shapes=[(1, 40, 256, 256), (1, 64, 128, 128), (1, 128, 64, 64)],
+    )
+    return branch + [
+        Case(f"fourier stages {'x'.join(map(str, shape))}", lambda shape=shape: stages(shape)) for shape in shapes
+    ]
