@@ -747,10 +747,10 @@ void backward_strip(
         simd::store(slope + c * kBlock + v * kLanes, simd::gelu_derivative(z));
       });
       float* row = mixed_grad[i] + b * kBlock;
+      VecU inside[kVectors];  // lanes past the width stay zero
+      for (int v = 0; v < kVectors; ++v) inside[v] = first_lanes(net.width - b * kBlock - v * kLanes);
       net.out_transposed[0].times(block, full.columns(b), [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
-        // Lanes past the width stay zero.
-        const VecU inside = first_lanes(net.width - b * kBlock - j);
-        simd::store(row + c * full.pitch + j, keep(inside, g * simd::load(slope + c * kBlock + j)));
+        simd::store(row + c * full.pitch + j, keep(inside[j / kLanes], g * simd::load(slope + c * kBlock + j)));
       });
       if (!own) continue;
       net.out_transposed[1].times(block, full.columns(b), [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
