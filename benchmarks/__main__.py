@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(suites)} (default: all), or report")
     parser.add_argument("--quick", action="store_true", help="one small case a suite, no torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile too, where it takes seconds (minutes in all)"
+    )
     parser.add_argument("--full", action="store_true", help="torch.compile and the largest sizes everywhere")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: not measured: no GPU")
     torch.set_num_threads(args.threads)
-    options = Options(args.quick, args.full, args.device, 0.1 if args.quick else args.budget)
+    options = Options(args.quick, args.full, args.compile, args.device, 0.1 if args.quick else args.budget)
     work = {s: importlib.import_module(f"{__package__}.bench_{s}").cases(options) for s in args.suites or suites}
     wrong = interrupted = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

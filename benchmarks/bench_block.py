@@ -77,8 +77,8 @@ def block(shape: tuple[int, ...], kind: str, options: Options) -> Work:
         return kept | {"operators": count_calls(step(model))}
 
     variants = {"reference": Variant(step(reference), metrics=metrics(reference))}
-    if options.quick:
-        variants["compile"] = Variant(None, note="left out by --quick")
+    if not (options.compile or options.full):
+        variants["compile"] = Variant(None, note="--compile measures torch.compile")
     else:
         variants |= compiled(reference.forward, lambda f: step(reference, f)())
     variants["ours"] = Variant(step(fast), ours=True, metrics=metrics(fast))

@@ -80,7 +80,7 @@ def family_cases(
 
     make_args(shape) gives the arguments on the CPU, with requires_grad set where a gradient is wanted.
     targets(kind, shape): the least ratios, e.g. {"reference": 5, "compile": 2}.
-    compile_shapes: where torch.compile is measured unless --full asks for it everywhere.
+    compile_shapes: where --compile measures torch.compile; --full does everywhere.
     """
     compile_shapes = shapes[:1] if compile_shapes is None else compile_shapes
 
@@ -106,10 +106,10 @@ def family_cases(
             return {"saved_bytes": saved_bytes(lambda: function(*args), leaves[1:])} if train else {}
 
         variants = {"reference": Variant(runner(reference), metrics=metrics(reference))}
-        if options.full or (shape in compile_shapes and not options.quick):
+        if options.full or (shape in compile_shapes and options.compile):
             variants |= compiled(reference, lambda f: runner(f)())
         else:
-            variants["compile"] = Variant(None, note="--full measures torch.compile at every shape")
+            variants["compile"] = Variant(None, note="--compile measures torch.compile at some shapes, --full at all")
         variants |= backend_variants(runner(fast), op, args, metrics(fast))
         if not train:
             variants |= peers(args)

@@ -30,6 +30,7 @@ class Options:
 
     quick: bool = False
     full: bool = False
+    compile: bool = False
     device: str = "cpu"
     budget: float = 2.0
     """Seconds of timing per case."""
