@@ -43,7 +43,7 @@ class Resources:
     kernel: str
     registers: int
     spills: int
-    """Bytes of registers kept in memory (NVIDIA: instructions that read or write local memory)."""
+    """Registers kept in memory: instructions on local memory (NVIDIA), bytes of scratch memory (AMD)."""
     shared: int
     threads: int
     loads: dict[int, int] = field(default_factory=dict)
@@ -101,7 +101,33 @@ def _haar() -> Iterator[Launch]:
         )
 
 
-LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {"haar": _haar}
+def _spatial() -> Iterator[Launch]:
+    from swformer_kernels import spatial
+
+    parameters = (_parameter(40, 1, 3, 3), _parameter(40))
+    for name, dtype, last in IMAGES:
+        x = _image(2, 40, 256, 256, dtype=dtype, channels_last=last)
+        yield Launch(f"depthwise_gelu {name}", spatial.depthwise_gelu, (x, *parameters), not last)
+        backward = (x, x, *parameters, True, True)
+        yield Launch(f"depthwise_gelu_backward {name}", spatial.depthwise_gelu_backward, backward, not last)
+
+
+def _wavelet() -> Iterator[Launch]:
+    from swformer_kernels import wavelet
+
+    for size in (3, 5):
+        parameters = (_parameter(160, 1, size, size), _parameter(160), *(_parameter(2) for _ in range(4)))
+        for name, dtype, last in IMAGES:
+            x = _image(2, 40, 256, 256, dtype=dtype, channels_last=last)
+            label = f"{size}x{size} {name}"
+            main = label == "3x3 fp32"
+            yield Launch(f"wavelet_mix {label}", wavelet.wavelet_mix, (x, *parameters), main)
+            backward = (x, x, *parameters, True)
+            yield Launch(f"wavelet_mix_backward {label}", wavelet.wavelet_mix_backward, (*backward, True), main)
+            yield Launch(f"wavelet_mix_backward {label} x", wavelet.wavelet_mix_backward, (*backward, False), False)
+
+
+LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {"haar": _haar, "spatial": _spatial, "wavelet": _wavelet}
 """For each family, launches that together reach every kernel of its file."""
 
 
@@ -149,7 +175,7 @@ def _inspect_amdgcn(assembly: str) -> dict[str, Any]:
 
     return {
         "registers": number("vgpr_count"),
-        "spills": 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")),
+        "spills": number("private_segment_fixed_size"),
         "loads": _widths(assembly, r"\b(?:global|buffer|flat)_load_(\w+)", bits),
         "stores": _widths(assembly, r"\b(?:global|buffer|flat)_store_(\w+)", bits),
         "tensor_core": len(re.findall(r"\bv_mfma_", assembly)),

@@ -81,3 +81,32 @@ def sum_taps(partials: Tensor, low: Tensor, high: Tensor) -> None:
     """`low`, `high` = the sums of the rows of `partials` (4, n), in a fixed order."""
     count = partials.shape[1]
     sum_taps_kernel[(4,)](partials, low, high, count, BLOCK=min(1024, triton.next_power_of_2(count)))
+
+
+@triton.jit
+def sum_weights_kernel(
+    partials, weight, bias, parts, count, TAPS: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr
+):
+    """Sums over the first dimension of the partials (parts, channels, TAPS + 1): TAPS weights and a bias a channel."""
+    column = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    part = tl.arange(0, PARTS)[:, None]
+    total = tl.zeros((PARTS, COLS), tl.float32)
+    for start in range(0, parts, PARTS):
+        mask = (start + part < parts) & (column < count)[None, :]
+        total += tl.load(partials + (start + part).to(tl.int64) * count + column[None, :], mask=mask, other=0.0)
+    total = tl.sum(total, 0)
+    channel = column // (TAPS + 1)
+    tap = column % (TAPS + 1)
+    tl.store(weight + channel * TAPS + tap, total, mask=(column < count) & (tap < TAPS))
+    tl.store(bias + channel, total, mask=(column < count) & (tap == TAPS))
+
+
+def sum_weights(partials: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """`weight` (channels, 1, k, k) and `bias` = sums of `partials` (parts, channels, k * k + 1), in a fixed order."""
+    parts, channels, numbers = partials.shape
+    count = channels * numbers
+    cols = 64
+    sum_weights_kernel[(triton.cdiv(count, cols),)](
+        partials, weight, bias, parts, count,
+        TAPS=numbers - 1, PARTS=min(32, triton.next_power_of_2(parts)), COLS=cols,
+    )  # fmt: skip

@@ -1,0 +1,400 @@
+"""Haar analysis, depthwise convolution of the sub-bands and synthesis in one pass, forward and backward.
+
+Rows of coefficients stream through registers (`_stream`): each is computed from two rows of pixels when they arrive and
+lives on only in the sums of the rows that it reaches, so no coefficient is ever stored. Of a segment's V columns of
+pixels a lane holds C = V / 2 columns of coefficients. The sub-bands LL, LH, HL, HH lie one below the other: a tensor of
+coefficients is (4 P, L), row band * P + strip. One of pixels is (P, L); tensor corner * C + q of a tuple is column q of
+the corners a, b, c, d of the 2 x 2 blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import check_dtype, empty, is_channels_last, multiple, sum_taps, sum_weights
+from ._stream import (
+    Plan,
+    convolve,
+    correlate,
+    extend,
+    keep,
+    load_row,
+    load_weights,
+    pack,
+    plan,
+    position,
+    store_row,
+    unpack,
+    zeros,
+)
+from .haar import fold, load_taps, replicate
+
+
+@triton.jit
+def _spread(value, P: tl.constexpr, N: tl.constexpr):
+    """(P, N) once for each sub-band: (4 P, N)."""
+    return tl.reshape(tl.broadcast_to(value[None, :, :], (4, P, N)), (4 * P, N))
+
+
+@triton.jit
+def _filters(low, high, P: tl.constexpr):
+    """For each row of coefficients, (4 P, 1), its filter's two taps along H and two along W."""
+    l0, l1, h0, h1 = load_taps(low, high)
+    band = (tl.arange(0, 4 * P) // P)[:, None]
+    low_rows = band % 2 == 0
+    low_columns = band < 2
+    return (
+        tl.where(low_rows, l0, h0),
+        tl.where(low_rows, l1, h1),
+        tl.where(low_columns, l0, h0),
+        tl.where(low_columns, l1, h1),
+    )
+
+
+@triton.jit
+def _double(value, P: tl.constexpr):
+    """(P, 1) twice, for the upper and the lower rows of pixels: (2 P, 1)."""
+    return tl.reshape(tl.broadcast_to(value[None, :, :], (2, P, 1)), (2 * P, 1))
+
+
+@triton.jit
+def _pointers(
+    rows, strides, exists, i, start, height, width,
+    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the segments of both rows of pixels of coefficient row i, (2 P, L * V), and their mask less HALO."""
+    y = 2 * _double(i, P) + (tl.arange(0, 2 * P) // P)[:, None]
+    place = tl.arange(0, L * V)[None, :]
+    column = start + place
+    mask = _double(exists, P) & (y < height) & (column >= 0) & (column < width)
+    mask = mask & (place >= HALO) & (place < L * V - HALO)
+    return _double(rows, P) + y * multiple(strides[2], ALIGN) + column.to(tl.int64) * strides[3], mask
+
+
+@triton.jit
+def _load_pixels(
+    rows, strides, exists, i, start, height, width,
+    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, EXTEND: tl.constexpr,
+):  # fmt: skip
+    """The corners of the blocks of coefficient row i, zero outside the image; EXTEND replicates beyond an odd edge."""
+    below = 2 * i + 1 < height
+    if CHANNELS_LAST:
+        down = multiple(strides[2], ALIGN)
+        upper = load_row(rows + 2 * i * down, strides[3], exists, start, width, P, L, V, True)
+        lower = load_row(rows + (2 * i + 1) * down, strides[3], exists & below, start, width, P, L, V, True)
+    else:
+        pointers, mask = _pointers(rows, strides, exists, i, start, height, width, P, L, V, 0, ALIGN)
+        both = tl.reshape(tl.load(pointers, mask=mask, other=0.0), (2, P, L * V))
+        both0, both1 = tl.split(tl.permute(both, (1, 2, 0)))
+        upper, lower = unpack(both0, P, L, V), unpack(both1, P, L, V)
+    pa, pb, pc, pd = (), (), (), ()
+    for q in tl.static_range(V // 2):
+        a, b = upper[2 * q].to(tl.float32), upper[2 * q + 1].to(tl.float32)
+        c, d = lower[2 * q].to(tl.float32), lower[2 * q + 1].to(tl.float32)
+        if EXTEND:
+            right = start + V * tl.arange(0, L)[None, :] + 2 * q + 1 < width
+            a, b, c, d = replicate(a, b, c, d, below, right)
+        pa, pb, pc, pd = pa + (a,), pb + (b,), pc + (c,), pd + (d,)
+    return pa + pb + pc + pd
+
+
+@triton.jit
+def _analyse(pixels, filters, P: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+    """The coefficients of a row of pixels."""
+    r0, r1, c0, c1 = filters
+    bands = ()
+    for q in tl.static_range(C):
+        upper = c0 * _spread(pixels[q], P, L) + c1 * _spread(pixels[C + q], P, L)
+        lower = c0 * _spread(pixels[2 * C + q], P, L) + c1 * _spread(pixels[3 * C + q], P, L)
+        bands = bands + (r0 * upper + r1 * lower,)
+    return bands
+
+
+@triton.jit
+def _sum_bands(row, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr):
+    """Each tensor (4 P, L) of a row, summed over the sub-bands."""
+    result = ()
+    for v in tl.static_range(V):
+        result = result + (tl.sum(tl.reshape(row[v], (4, P, L)), 0),)
+    return result
+
+
+@triton.jit
+def _store_pixels(
+    rows, strides, bands, filters, exists, i, start, height, width,
+    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Synthesise and write the pixels of coefficient row i; FOLD transposes the replication beyond an odd edge."""
+    r0, r1, c0, c1 = filters
+    below = 2 * i + 1 < height
+    upper, lower = (), ()
+    for q in tl.static_range(V // 2):
+        a, b, c, d = r0 * c0 * bands[q], r0 * c1 * bands[q], r1 * c0 * bands[q], r1 * c1 * bands[q]
+        if FOLD:
+            right = start + V * tl.arange(0, L)[None, :] + 2 * q + 1 < width
+            a, b, c, d = fold(a, b, c, d, _spread(below, P, 1), right)
+        upper, lower = upper + (a, b), lower + (c, d)
+    if CHANNELS_LAST:
+        down = multiple(strides[2], ALIGN)
+        upper, lower = _sum_bands(upper, P, L, V), _sum_bands(lower, P, L, V)
+        store_row(rows + 2 * i * down, strides[3], upper, exists, start, width, P, L, V, HALO, True)
+        store_row(rows + (2 * i + 1) * down, strides[3], lower, exists & below, start, width, P, L, V, HALO, True)
+    else:
+        both = tl.join(pack(upper, 4 * P, L, V), pack(lower, 4 * P, L, V))
+        both = tl.permute(tl.sum(tl.reshape(both, (4, P, L * V, 2)), 0), (2, 0, 1))
+        pointers, mask = _pointers(rows, strides, exists, i, start, height, width, P, L, V, HALO, ALIGN)
+        tl.store(pointers, tl.reshape(both, (2 * P, L * V)).to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_products(sums, bands, pixels, P: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+    """Add the products of coefficients with the corners of their blocks to four sums: the gradients of the filters."""
+    result = ()
+    for corner in tl.static_range(4):
+        total = sums[corner]
+        for q in tl.static_range(C):
+            total += bands[q] * _spread(pixels[corner * C + q], P, L)
+        result = result + (total,)
+    return result
+
+
+@triton.jit
+def _store_tap_gradients(target, sums, filters, P: tl.constexpr):
+    """From the gradients of the filters those of the taps, into rows 0 .. 3 of `target`, one column a program."""
+    a, b, c, d = sums
+    r0, r1, c0, c1 = filters
+    band = (tl.arange(0, 4 * P) // P)[:, None]
+    low_rows = band % 2 == 0
+    low_columns = band < 2
+    rows0, rows1 = c0 * a + c1 * b, c0 * c + c1 * d
+    columns0, columns1 = r0 * a + r1 * c, r0 * b + r1 * d
+    low0 = tl.where(low_rows, rows0, 0.0) + tl.where(low_columns, columns0, 0.0)
+    low1 = tl.where(low_rows, rows1, 0.0) + tl.where(low_columns, columns1, 0.0)
+    high0 = tl.where(low_rows, 0.0, rows0) + tl.where(low_columns, 0.0, columns0)
+    high1 = tl.where(low_rows, 0.0, rows1) + tl.where(low_columns, 0.0, columns1)
+    grads = (low0, low1, high0, high1)
+    for t in tl.static_range(4):
+        tl.store(target + t * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(grads[t], 1), 0))
+
+
+@triton.jit
+def wavelet_kernel(
+    x, x_strides, y, y_strides, weight, bias, in_low, in_high, out_low, out_high, size, numbers,
+    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ADJOINT: tl.constexpr,
+):  # fmt: skip
+    """y = synthesis of the convolution of the analysis of x. ADJOINT: the gradient of x into y from that of y in x,
+    with the taps of synthesis first.
+    """
+    R: tl.constexpr = K // 2
+    C: tl.constexpr = V // 2
+    image, strip, channel, _, start = position(size, numbers, P, L, V, HALO)
+    batch, channels, height, width = size
+    width = multiple(width, ALIGN)
+    h = (height + 1) // 2
+    alive = image < batch
+    first = strip * numbers[1]
+    last = tl.minimum(first + numbers[1], h)
+    x += image * multiple(x_strides[0], ALIGN) + channel * multiple(x_strides[1], ALIGN)
+    y += image * multiple(y_strides[0], ALIGN) + channel * multiple(y_strides[1], ALIGN)
+    in_filters = _filters(in_low, in_high, P)
+    out_filters = _filters(out_low, out_high, P)
+    number = _spread(channel, P, 1) + (tl.arange(0, 4 * P) // P)[:, None] * channels
+    weights = load_weights(weight, number, _spread(alive, P, 1), K * K)
+    offset = tl.zeros((4 * P, L), tl.float32)
+    if not ADJOINT:
+        offset += tl.load(bias + number, mask=_spread(alive, P, 1), other=0.0).to(tl.float32)
+    sums = zeros((K - 1) * C, 4 * P, L)
+    for step in range(0, numbers[1] + 2 * R):
+        i = first - R + step
+        pixels = _load_pixels(
+            x, x_strides, alive & (i >= 0) & (i < h), i, start, height, width,
+            P, L, V, ALIGN, CHANNELS_LAST, not ADJOINT,
+        )  # fmt: skip
+        bands = extend(_analyse(pixels, in_filters, P, L, C), R, C, 4 * P, L)
+        done, sums = convolve(sums, bands, weights, offset, K, C, ADJOINT)
+        o = i - R
+        _store_pixels(
+            y, y_strides, done, out_filters, alive & (o >= first) & (o < last), o, start, height, width,
+            P, L, V, HALO, ALIGN, CHANNELS_LAST, ADJOINT,
+        )  # fmt: skip
+
+
+@triton.jit
+def wavelet_backward_kernel(
+    grad, grad_strides, x, x_strides, out, out_strides, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi,
+    partials, tap_partials, size, numbers,
+    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x into `out` (unless None); of each strip those of weight and bias into `partials`; of each
+    program those of dec_lo, dec_hi, rec_lo, rec_hi into a column of `tap_partials` (8, programs).
+
+    At a step row i of x and row r = i - R of the gradient arrive; row r of the convolution and row m = r - R of its
+    transpose are complete. The last 2 R rows of pixels of this program's own region are held for the latter.
+    """
+    R: tl.constexpr = K // 2
+    C: tl.constexpr = V // 2
+    image, strip, channel, segment, start = position(size, numbers, P, L, V, HALO)
+    batch, channels, height, width = size
+    width = multiple(width, ALIGN)
+    h = (height + 1) // 2
+    alive = image < batch
+    first = strip * numbers[1]
+    last = tl.minimum(first + numbers[1], h)
+    place = V * tl.arange(0, L)[None, :]
+    own = (place >= HALO) & (place < L * V - HALO)
+    grad += image * multiple(grad_strides[0], ALIGN) + channel * multiple(grad_strides[1], ALIGN)
+    x += image * multiple(x_strides[0], ALIGN) + channel * multiple(x_strides[1], ALIGN)
+    if out is not None:
+        out += image * multiple(out_strides[0], ALIGN) + channel * multiple(out_strides[1], ALIGN)
+    dec = _filters(dec_lo, dec_hi, P)
+    rec = _filters(rec_lo, rec_hi, P)
+    every = _spread(alive, P, 1)
+    number = _spread(channel, P, 1) + (tl.arange(0, 4 * P) // P)[:, None] * channels
+    weights = load_weights(weight, number, every, K * K)
+    nothing = tl.zeros((4 * P, L), tl.float32)
+    offset = tl.load(bias + number, mask=every, other=0.0).to(tl.float32) + nothing
+    sums = zeros((K - 1) * C, 4 * P, L)
+    grad_sums = zeros((K - 1) * C, 4 * P, L)
+    held = zeros((K - 1) * 4 * C, P, L)
+    weight_grads = zeros(K * K, 4 * P, L)
+    bias_grad = nothing
+    dec_grads = zeros(4, 4 * P, L)
+    rec_grads = zeros(4, 4 * P, L)
+    for step in range(0, numbers[1] + 3 * R):
+        i = first - R + step
+        r = i - R
+        m = r - R
+        pixels = _load_pixels(
+            x, x_strides, alive & (i >= 0) & (i < h) & (i < last + R), i, start, height, width,
+            P, L, V, ALIGN, CHANNELS_LAST, True,
+        )  # fmt: skip
+        bands = extend(_analyse(pixels, dec, P, L, C), R, C, 4 * P, L)
+        convolved, sums = convolve(sums, bands, weights, offset, K, C, False)
+        grad_pixels = _load_pixels(
+            grad, grad_strides, alive & (r >= tl.maximum(first - R, 0)) & (r < h) & (r < last + R),
+            r, start, height, width, P, L, V, ALIGN, CHANNELS_LAST, False,
+        )  # fmt: skip
+        around = extend(_analyse(grad_pixels, rec, P, L, C), R, C, 4 * P, L)
+        transposed, grad_sums = convolve(grad_sums, around, weights, nothing, K, C, True)
+
+        own_pixels = keep(grad_pixels, own & (r >= first) & (r < last), 4 * C)
+        rec_grads = _add_products(rec_grads, convolved, own_pixels, P, L, C)
+        own_bands = _spread(own & (r >= first) & (r < last), P, L)
+        for q in tl.static_range(C):
+            bias_grad += tl.where(own_bands, around[R + q], 0.0)
+        held = held + keep(pixels, own & (i >= first) & (i < last), 4 * C)
+        added = ()
+        for u in tl.static_range(K):
+            row = _analyse(held[4 * C * u : 4 * C * (u + 1)], dec, P, L, C)
+            added = added + correlate(weight_grads[u * K : (u + 1) * K], row, around, K, C)
+        weight_grads = added
+        own_bands = _spread(own & (m >= first) & (m < last), P, L)
+        dec_grads = _add_products(dec_grads, keep(transposed, own_bands, C), held[: 4 * C], P, L, C)
+        held = held[4 * C :]
+        if out is not None:
+            _store_pixels(
+                out, out_strides, transposed, dec, alive & (m >= first) & (m < last), m, start, height, width,
+                P, L, V, HALO, ALIGN, CHANNELS_LAST, True,
+            )  # fmt: skip
+    part = (segment * batch + image) * numbers[0] + strip
+    target = partials + (_spread(part, P, 1) * 4 * channels + number) * (K * K + 1)
+    for t in tl.static_range(K * K):
+        tl.store(target + t, tl.sum(weight_grads[t], 1, keep_dims=True), mask=every)
+    tl.store(target + K * K, tl.sum(bias_grad, 1, keep_dims=True), mask=every)
+    _store_tap_gradients(tap_partials, dec_grads, dec, P)
+    _store_tap_gradients(tap_partials + 4 * tl.num_programs(0), rec_grads, rec, P)
+
+
+def _check(x: Tensor, weight: Tensor) -> int:
+    """The radius of the convolution."""
+    check_dtype("x", x)
+    if weight.shape[-2:] not in ((3, 3), (5, 5)):
+        raise ValueError(f"weight must be 3 x 3 or 5 x 5 for the Triton kernels, got shape {tuple(weight.shape)}")
+    return weight.shape[-1] // 2
+
+
+def _plan(x: Tensor, tensors: list[Tensor], radius: int) -> Plan:
+    if is_channels_last(x):
+        return plan(x, tensors, 4, halo=2 * radius, unit=2, reach=radius, bands=4)
+    # Two rows of pixels over 64 threads make 16 bytes a thread; a larger convolution needs the registers of 128.
+    vector, threads = 16 // x.element_size(), 64 if radius == 1 else 128
+    return plan(x, tensors, vector, halo=2 * radius, unit=2, reach=radius, bands=4, threads=threads)
+
+
+def _stream(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, taps: tuple[Tensor, ...], adjoint: bool) -> None:
+    """y = the wavelet branch of x, or its adjoint."""
+    kernel_size = weight.shape[-1]
+    cut = _plan(y, [x, y], kernel_size // 2)
+    with torch.cuda.device_of(x):
+        wavelet_kernel[(cut.programs,)](
+            x, x.stride(), y, y.stride(), weight.contiguous(), bias.contiguous(), *(t.contiguous() for t in taps),
+            tuple(y.shape), cut.numbers, K=kernel_size, ADJOINT=adjoint, **cut.constants,
+        )  # fmt: skip
+
+
+def wavelet_mix(
+    x: Tensor, weight: Tensor, bias: Tensor, dec_lo: Tensor, dec_hi: Tensor, rec_lo: Tensor, rec_hi: Tensor
+) -> Tensor:
+    """Analysis, depthwise k x k convolution of the four sub-bands, synthesis; k = 3 or 5: `reference.wavelet_mix`.
+
+    `x` is (B, C, H, W), float32, float16 or bfloat16, of any strides; `weight` is (4C, 1, k, k), and the parameters
+    have any of these dtypes; arithmetic is fp32. A channels_last `x` gives a channels_last result, any other a
+    contiguous one.
+
+    Raises:
+        TypeError: `x` has another dtype.
+        ValueError: `weight` has another size.
+    """
+    _check(x, weight)
+    y = empty(x, *x.shape)
+    if x.numel():
+        _stream(x, y, weight, bias, (dec_lo, dec_hi, rec_lo, rec_hi), adjoint=False)
+    return y
+
+
+def wavelet_mix_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dec_lo: Tensor,
+    dec_hi: Tensor,
+    rec_lo: Tensor,
+    rec_hi: Tensor,
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of `wavelet_mix` by x and its six parameters; those not needed are empty. Deterministic.
+
+    The coefficients are recomputed. `grad` may have any strides; the gradient of x has the layout that `wavelet_mix`
+    gives its result.
+    """
+    radius = _check(x, weight)
+    nothing = x.new_empty(0)
+    taps = (dec_lo, dec_hi, rec_lo, rec_hi)
+    out = empty(x, *x.shape) if need_x else None
+    parameters = (weight, bias, *taps)
+    grads = tuple(p.new_zeros(p.shape) if need_params else nothing for p in parameters)
+    if x.numel() and need_params:
+        cut = _plan(x, [grad, x] if out is None else [grad, x, out], radius)
+        partials = torch.empty((cut.parts, len(bias), (2 * radius + 1) ** 2 + 1), dtype=torch.float32, device=x.device)
+        tap_partials = torch.empty((8, cut.programs), dtype=torch.float32, device=x.device)
+        with torch.cuda.device_of(x):
+            wavelet_backward_kernel[(cut.programs,)](
+                grad, grad.stride(), x, x.stride(), out, () if out is None else out.stride(),
+                *(p.contiguous() for p in parameters), partials, tap_partials, tuple(x.shape), cut.numbers,
+                K=2 * radius + 1, **cut.constants,
+            )  # fmt: skip
+            sum_weights(partials, grads[0], grads[1])
+            sum_taps(tap_partials[:4], grads[2], grads[3])
+            sum_taps(tap_partials[4:], grads[4], grads[5])
+    elif x.numel() and out is not None:
+        _stream(grad, out, weight, bias, (rec_lo, rec_hi, dec_lo, dec_hi), adjoint=True)
+    return (nothing if out is None else out, *grads)

@@ -1,0 +1,167 @@
+"""The Triton kernels of the wavelet branch against the reference in fp64, interpreted unless there is a GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYOUTS, SIZES, assert_close, poisoned_memory
+from torch import Tensor
+from triton_static import count_traffic
+
+from swformer_fast import reference
+
+wavelet = pytest.importorskip("swformer_kernels.wavelet", reason="triton is not installed")
+common = pytest.importorskip("swformer_kernels._common")
+stream = pytest.importorskip("swformer_kernels._stream")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+
+
+def _random(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
+    return LAYOUTS[layout](torch.randn(shape, device=DEVICE).to(dtype))
+
+
+def _parameters(channels: int, size: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    shapes = [(4 * channels, 1, size, size), (4 * channels,), (2,), (2,), (2,), (2,)]
+    return tuple(torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+
+
+def _check(
+    x: Tensor, grad_layout: str = "contiguous", size: int = 3, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    parameters = _parameters(x.shape[1], size, dtype)
+    grad = _random(tuple(x.shape), grad_layout, x.dtype)
+    with poisoned_memory():
+        y = wavelet.wavelet_mix(x, *parameters)
+        grads = wavelet.wavelet_mix_backward(grad, x, *parameters, True, True)
+    assert y.dtype == grads[0].dtype == x.dtype
+    inputs = tuple(t.double().contiguous().requires_grad_() for t in (x, *parameters))
+    expected = reference.wavelet_mix(*inputs)
+    assert_close(y, expected, what="output")
+    assert_close(grads, torch.autograd.grad(expected, inputs, grad.double()), what="gradient")
+    return y, grads[0]
+
+
+@pytest.mark.parametrize("size", [*SIZES[:4], (3, 5), (5, 2), (2, 96), (65, 3)])
+def test_sizes(size: tuple[int, int]) -> None:
+    _check(_random((1, 1, *size)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 6)])
+def test_five_by_five(size: tuple[int, int]) -> None:
+    _check(_random((1, 2, *size)), size=5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_several_strips_and_segments(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_STRIP_ROWS", (4, 2))
+    monkeypatch.setattr(stream, "_MAX_LANES", 8)
+    monkeypatch.setattr(stream, "_LANES_OF_CHANNELS_LAST", 8)
+    _check(_random((2, 1, 11, 41), layout))
+    _check(_random((1, 1, 10, 48), layout), size=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_dtypes(layout: str, dtype: torch.dtype) -> None:
+    y, grad_x = _check(_random((2, 3, 5, 16), layout, dtype))
+    expected = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert y.is_contiguous(memory_format=expected)
+    assert grad_x.is_contiguous(memory_format=expected)
+
+
+@pytest.mark.parametrize("grad_layout", [name for name in LAYOUTS if name != "contiguous"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_layouts_of_the_gradient(layout: str, grad_layout: str) -> None:
+    _check(_random((1, 2, 3, 8), layout), grad_layout)
+
+
+def test_half_parameters() -> None:
+    _check(_random((1, 2, 3, 6), dtype=torch.bfloat16), dtype=torch.bfloat16)
+
+
+def test_empty_batch() -> None:
+    x, parameters = _random((0, 3, 4, 5)), _parameters(3)
+    assert wavelet.wavelet_mix(x, *parameters).shape == x.shape
+    grads = wavelet.wavelet_mix_backward(x, x, *parameters, True, True)
+    assert grads[0].shape == x.shape
+    assert_close(grads[1:], tuple(torch.zeros_like(p) for p in parameters))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [3, 5])
+def test_only_what_is_needed(size: int, layout: str) -> None:
+    x, grad, parameters = _random((1, 2, 5, 7), layout), _random((1, 2, 5, 7)), _parameters(2, size)
+    full = wavelet.wavelet_mix_backward(grad, x, *parameters, True, True)
+    only_x = wavelet.wavelet_mix_backward(grad, x, *parameters, True, False)
+    only_parameters = wavelet.wavelet_mix_backward(grad, x, *parameters, False, True)
+    assert [g.numel() for g in only_x[1:]] == [0] * 6
+    assert only_parameters[0].numel() == 0
+    assert_close(only_x[0], full[0])
+    assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
+    assert [g.numel() for g in wavelet.wavelet_mix_backward(grad, x, *parameters, False, False)] == [0] * 7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_bitwise(dtype: torch.dtype) -> None:
+    x, grad, parameters = _random((2, 2, 5, 9), dtype=dtype), _random((2, 2, 5, 9), dtype=dtype), _parameters(2)
+    first, second = (wavelet.wavelet_mix_backward(grad, x, *parameters, True, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (6, 8)])
+def test_nan_stays_where_it_belongs(place: tuple[int, int]) -> None:
+    """A NaN reaches its neighbours in the image, nothing else: not other planes, not the zero padding."""
+    x, parameters = torch.randn(1, 2, 11, 13, device=DEVICE), _parameters(2)
+    x[0, 0][place] = float("nan")
+    expected = reference.wavelet_mix(x, *parameters)
+    assert torch.equal(wavelet.wavelet_mix(x, *parameters).isnan(), expected.isnan())
+
+
+def test_what_is_refused() -> None:
+    x, (weight, *others) = torch.randn(1, 2, 4, 4), _parameters(2)
+    with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
+        wavelet.wavelet_mix(x.double(), weight, *others)
+    with pytest.raises(ValueError, match="weight must be 3 x 3 or 5 x 5"):
+        wavelet.wavelet_mix(x, torch.randn(8, 1, 7, 7), *others)
+
+
+class _Zeroing:
+    """A kernel that writes zeros into what it should compute."""
+
+    def __init__(self, outputs: tuple[int, ...]) -> None:
+        self.outputs = outputs
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: [args[i].zero_() for i in self.outputs]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "outputs"),
+    [
+        ("wavelet_kernel", (2,)),
+        ("wavelet_backward_kernel", (4, 12, 13)),
+        ("sum_weights_kernel", (1, 2)),
+        ("sum_taps_kernel", (1, 2)),
+    ],
+)
+def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wavelet if hasattr(wavelet, kernel) else common, kernel, _Zeroing(outputs))
+    with pytest.raises(AssertionError):
+        _check(_random((1, 1, 3, 4)))
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_traffic(layout: str) -> None:
+    x, parameters = _random((1, 1, 32, 136), layout), _parameters(1)
+    with count_traffic() as forward:
+        wavelet.wavelet_mix(x, *parameters)
+    with count_traffic() as backward:
+        wavelet.wavelet_mix_backward(x.clone(), x, *parameters, True, True)
+    for traffic, tensors in ((forward, 2), (backward, 3)):
+        assert traffic.total <= 1.35 * tensors * x.nbytes
+        assert traffic.stored == traffic.distinct_stored >= x.nbytes
