@@ -352,13 +352,20 @@ _define_differentiable(
 
 # spatial --------------------------------------------------------------------------------------------------------------
 
+
+def _spatial_limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    if backend == "triton" and weight.shape[3] != 3:
+        return f"the Triton kernels take 3 x 3 only, got {weight.shape[2]} x {weight.shape[3]}"
+    return _kernel_size_limits(backend, x, weight)
+
+
 _define_differentiable(
     "depthwise_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     "bool need_x, bool need_params",
     "spatial",
     reference.depthwise_gelu,
     lambda x, *args: _empty(x, *x.shape),
-    _kernel_size_limits,
+    _spatial_limits,
     groups=(0, 1, 1),
 )
 

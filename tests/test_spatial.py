@@ -263,3 +263,9 @@ def test_errors(error: type[Exception], message: str, change: dict[str, object])
     args = {"x": torch.ones(1, 2, 4, 4), "weight": torch.ones(2, 1, 3, 3), "bias": torch.ones(2)} | change
     with pytest.raises(error, match=message):
         functional.depthwise_gelu(**args)
+
+
+def test_triton_kernels_of_other_sizes_are_refused() -> None:
+    arguments = torch.randn(1, 2, 6, 7), torch.randn(2, 1, 5, 5), torch.randn(2)
+    with sf.use_backend("triton"), pytest.raises(RuntimeError, match=r"3 x 3 only, got 5 x 5|triton is not installed"):
+        functional.depthwise_gelu(*arguments)
