@@ -77,7 +77,7 @@ def test_wheel_with_extensions(tmp_path: Path) -> None:
 def test_pure_python_install_passes_the_reference_tests(pure_site: Path) -> None:
     tests = sorted(map(str, (ROOT / "tests").glob("test_reference_*.py")))
     environment = {**os.environ, "PYTHONPATH": str(pure_site)}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", f"--rootdir={pure_site.parent}", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", f"--rootdir={ROOT}", *tests]
     run = subprocess.run(command, cwd=pure_site, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr
     code = (

@@ -147,7 +147,9 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
             for (int q = 0; q < 4; ++q) y[q] = load<B>(band[q] + at);
           }
           if constexpr (kCorrelate) {
+#pragma GCC unroll 4
             for (int q = 0; q < 4; ++q)
+#pragma GCC unroll 4
               for (int a = 0; a < 4; ++a) sums[4 * q + a] += y[q] * x[a];
           }
           if constexpr (kOut == Out::kBands) {
@@ -179,7 +181,10 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
           }
         } else {
           int64_t j = 0;
-          for (; j + n <= whole_cols; j += n) block(vector_sums, j, 0, false);
+          V sums[16];  // a local copy stays in registers
+          if (kCorrelate) std::copy(vector_sums, vector_sums + 16, sums);
+          for (; j + n <= whole_cols; j += n) block(sums, j, 0, false);
+          if (kCorrelate) std::copy(sums, sums + 16, vector_sums);
           for (; j < whole_cols; ++j) block(scalar_sums, j, 0, false);
           if (j < cols) block(scalar_sums, j, 0, true);
         }
