@@ -40,6 +40,10 @@ class Resources:
 
     target: str
     launch: str
+    width: int
+    """What the launch declares."""
+    needs_tensor_core: bool
+    """What the launch declares."""
     kernel: str
     registers: int
     spills: int
@@ -66,6 +70,10 @@ class Launch:
     args: tuple[Any, ...]
     main: bool = True
     """Whether it is compiled in every test run, or only in the slow one."""
+    width: int = 128
+    """Bits of the widest access that the layout and the registers allow."""
+    tensor_core: bool = False
+    """Whether an NVIDIA target must use its matrix instructions."""
 
 
 def _image(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
@@ -107,9 +115,10 @@ def _spatial() -> Iterator[Launch]:
     parameters = (_parameter(40, 1, 3, 3), _parameter(40))
     for name, dtype, last in IMAGES:
         x = _image(2, 40, 256, 256, dtype=dtype, channels_last=last)
-        yield Launch(f"depthwise_gelu {name}", spatial.depthwise_gelu, (x, *parameters), not last)
+        width = 8 * x.element_size() if last else 128
+        yield Launch(f"depthwise_gelu {name}", spatial.depthwise_gelu, (x, *parameters), not last, width)
         backward = (x, x, *parameters, True, True)
-        yield Launch(f"depthwise_gelu_backward {name}", spatial.depthwise_gelu_backward, backward, not last)
+        yield Launch(f"depthwise_gelu_backward {name}", spatial.depthwise_gelu_backward, backward, not last, width)
 
 
 def _wavelet() -> Iterator[Launch]:
@@ -120,14 +129,40 @@ def _wavelet() -> Iterator[Launch]:
         for name, dtype, last in IMAGES:
             x = _image(2, 40, 256, 256, dtype=dtype, channels_last=last)
             label = f"{size}x{size} {name}"
-            main = label == "3x3 fp32"
-            yield Launch(f"wavelet_mix {label}", wavelet.wavelet_mix, (x, *parameters), main)
-            backward = (x, x, *parameters, True)
-            yield Launch(f"wavelet_mix_backward {label}", wavelet.wavelet_mix_backward, (*backward, True), main)
-            yield Launch(f"wavelet_mix_backward {label} x", wavelet.wavelet_mix_backward, (*backward, False), False)
+            main, width = label == "3x3 fp32", 128 if size == 3 else 64
+            width = 8 * x.element_size() if last else width
+            yield Launch(f"wavelet_mix {label}", wavelet.wavelet_mix, (x, *parameters), main, width)
+            backward, back = (x, x, *parameters, True), wavelet.wavelet_mix_backward
+            yield Launch(f"wavelet_mix_backward {label}", back, (*backward, True), main, width)
+            yield Launch(f"wavelet_mix_backward {label} x", back, (*backward, False), False, width)
 
 
-LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {"haar": _haar, "spatial": _spatial, "wavelet": _wavelet}
+def _fourier() -> Iterator[Launch]:
+    from swformer_kernels import fourier
+
+    for dim in (40, 64, 96):
+        main = dim == 40
+        spectrum = _parameter(2, dim, 256, 129, 2)
+        mixing = (spectrum, _parameter(4 * dim, 2 * dim + 2), _parameter(dim, dim), 256)
+        backward = (spectrum, *mixing, False, True, True)
+        for precision in ("ieee", "tf32x3", "tf32"):
+            label, wanted = f"{dim} channels {precision}", main and precision != "tf32x3"
+            matrix = precision != "ieee"
+            yield Launch(f"spectrum_mix {label}", fourier.spectrum_mix, (*mixing, precision), wanted, 128, matrix)
+            wanted, back = main and precision == "ieee", fourier.spectrum_mix_backward
+            yield Launch(f"spectrum_mix_backward {label}", back, (*backward, precision), wanted, 64, matrix)
+        label = f"{dim} channels"
+        yield Launch(f"spectrum_moments {label}", fourier.spectrum_moments, (spectrum,), main)
+        moments = (spectrum, spectrum, _parameter(2, dim, dim + 1), 256)
+        yield Launch(f"spectrum_moments_backward {label}", fourier.spectrum_moments_backward, moments, main)
+
+
+LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
+    "haar": _haar,
+    "spatial": _spatial,
+    "wavelet": _wavelet,
+    "fourier": _fourier,
+}
 """For each family, launches that together reach every kernel of its file."""
 
 
@@ -223,7 +258,14 @@ def _compile(families: list[str], targets: list[str], everything: bool) -> Itera
                     code = binary.asm.get("amdgcn") or binary.asm["cubin"]
                     threads = binary.metadata.num_warps * binary.metadata.target.warp_size
                     yield Resources(
-                        target, launch.name, kernel, shared=binary.metadata.shared, threads=threads, **inspect(code)
+                        target,
+                        launch.name,
+                        launch.width,
+                        launch.tensor_core,
+                        kernel,
+                        shared=binary.metadata.shared,
+                        threads=threads,
+                        **inspect(code),
                     )
         for value in vars(_common), *(vars(sys.modules[f"swformer_kernels.{f}"]) for f in families):
             for function in value.values():
