@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, poisoned_memory
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
 from torch import Tensor
 from triton_static import count_traffic
 
-from swformer_fast import reference
+import swformer_fast as sf
+from swformer_fast import functional, reference
 
 haar = pytest.importorskip("swformer_kernels.haar", reason="triton is not installed")
 common = pytest.importorskip("swformer_kernels._common")
@@ -152,6 +153,14 @@ def test_fp64_is_refused() -> None:
         haar.haar_dwt2d(x, *taps)
     with pytest.raises(TypeError, match="y must be"):
         haar.haar_idwt2d(x, *taps, 8, 8)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_through_the_op(layout: str) -> None:
+    inputs = tuple(t.requires_grad_() for t in (_random((2, 3, 5, 7), layout), *_taps()))
+    with sf.use_backend("triton"):
+        actual = value_and_grads(functional.haar_dwt2d, inputs)
+    assert_close(actual, value_and_grads(reference.haar_dwt2d, fp64(inputs)))
 
 
 class _Zeroing:

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, poisoned_memory
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
 from torch import Tensor
 from triton_static import count_traffic
 
-from swformer_fast import reference
+import swformer_fast as sf
+from swformer_fast import functional, reference
 
 spatial = pytest.importorskip("swformer_kernels.spatial", reason="triton is not installed")
 common = pytest.importorskip("swformer_kernels._common")
@@ -134,6 +135,14 @@ def test_what_is_refused() -> None:
         spatial.depthwise_gelu(x.double(), weight, bias)
     with pytest.raises(ValueError, match="weight must be 3 x 3"):
         spatial.depthwise_gelu(x, torch.randn(2, 1, 5, 5), bias)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_through_the_op(layout: str) -> None:
+    inputs = tuple(t.requires_grad_() for t in (_random((2, 3, 5, 7), layout), *_parameters(3)))
+    with sf.use_backend("triton"):
+        actual = value_and_grads(functional.depthwise_gelu, inputs)
+    assert_close(actual, value_and_grads(reference.depthwise_gelu, fp64(inputs)))
 
 
 class _Zeroing:

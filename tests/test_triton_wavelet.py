@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, poisoned_memory
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
 from torch import Tensor
 from triton_static import count_traffic
 
-from swformer_fast import reference
+import swformer_fast as sf
+from swformer_fast import functional, reference
 
 wavelet = pytest.importorskip("swformer_kernels.wavelet", reason="triton is not installed")
 common = pytest.importorskip("swformer_kernels._common")
@@ -127,6 +128,14 @@ def test_what_is_refused() -> None:
         wavelet.wavelet_mix(x.double(), weight, *others)
     with pytest.raises(ValueError, match="weight must be 3 x 3 or 5 x 5"):
         wavelet.wavelet_mix(x, torch.randn(8, 1, 7, 7), *others)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_through_the_op(layout: str) -> None:
+    inputs = tuple(t.requires_grad_() for t in (_random((2, 3, 5, 7), layout), *_parameters(3)))
+    with sf.use_backend("triton"):
+        actual = value_and_grads(functional.wavelet_mix, inputs)
+    assert_close(actual, value_and_grads(reference.wavelet_mix, fp64(inputs)))
 
 
 class _Zeroing:
