@@ -3,14 +3,14 @@
 import ast
 
 import pytest
-from triton_static import LAUNCHES, ROOT, SHARED_LIMIT, TARGETS, Resources, resources
+
+from benchmarks.launches import LAUNCHES
+from benchmarks.static import ROOT, SHARED_LIMIT, TARGETS, Resources, resources
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 KERNELS = ROOT / "kernels" / "swformer_kernels"
 MAIN_TARGETS = ("sm_80", "sm_90", "gfx942")
-
-
 PARTIAL_SUMS = ("spectrum_parameters_kernel", "spectrum_moments_kernel")
 """Kernels that write nothing but partial sums."""
 
@@ -18,6 +18,7 @@ PARTIAL_SUMS = ("spectrum_parameters_kernel", "spectrum_moments_kernel")
 def _check(result: Resources) -> None:
     assert result.spills == 0, result
     assert result.shared <= SHARED_LIMIT, result
+    assert result.occupancy > 0, result
     if result.kernel.startswith("sum_"):
         return
     assert max(result.loads) >= result.width, result
