@@ -181,8 +181,8 @@ def _define_differentiable(
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
-        state, saved = ctx.saved_tensors[: len(kept)], ctx.saved_tensors[len(kept) :]
-        grads = backward_op(grad, *state, *restore(ctx, saved), *flags)
+        saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
+        grads = backward_op(grad, *saved[: len(kept)], *restore(ctx, saved[len(kept) :]), *flags)
         result: list[Any] = [None] * count
         for i, g in zip(places, grads, strict=True):
             result[i] = g if needs[i] else None
