@@ -45,11 +45,11 @@ class Family:
     launches: Callable[[Make, Shape], Iterator[Launch]]
     compiled: tuple[Shape, ...] = ((2, 40, 256, 256),)
     """Shapes that together reach every row of the file's static table; every test run compiles those of the first."""
-    interpreted: tuple[Shape, ...] = ((1, 2, 32, 64), (2, 3, 17, 31))
-    """Small shapes, the second odd: the interpreter takes milliseconds a program."""
+    interpreted: tuple[Shape, Shape] = ((1, 8, 32, 64), (2, 9, 17, 31))
+    """Small shapes, the second odd: the interpreter takes milliseconds for each operation of a program."""
     traffic: float | None = 1.1
-    """Most bytes that a launch may load and store, over those of its tensors at the first of `interpreted`; None for
-    matrix products, whose operands are read many times."""
+    """Most bytes that a launch may load and store, over those of its tensors, at these small shapes; None for matrix
+    products, whose operands are read many times."""
 
 
 def meta(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
@@ -136,7 +136,17 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
 LAUNCHES: dict[str, Family] = {
     "haar": Family(_haar, compiled=((2, 40, 256, 256), (1, 16, 256, 256))),
     "spatial": Family(_spatial, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.35),
-    "wavelet": Family(_wavelet, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.35),
-    "fourier": Family(_fourier, compiled=tuple((2, dim, 256, 256) for dim in (40, 64, 96)), traffic=None),
+    "wavelet": Family(
+        _wavelet,
+        compiled=((2, 40, 256, 256), (2, 40, 64, 64)),
+        interpreted=((1, 4, 64, 32), (1, 5, 17, 31)),
+        traffic=1.35,
+    ),
+    "fourier": Family(
+        _fourier,
+        compiled=tuple((2, dim, 256, 256) for dim in (40, 64, 96)),
+        interpreted=((1, 8, 16, 32), (2, 5, 7, 9)),
+        traffic=None,
+    ),
 }
-"""For each family, launches that together reach every kernel of its file."""
+"""For each file of kernels, launches that together reach every kernel in it."""
