@@ -133,6 +133,24 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
     yield Launch("spectrum_moments_backward", fourier.spectrum_moments_backward, moments)
 
 
+def _pointwise(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import pointwise
+
+    batch, dim, *_ = shape
+    three = (True, True, True)
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        x, y, z, residual = (make(*shape, dtype=dtype) for _ in range(4))
+        main = dtype == torch.float32
+        whole = (x, y, z, make(batch, dim, 3 * dim), make(dim), residual)
+        wide = make(batch, 3 * dim, *shape[2:], dtype=dtype)
+        first = (x, None, None, make(1, 3 * dim, dim), make(3 * dim), None)
+        yield Launch(f"pointwise 3 maps {name}", pointwise.pointwise, whole, main, 128, True)
+        yield Launch(f"pointwise 1 map {name}", pointwise.pointwise, first, False, 128, True)
+        back = pointwise.pointwise_backward
+        yield Launch(f"pointwise_backward 3 maps {name}", back, (residual, *whole, *three), main, 128, True)
+        yield Launch(f"pointwise_backward 1 map {name}", back, (wide, *first, *three), False, 128, True)
+
+
 LAUNCHES: dict[str, Family] = {
     "haar": Family(_haar, compiled=((2, 40, 256, 256), (1, 16, 256, 256))),
     "spatial": Family(_spatial, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.35),
@@ -141,6 +159,12 @@ LAUNCHES: dict[str, Family] = {
         compiled=((2, 40, 256, 256), (2, 40, 64, 64)),
         interpreted=((1, 4, 64, 32), (1, 5, 17, 31)),
         traffic=1.35,
+    ),
+    "pointwise": Family(
+        _pointwise,
+        compiled=tuple((2, dim, 256, 256) for dim in (40, 16, 96)),
+        interpreted=((1, 8, 8, 16), (2, 5, 7, 9)),
+        traffic=None,
     ),
     "fourier": Family(
         _fourier,

@@ -257,7 +257,7 @@ _define_differentiable(
 def _pointwise_limits(backend: str, *maps: Any) -> str | None:
     if any(isinstance(x, Tensor) and channels_last(x) for x in maps):
         return "the kernel writes contiguous maps, and one of these is channels_last"
-    return None
+    return _no_triton_fp64(backend, maps[0])
 
 
 _define_differentiable(

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 KERNELS = ROOT / "kernels" / "swformer_kernels"
 MAIN_TARGETS = ("sm_80", "sm_90", "gfx942")
-PARTIAL_SUMS = ("spectrum_parameters_kernel", "spectrum_moments_kernel")
+PARTIAL_SUMS = ("spectrum_parameters_kernel", "spectrum_moments_kernel", "pointwise_parameters_kernel")
 """Kernels that write nothing but partial sums."""
 
 

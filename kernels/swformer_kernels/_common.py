@@ -154,15 +154,16 @@ def channel_block(channels: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(channels)))
 
 
-def input_precision(x: Tensor, asked: str | None = None) -> str:
+def input_precision(x: Tensor, asked: str | None = None, exact: str = "ieee") -> str:
     """How a matrix product takes the numbers of `x` and fp32 numbers: "ieee", "tf32x3" or "tf32".
 
-    As asked, else as `torch.set_float32_matmul_precision` says. Half-precision numbers are exact in tf32.
+    As asked, else `exact` or tf32 as `torch.set_float32_matmul_precision` says. Half-precision numbers are exact in
+    tf32. "tf32x3" rounds no worse than fp32 sums do.
     """
     if architecture(x.device).startswith("gfx"):
         return "ieee"
-    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return asked or ("ieee" if exact else "tf32")
+    highest = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return asked or (exact if highest else "tf32")
 
 
 def matrix_options(x: Tensor) -> dict[str, int | bool]:
