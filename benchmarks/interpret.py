@@ -21,11 +21,34 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-Index = tuple[int, int, int]
+Index = tuple[int, ...]
 """A program's place in its grid."""
 
-SIMPLE = ("fadd", "fsub", "fmul", "fneg", "fabs", "minimumf", "minnumf", "maximumf", "maxnumf", "clampf")
-SPECIAL = ("fdiv", "precise_divf", "approx_divf", "frem", "cos", "exp", "exp2", "floor", "ceil", "log", "log2")
+SIMPLE: tuple[str, ...] = (
+    "fadd",
+    "fsub",
+    "fmul",
+    "fneg",
+    "fabs",
+    "minimumf",
+    "minnumf",
+    "maximumf",
+    "maxnumf",
+    "clampf",
+)
+SPECIAL: tuple[str, ...] = (
+    "fdiv",
+    "precise_divf",
+    "approx_divf",
+    "frem",
+    "cos",
+    "exp",
+    "exp2",
+    "floor",
+    "ceil",
+    "log",
+    "log2",
+)
 SPECIAL += ("precise_sqrt", "sqrt", "sin", "erf", "rsqrt")
 
 
@@ -166,6 +189,8 @@ class KernelTraffic:
     programs: int = 0
     counted: int = 0
     """Programs that ran; the figures are scaled from them to all."""
+    compulsory: int = 0
+    """Bytes of the tensors that the kernel was given."""
     loaded: float = 0
     stored: float = 0
     program_loaded: float = 0
@@ -217,7 +242,7 @@ class _Counter(Session):
         self.traffic = Traffic()
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        self.kernel = KernelTraffic(kernel)
+        self.kernel = KernelTraffic(kernel, compulsory=sum(compulsory(arguments, ())))
         self.touched: dict[tuple[str, int], list[Any]] = {}
         self.seen: dict[tuple[str, int], list[Any]] = {}
         return arguments
@@ -255,7 +280,7 @@ class _Counter(Session):
         self._add("distinct", self.seen)
         scale = self.kernel.programs / max(self.kernel.counted, 1)
         for name, value in vars(self.kernel).items():
-            if name not in ("kernel", "programs", "counted"):
+            if name not in ("kernel", "programs", "counted", "compulsory"):
                 setattr(self.kernel, name, value * scale)
         self.traffic.kernels.append(self.kernel)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,146 @@ def row(record: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def markdown(document: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Cells, and the words above them."""
+
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: frozenset[int] = frozenset()
+    """The columns set to the right."""
+
+
+def _timings(document: Mapping[str, Any]) -> Iterator[Table]:
     env = document["environment"]
-    tree = "with uncommitted changes" if env["dirty"] else "clean"
-    lines = [
-        f"## {document['suite']}",
-        "",
-        f"{env['device']} ({env['capability']}), {env['threads']} thread(s), torch {env['packages']['torch']}, commit "
-        f"{env['commit']} ({tree}){'' if document['complete'] else '; interrupted, the cases below were finished'}. "
-        "Ratio: the first variant's time over this one's, median over interleaved rounds.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-    ]
-    last = None
+    note = f"{env['threads']} thread(s), torch {env['packages']['torch']}"
+    note += ". Ratio: the first variant's time over this one's, median over interleaved rounds."
+    rows, last = [], None
     for record in document["records"]:
         cells = list(row(record))
         cells[0], last = ("" if cells[0] == last else cells[0]), cells[0]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    yield Table(note, COLUMNS, rows, frozenset(range(2, 6)))
+
+
+def _spread(values: Iterable[float], form: str = "g") -> str:
+    low, high = min(values := list(values)), max(values)
+    return f"{low:{form}}" if low == high else f"{low:{form}}-{high:{form}}"
+
+
+def _groups(records: Iterable[Mapping[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return groups
+
+
+def _static(document: Mapping[str, Any]) -> Iterator[Table]:
+    targets = list(dict.fromkeys(record["target"] for record in document["records"]))
+    columns = ["family", "kernel", "launches", *(f"{t}: registers, occupancy %" for t in targets)]
+    columns += ["spills", "shared KiB", "loads bits", "stores bits", "matrix instr.", "code KiB", "compile s"]
+    rows = []
+    for (family, kernel), group in _groups(document["records"], "family", "kernel").items():
+        by_target = _groups(group, "target")
+        cells = [family, kernel, str(max(len(g) for g in by_target.values()))]
+        for target in targets:
+            of = by_target.get((target,), [])
+            cells.append(
+                f"{_spread(r['registers'] for r in of)}, {_spread(round(100 * r['occupancy']) for r in of)}"
+                if of
+                else "-"
+            )
+        widest = {kind: [max(map(int, r[kind]), default=0) for r in group] for kind in ("loads", "stores")}
+        seconds = [r["compile_s"] for r in group if r["compile_s"] is not None]
+        rows.append(
+            [
+                *cells,
+                str(max(r["spills"] for r in group)),
+                _spread((r["shared"] / 1024 for r in group), ".3g"),
+                _spread(widest["loads"]),
+                _spread(widest["stores"]),
+                _spread(r["tensor_core"] for r in group),
+                _spread((r["code_bytes"] / 1024 for r in group), ".3g"),
+                _spread(seconds, ".2g") if seconds else "-",
+            ]
+        )
+    note = "Read from the machine code; each cell spans the launches and, from the spills on, the targets. Widths: of "
+    note += "each launch's widest access. Occupancy: the bound by registers, shared memory and blocks."
+    yield Table(note, columns, rows, frozenset(range(2, len(columns))))
+    worst = sorted(document["records"], key=lambda r: (-r["spills"], r["occupancy"], -r["registers"]))
+    ranked = list(_groups(worst, "kernel", "target").values())[:10]
+    yield Table(
+        "The launches with the fewest warps in flight.",
+        ("kernel", "target", "launch", "registers", "shared KiB", "threads", "occupancy %"),
+        [
+            (
+                r["kernel"],
+                r["target"],
+                r["launch"],
+                str(r["registers"]),
+                f"{r['shared'] / 1024:.3g}",
+                str(r["threads"]),
+                f"{100 * r['occupancy']:.0f}",
+            )
+            for r, *_ in ranked
+        ],
+        frozenset(range(3, 7)),
+    )
+
+
+def _traffic(document: Mapping[str, Any]) -> Iterator[Table]:
+    columns = (
+        "launch",
+        "kernel",
+        "programs",
+        "compulsory MB",
+        "every access",
+        "once a program",
+        "MFLOP",
+        "FLOP a byte",
+    )
+    rows, last = [], None
+    for r in document["records"]:
+        flops = r["simple"] + r["special"] + r["dot"]
+        cells = (
+            "" if r["launch"] == last else r["launch"],
+            r["kernel"],
+            f"{r['programs']:,}",
+            f"{r['compulsory'] / 1e6:.3g}",
+            f"{r['ratio']:.3f}",
+            f"{r['program_ratio']:.3f}",
+            f"{flops / 1e6:.4g}",
+            f"{flops / max(r['compulsory'], 1):.3g}",
+        )
+        last = r["launch"]
+        rows.append(cells)
+    note = (
+        "Counted in the interpreter on some programs of each launch and scaled, masked lanes left out. Bytes over the "
+    )
+    note += "compulsory ones, those of the kernel's tensors: of every access, and of each address once a program."
+    yield Table(note, columns, rows, frozenset(range(2, 8)))
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {"static": _static, "traffic": _traffic}
+"""How the records of a suite are shown; those of the others are timings."""
+
+
+def tables(document: Mapping[str, Any]) -> list[Table]:
+    return list(TABLES.get(document["suite"], _timings)(document))
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    env = document["environment"]
+    tree = "with uncommitted changes" if env["dirty"] else "clean"
+    place = f"{env['device']} ({env['capability']}), " if document["suite"] not in TABLES else "No GPU; "
+    head = f"{place}commit {env['commit']} ({tree})"
+    if not document["complete"]:
+        head += "; interrupted, what is below was finished"
+    lines = [f"## {document['suite']}", "", f"{head}."]
+    for table in tables(document):
+        lines += ["", table.note, "", "| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
+        lines += ["| " + " | ".join(cells) + " |" for cells in table.rows]
     return "\n".join([*lines, ""])
 
 
@@ -70,7 +193,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     measured: dict[str, dict[str, float]] = {}
-    for record in document["records"]:
+    for record in document["records"] if document["suite"] not in TABLES else ():
         if "ratio" in record:
             measured.setdefault(record["case"], {})[record["variant"]] = record["ratio"]
     if not measured:
@@ -98,19 +221,18 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
 def console(document: Mapping[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    table = Table(title=document["suite"], title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column in COLUMNS[2:6] else "left", overflow="fold")
-    last = None
-    for record in document["records"]:
-        cells = list(row(record))
-        cells[0], last = ("" if cells[0] == last else cells[0]), cells[0]
-        style = "red" if "FAILED" in cells[-1] or "MISSED" in cells[-1] else "bold" if record["ours"] else ""
-        table.add_row(*cells, style=style)
     terminal = Console()
-    (terminal if terminal.is_terminal else Console(width=180)).print(table)
+    for content in tables(document):
+        table = RichTable(title=f"{document['suite']}: {content.note}", title_justify="left")
+        for i, column in enumerate(content.columns):
+            table.add_column(column, justify="right" if i in content.numbers else "left", overflow="fold")
+        for cells in content.rows:
+            bad = "FAILED" in cells[-1] or "MISSED" in cells[-1]
+            ours = any(cell.startswith("ours") for cell in cells[1:2])
+            table.add_row(*cells, style="red" if bad else "bold" if ours else "")
+        (terminal if terminal.is_terminal else Console(width=180)).print(table)
 
 
 def write(folder: Path, documents: Sequence[Mapping[str, Any]] | None = None) -> None:

@@ -323,10 +323,206 @@ def triton_kernels(
             raise RuntimeError(f"compiling {', '.join(families)} failed:\n{errors.read()}")
 
 
+# CUDA -----------------------------------------------------------------------------------------------------------------
+
+LIBRARY = ROOT / "sdo_fast" / "_C_cuda.so"
+CUDA_TARGETS = tuple(target for target in TARGETS if target.startswith("sm_"))
+
+CudaKernel = tuple[str, int, int]
+"""Operator and element type, elements of a pack, and dimensions that the index arithmetic provides for."""
+
+
+def cuda_kernel(mangled: str) -> CudaKernel:
+    width, rank = re.findall(r"ELi(\d+)ELi(\d+)EEEv", mangled)[0]
+    operator, arguments = re.findall(r"\d+(Step|Shortcut)I(.*?)EELi\d+E", mangled)[0]
+    return f"{operator}<{arguments}>", int(width), int(rank)
+
+
+ELEMENT_BITS = {"BFloat16": 16, "Half": 16, "double": 64, "float": 32}
+
+
+def _cuda_name(kernel: CudaKernel) -> tuple[str, str, list[str]]:
+    """Operator, element type, and what else it is instantiated for."""
+    name, arguments = kernel[0].rstrip(">").split("<")
+    element = next(e for e in ELEMENT_BITS if e in arguments or arguments[0] == e[0])
+    flags = ("guided", "clipped") if name == "Step" else ("clipped",)
+    return name, element, [f for f, on in zip(flags, re.findall(r"Lb([01])E?", arguments), strict=True) if on == "1"]
+
+
+@cache
+def cuda_code(target: str) -> dict[CudaKernel, str]:
+    """The assembly of each kernel of the library for a target."""
+    sass = output(tool("cuobjdump"), "-arch", target, "-sass", LIBRARY)
+    functions = re.split(r"\n\s*Function : (\S+)", sass)[1:]
+    return {
+        cuda_kernel(name): code
+        for name, code in zip(functions[::2], functions[1::2], strict=True)
+        if "elementwise" in name
+    }
+
+
+@cache
+def cuda_usage() -> dict[tuple[str, CudaKernel], dict[str, int]]:
+    """What the assembler says that each kernel takes: REG, STACK, LOCAL, SHARED."""
+    found = {}
+    for part in re.split(r"\narch = ", output(tool("cuobjdump"), "-res-usage", LIBRARY))[1:]:
+        for name, usage in re.findall(r"Function (\S+elementwise_kernel\S+):\s*\n\s*(.*)", part):
+            found[part.split()[0], cuda_kernel(name)] = {k: int(n) for k, n in re.findall(r"(\w+):(\d+)", usage)}
+    return found
+
+
+def cuda_kernels(targets: Sequence[str]) -> Iterator[Resources]:
+    """What the CUDA kernels were built to; none where they were not built."""
+    for target in targets if LIBRARY.exists() else ():
+        for kernel, sass in cuda_code(target).items() if target in CUDA_TARGETS else ():
+            name, element, flags = _cuda_name(kernel)
+            _, width, rank = kernel
+            usage, threads = cuda_usage()[target, kernel], 256
+            yield Resources(
+                target,
+                "sdo",
+                f"{' '.join([name, element, *flags])}, packs of {width}, {'dense' if rank == 1 else 'strided'}",
+                name,
+                width * ELEMENT_BITS[element],
+                False,
+                usage["REG"],
+                shared=usage["SHARED"],
+                threads=threads,
+                occupancy=round(occupancy(target, usage["REG"], usage["SHARED"], threads), 3),
+                **read_sass(sass),
+            )
+
+
 @cache
 def resources(families: tuple[str, ...], targets: tuple[str, ...], everything: bool = False) -> list[Resources]:
     """`triton_kernels` as a list, kept."""
     return list(triton_kernels(families, targets, everything))
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+SAMPLE = 8
+"""Programs of each launch that the traffic is counted on."""
+
+
+def _traffic_key(family: str, name: str) -> str:
+    sources = [*sorted((ROOT / "kernels" / "swformer_kernels").glob("*.py")), Path(__file__).with_name("launches.py")]
+    wanted = [p.read_bytes() for p in sources if p.stem.startswith("_") or p.stem in (family, "launches")]
+    return hashlib.sha256(b"".join((*wanted, name.encode(), str(SAMPLE).encode()))).hexdigest()[:16]
+
+
+def traffic_rows(
+    families: Sequence[str],
+    everything: bool,
+    known: Mapping[str, list[dict[str, Any]]],
+    progress: Callable[[int, str], None] = lambda total, description: None,
+) -> Iterator[list[dict[str, Any]]]:
+    """For each main launch one row a kernel: bytes and arithmetic, counted by the interpreter on some programs.
+
+    everything: at two shapes, not one.
+    """
+    from .interpret import count_traffic
+    from .launches import LAUNCHES, Launch, Make, meta, random
+
+    shapes = [(family, shape) for family in families for shape in LAUNCHES[family].compiled[: 2 if everything else 1]]
+
+    def launches(make: Make) -> Iterator[tuple[str, str, Launch]]:
+        for family, shape in shapes:
+            for launch in LAUNCHES[family].launches(make, shape):
+                if launch.main and "tf32" not in launch.name:  # the interpreter takes it for fp32
+                    yield family, f"{launch.name} {'x'.join(map(str, shape))}", launch
+
+    total = sum(1 for _ in launches(meta))
+    for family, name, launch in launches(random):
+        progress(total, name)
+        key = _traffic_key(family, name)
+        if key in known:
+            yield known[key]
+            continue
+        with count_traffic(sample=SAMPLE) as traffic:
+            launch.launcher(*launch.args)
+        rows = []
+        for kernel in traffic.kernels:
+            numbers = {k: round(v) if isinstance(v, float) else v for k, v in vars(kernel).items()}
+            ratio = (kernel.loaded + kernel.stored) / kernel.compulsory
+            by_program = (kernel.program_loaded + kernel.program_stored) / kernel.compulsory
+            rows.append(
+                {"family": family, "launch": name, **numbers}
+                | {"ratio": round(ratio, 4), "program_ratio": round(by_program, 4), "key": key}
+            )
+        yield rows
+
+
+def main(argv: Sequence[str]) -> int:
+    import argparse
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import records, report
+    from .launches import LAUNCHES
+
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    families = [*LAUNCHES, "sdo"]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"{', '.join(families)} (default: all)")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="the main launches only, at one shape")
+    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the records")
+    args = parser.parse_args(argv)
+    wanted = args.families or families
+    unknown = sorted(set(wanted) - set(families))
+    if unknown:
+        parser.error(f"unknown family {', '.join(unknown)}; there are {', '.join(families)}")
+    before = {d["suite"]: d["records"] for d in records.load(args.out)}
+    compiled = [_resources(row) for row in before.get("static", ())]
+    kept = [r for r in compiled if r.family not in wanted or r.target not in args.targets]
+    counted: dict[str, list[dict[str, Any]]] = {}
+    for row in before.get("traffic", ()):
+        counted.setdefault(row["key"], []).append(row)
+    kept_traffic = [row for row in before.get("traffic", ()) if row["family"] not in wanted]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as bars:
+
+        def progress_of(what: str) -> Callable[[int, str], None]:
+            bar = bars.add_task(what, total=None)
+
+            def advance(total: int, description: str) -> None:
+                bars.update(bar, total=total, advance=1, description=f"{what}: {description}")
+
+            return advance
+
+        def save(suite: str, rows: Sequence[dict[str, Any]], complete: bool) -> None:
+            records.save(args.out, suite, "cpu", rows, complete)
+
+        rows = list(kept)
+        kernels = [family for family in wanted if family in LAUNCHES]
+        try:
+            last = time.monotonic()
+            if "sdo" in wanted:
+                rows += cuda_kernels(args.targets)
+            for result in triton_kernels(
+                kernels, args.targets, not args.quick, True, compiled, progress_of("compiling")
+            ):
+                rows.append(result)
+                if time.monotonic() - last > 5:
+                    save("static", [asdict(r) for r in rows], False)
+                    last = time.monotonic()
+            save("static", [asdict(r) for r in rows], True)
+            moved = list(kept_traffic)
+            for found in traffic_rows(kernels, not args.quick, counted, progress_of("counting")):
+                moved += found
+                save("traffic", moved, False)
+            save("traffic", moved, True)
+        except KeyboardInterrupt:
+            save("static", [asdict(r) for r in rows], False)
+            print("\ninterrupted: what was measured is kept, and will not be measured again", file=sys.stderr)
+            return 130
+    for document in records.load(args.out):
+        if document["suite"] in ("static", "traffic"):
+            report.console(document)
+    report.write(args.out)
+    print(f"records: {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
