@@ -151,6 +151,20 @@ def _pointwise(make: Make, shape: Shape) -> Iterator[Launch]:
         yield Launch(f"pointwise_backward 1 map {name}", back, (wide, *first, *three), False, 128, True)
 
 
+def _attention(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import attention
+
+    channels, hidden = shape[1], max(1, shape[1] // 4)
+    parameters = (make(hidden, channels, 1, 1), make(hidden), make(channels, hidden, 1, 1), make(channels))
+    for name, dtype, last in IMAGES:
+        x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
+        yield Launch(f"channel_attention {name}", attention.channel_attention, (x, *parameters), name == "fp32")
+        backward = (grad, x, *parameters, True, True)
+        yield Launch(
+            f"channel_attention_backward {name}", attention.channel_attention_backward, backward, name == "fp32"
+        )
+
+
 LAUNCHES: dict[str, Family] = {
     "haar": Family(_haar, compiled=((2, 40, 256, 256), (1, 16, 256, 256))),
     "spatial": Family(_spatial, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.35),
@@ -166,6 +180,7 @@ LAUNCHES: dict[str, Family] = {
         interpreted=((1, 8, 8, 16), (2, 5, 7, 9)),
         traffic=None,
     ),
+    "attention": Family(_attention, compiled=((2, 120, 256, 256), (2, 192, 64, 64)), traffic=1.6),
     "fourier": Family(
         _fourier,
         compiled=tuple((2, dim, 256, 256) for dim in (40, 64, 96)),

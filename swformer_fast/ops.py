@@ -397,12 +397,17 @@ _define_differentiable(
 
 # attention ------------------------------------------------------------------------------------------------------------
 
+
+def _attention_limits(backend: str, x: Tensor, *args: Any) -> str | None:
+    return _no_triton_fp64(backend, x) if backend == "triton" else _pointwise_limits(backend, x)
+
+
 _define_differentiable(
     "channel_attention(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor",
     "bool need_x, bool need_params",
     "attention",
     reference.channel_attention,
     lambda x, *parameters: _empty(x, *x.shape),
-    _pointwise_limits,
+    _attention_limits,
     groups=(0, 1, 1, 1, 1),
 )
