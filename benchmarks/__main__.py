@@ -16,7 +16,7 @@ TUNED_MALLOC = {
 }
 
 
-COMMANDS = ("static",)
+COMMANDS = ("roofline", "static")
 """Modules with a `main(argv)` of their own."""
 
 
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
         return importlib.import_module(f"{__package__}.{argv[0]}").main(argv[1:])
 
     from . import records, report

@@ -163,7 +163,58 @@ def _traffic(document: Mapping[str, Any]) -> Iterator[Table]:
     yield Table(note, columns, rows, frozenset(range(2, 8)))
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {"static": _static, "traffic": _traffic}
+def _roofline(document: Mapping[str, Any]) -> Iterator[Table]:
+    from .roofline import ASSUMPTIONS, DEVICES
+
+    yield Table("ESTIMATES, no measurements: counts are exact, times are bounds. Assumptions:", ("", ""), ASSUMPTIONS)
+    note = "Data-sheet figures: GB/s of memory and second-level cache, TFLOP/s of fp32 and of tf32 matrix products."
+    columns = ("GPU", "memory", "cache", "fp32", "tf32")
+    rows = [(d.name, f"{d.memory / 1e9:,.0f}", f"{d.cache / 1e9:,.0f}", f"{d.fp32 / 1e12:g}", f"{d.tf32 / 1e12:g}")
+            for d in DEVICES]  # fmt: skip
+    yield Table(note, columns, rows, frozenset(range(1, 5)))
+    counted, estimated, shares = [], [], []
+    for (case,), pair in _groups(document["records"], "case").items():
+        if len(pair) < 2:
+            continue
+        theirs, ours = pair
+        counted.append(
+            (
+                case,
+                *(f"{r['launches']:,}" for r in pair),
+                str(ours["our_kernels"]),
+                *(f"{r['bytes'] / 1e6:,.4g}" for r in pair),
+                f"{theirs['bytes'] / ours['bytes']:.2f}",
+                *(f"{(r['flops'] + r['matrix_flops']) / 1e9:.3g}" for r in pair),
+            )
+        )
+        keys = [key for key in theirs if key.startswith("us ")]
+        cells = (f"{theirs[k]:,.0f} / {ours[k]:,.0f} = {theirs[k] / ours[k]:.2f}" for k in keys if k.endswith("fp32"))
+        tf32 = (theirs[k] / ours[k] for k in keys if k.endswith("tf32"))
+        estimated.append((case, *cells, _spread(tf32, ".2f")))
+        shares.append((case, *("; ".join(f"{n} {us:g}" for n, us in r["largest_us"].items()) for r in pair)))
+    columns = (
+        "case",
+        "launches, PyTorch",
+        "ours",
+        "of our kernels",
+        "MB, PyTorch",
+        "ours",
+        "ratio",
+        "GFLOP, PyTorch",
+        "ours",
+    )
+    yield Table("Counted: every input and output of a launch once.", columns, counted, frozenset(range(1, 9)))
+    columns = ("case", *(d.name for d in DEVICES), "with tf32, all GPUs")
+    note = "ESTIMATE: microseconds, PyTorch / ours = ratio, in fp32."
+    yield Table(note, columns, estimated, frozenset(range(1, 7)))
+    yield Table(f"ESTIMATE: where the time goes, us on {DEVICES[1].name}.", ("case", "PyTorch", "ours"), shares)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {
+    "roofline": _roofline,
+    "static": _static,
+    "traffic": _traffic,
+}
 """How the records of a suite are shown; those of the others are timings."""
 
 
@@ -183,6 +234,55 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines += ["", table.note, "", "| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
         lines += ["| " + " | ".join(cells) + " |" for cells in table.rows]
     return "\n".join([*lines, ""])
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name(f".{path.stem}.part.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def plot_roofline(document: Mapping[str, Any], path: Path) -> None:
+    """Bytes and launches, PyTorch's and ours, and the estimated ratios of the times."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from .roofline import DEVICES
+
+    pairs = {case: pair for (case,), pair in _groups(document["records"], "case").items() if len(pair) == 2}
+    figure, axes = plt.subplots(1, 3, figsize=(15, 1.5 + 0.42 * len(pairs)), sharey=True, layout="constrained")
+    for panel, key, scale, label in (
+        (axes[0], "bytes", 1e6, "MB that launches read and write (counted)"),
+        (axes[1], "launches", 1, "launches (counted)"),
+    ):
+        for i, variant in enumerate(("PyTorch", "ours")):
+            values = [pair[i][key] / scale for pair in pairs.values()]
+            bars = panel.barh(
+                [y + 0.4 * i - 0.2 for y in range(len(pairs))], values, 0.4, label=variant, color=COLOURS[i]
+            )
+            panel.bar_label(bars, fmt="%.4g", padding=2, fontsize=7)
+        panel.set_xscale("log")
+        panel.margins(x=0.15)
+        panel.set_xlabel(label)
+        panel.legend(fontsize=8)
+    height = 0.8 / len(DEVICES)
+    for i, device in enumerate(DEVICES):
+        key = f"us {device.name} fp32"
+        ratios = [theirs[key] / ours[key] for theirs, ours in pairs.values()]
+        ys = [y + (i - (len(DEVICES) - 1) / 2) * height for y in range(len(pairs))]
+        axes[2].barh(ys, ratios, height, label=device.name, color=COLOURS[i])
+    axes[2].axvline(1, color="black", linewidth=0.8)
+    axes[2].set_xlabel("ESTIMATED time of PyTorch over ours, fp32, from counts and data sheets")
+    axes[2].legend(fontsize=8)
+    axes[0].set_yticks(range(len(pairs)), list(pairs), fontsize=8)
+    axes[0].invert_yaxis()
+    figure.suptitle("Estimates, not measurements")
+    _save(figure, path)
 
 
 def plot(document: Mapping[str, Any], path: Path) -> None:
@@ -213,10 +313,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel(f"speed over {variants[0]} (longer is faster); {env['device']}, {env['threads']} thread(s)")
     axes.set_title(document["suite"])
     axes.legend(fontsize=8, loc="best")
-    temporary = path.with_name(f".{path.stem}.part.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.replace(path)
+    _save(figure, path)
 
 
 def console(document: Mapping[str, Any]) -> None:
@@ -241,4 +338,5 @@ def write(folder: Path, documents: Sequence[Mapping[str, Any]] | None = None) ->
     head = "# Results\n\nWritten by `python -m benchmarks`; `python -m benchmarks report` does it again.\n\n"
     records.write_whole(folder / "README.md", head + "\n".join(markdown(d) for d in documents))
     for document in documents:
-        plot(document, folder / f"{document['suite']}.png")
+        draw = plot_roofline if document["suite"] == "roofline" else plot
+        draw(document, folder / f"{document['suite']}.png")

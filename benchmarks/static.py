@@ -461,7 +461,6 @@ def main(argv: Sequence[str]) -> int:
     from . import records, report
     from .launches import LAUNCHES
 
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     families = [*LAUNCHES, "sdo"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"{', '.join(families)} (default: all)")
