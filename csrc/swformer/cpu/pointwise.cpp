@@ -58,10 +58,11 @@ struct Rows {
   }
 };
 
-// out[b, e] = sum over c of at(b, e, c) in[b, c] + bias[e] + residual[b, e], over the rows e of the outputs.
+// out[b, e] = sum over c of at(b, e, c) in[b, c] + bias[b * bias_stride + e] + residual[b, e], over the rows e of the outputs.
 template <class T, class At>
 void product(
-    const std::vector<Tensor>& parts, At&& at, const Acc<T>* bias, const T* residual, const std::vector<Tensor>& outputs) {
+    const std::vector<Tensor>& parts, At&& at, const Acc<T>* bias, int64_t bias_stride, const T* residual,
+    const std::vector<Tensor>& outputs) {
   using A = Acc<T>;
   constexpr int64_t lanes = simd::kLanes<A>, tile = kTileVectors * lanes;
   const Rows<T> out(outputs);
@@ -92,7 +93,7 @@ void product(
               T* to = out.rows[e + i].data + b * out.rows[e + i].batch_stride + first + column;
               const T* add = residual ? residual + (b * m + e + i) * pixels + first + column : nullptr;
               for (int v = 0; v < vectors; ++v) {
-                simd::Vec<A> value = sum[i][v] + (bias ? bias[e + i] : A(0));
+                simd::Vec<A> value = sum[i][v] + (bias ? bias[b * bias_stride + e + i] : A(0));
                 const int64_t at = v * lanes, left = n - column - at;
                 if (left >= lanes) {
                   if (add) value += simd::load(add + at);
@@ -122,14 +123,15 @@ Tensor pointwise(
     if (residual) dense = torch::stable::contiguous(*residual);
     const T* add = dense ? static_cast<const T*>(dense->const_data_ptr()) : nullptr;
     product<T>(
-        maps.parts, [&](int64_t i, int64_t e, int64_t c) { return w.at(i, e, c); }, b.data(), add, {out});
+        maps.parts, [&](int64_t i, int64_t e, int64_t c) { return w.at(i, e, c); }, b.data(), bias.dim() == 2 ? weight.size(1) : 0, add,
+        {out});
   });
   return out;
 }
 
-// Sums over pixels, a plane at a time in short float runs added up in double; over the images in order.
+// Sums over pixels, a plane at a time in short float runs added up in double; over the images, in order, unless `each_image`.
 template <class T>
-std::vector<double> channel_sums(const Tensor& x) {
+std::vector<double> channel_sums(const Tensor& x, bool each_image) {
   using A = Acc<T>;
   constexpr int lanes = simd::kLanes<A>;
   constexpr int64_t run = 32 * lanes;
@@ -150,6 +152,7 @@ std::vector<double> channel_sums(const Tensor& x) {
       planes[plane] = total;
     }
   });
+  if (each_image) return planes;
   for (int64_t plane = 0; plane < batch * channels; ++plane) sums[plane % channels] += planes[plane];
   return sums;
 }
@@ -169,10 +172,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
     if (need_x && dense.numel()) {
       const Weight<Acc<T>> w(weight);
       product<T>(
-          {dense}, [&](int64_t i, int64_t c, int64_t e) { return w.at(i, e, c); }, nullptr, nullptr, grads);
+          {dense}, [&](int64_t i, int64_t c, int64_t e) { return w.at(i, e, c); }, nullptr, 0, nullptr, grads);
     }
     if (need_params) {
-      const auto sums = channel_sums<T>(dense);
+      const auto sums = channel_sums<T>(dense, bias.dim() == 2);
       grad_bias = tensor::write(bias, sums.data());
     }
   });
