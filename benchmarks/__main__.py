@@ -1,4 +1,7 @@
-"""`python -m benchmarks [SUITE ...]`: run suites, print tables, write records, plots; `report` renders them again."""
+"""`python -m benchmarks [SUITE ...]`: run suites, print tables, write records and plots.
+
+`report` renders the records again; `static` reads the kernels' machine code and counts their traffic, without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,26 @@ TUNED_MALLOC = {
 }
 
 
+COMMANDS = ("roofline", "static")
+"""Modules with a `main(argv)` of their own."""
+
+
 def main(argv: list[str] | None = None) -> int:
     import argparse
     import importlib
     from pathlib import Path
+
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+        return importlib.import_module(f"{__package__}.{argv[0]}").main(argv[1:])
 
     from . import records, report
 
     folder = Path(__file__).parent
     suites = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(suites)} (default: all), or report")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(suites)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="one small case a suite, no torch.compile")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile too, where it takes seconds (minutes in all)"

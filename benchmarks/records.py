@@ -62,6 +62,11 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def flat(value: Any) -> Any:
+    """A value for one cell: a mapping as "key:value key:value"."""
+    return " ".join(f"{k}:{v}" for k, v in value.items()) if isinstance(value, Mapping) else value
+
+
 def save(folder: Path, suite: str, device: str, records: Sequence[Mapping[str, Any]], complete: bool) -> None:
     document = {"suite": suite, "complete": complete, "environment": environment(device), "records": list(records)}
     write_whole(folder / f"{suite}.json", json.dumps(document, indent=1) + "\n")
@@ -69,7 +74,7 @@ def save(folder: Path, suite: str, device: str, records: Sequence[Mapping[str, A
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({key: flat(value) for key, value in record.items()} for record in records)
     write_whole(folder / f"{suite}.csv", buffer.getvalue())
 
 

@@ -6,7 +6,6 @@ Images are (B, C, H, W) in [-1, 1] everywhere.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,22 +16,12 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 from digits_model import NULL_LABEL, ThicknessScore, load_digits_classifier, load_digits_unet, scheduler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from runs import OUTPUT, write_whole
 from torch import Tensor, nn
 
-from sdo_fast import ShortcutSampler, from_pipeline, optimize_latents
+from sdo_fast import from_pipeline, optimize_latents
 from sdo_fast.optimize import Iteration
 from sdo_fast.pipelines import PipelineSampler
-
-OUTPUT = Path(__file__).resolve().parent / "output"
-
-
-def write_whole(path: Path, save: Callable[[Path], None]) -> None:
-    """Save under a temporary name, then rename: an interrupted write leaves the old file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    save(partial)
-    os.replace(partial, path)
-
 
 # Options
 
@@ -95,33 +84,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **quick: 
 # Models
 
 
-class OnSphere:
-    """A sampler that scales its input noise to the RMS of Gaussian noise.
-
-    The model knows no other input: without this the latents leave that sphere as they are optimised, and the images
-    turn into saturated pixels that please the loss alone.
-    """
-
-    def __init__(self, sampler: ShortcutSampler) -> None:
-        if sampler.start:
-            raise ValueError(f"sampler: starts at step {sampler.start}, whose input is no pure noise; 0 is needed")
-        self.sampler = sampler
-        self.rms = float(getattr(sampler.solver.scheduler, "init_noise_sigma", 1.0))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)
-
-    def sample(self, latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.sampler.sample(self.project(latents), *args, **kwargs)
-
-    def __call__(self, latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.sampler(self.project(latents), *args, **kwargs)
-
-    def project(self, latents: Tensor) -> Tensor:
-        norm = latents.flatten(1).norm(dim=1).view(-1, *[1] * (latents.ndim - 1))
-        return latents * (self.rms * latents[0].numel() ** 0.5 / norm)
-
-
 class HubClassifier(nn.Module):
     """A transformers image classifier as a differentiable critic with the interface of ``DigitsClassifier``."""
 
@@ -153,7 +115,7 @@ class HubClassifier(nn.Module):
 class Studio:
     """A sampler with its conditions bound, its starting noise, and a critic of its images."""
 
-    sampler: Any  # OnSphere around a PipelineSampler
+    sampler: PipelineSampler
     latents: Tensor
     critic: nn.Module
     digits: bool
@@ -202,7 +164,7 @@ def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1) -> Stud
         load_digits_classifier() if args.critic is None else HubClassifier(args.critic).eval().requires_grad_(False)
     )
     latents = sampler.prepare_latents(torch.Generator().manual_seed(args.seed))
-    return Studio(OnSphere(sampler), latents, critic.to(args.device), digits=args.model is None)
+    return Studio(sampler, latents, critic.to(args.device), digits=args.model is None)
 
 
 # Optimisation
@@ -234,6 +196,9 @@ def optimise(
 ) -> Film:
     """Minimise ``loss_fn(decode(x_0))`` by ``optimize_latents`` with the options given; print the loss and its price.
 
+    The noise keeps its norm: of another norm it is unknown to the model, and the images turn into saturated pixels that
+    please the loss alone.
+
     Ctrl-C ends it early, and what was done until then is drawn all the same.
     """
     film = Film()
@@ -252,7 +217,15 @@ def optimise(
     calls = sampler.model_calls
     generator = torch.Generator(latents.device).manual_seed(args.seed)
     optimize_latents(
-        sampler, latents, loss, args.steps, args.lr, callback=keep, model_kwargs=model_kwargs, generator=generator
+        sampler,
+        latents,
+        loss,
+        args.steps,
+        args.lr,
+        callback=keep,
+        keep_norm=True,
+        model_kwargs=model_kwargs,
+        generator=generator,
     )
     if not film.images:
         raise SystemExit("interrupted before the first result")

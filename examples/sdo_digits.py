@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from common import OnSphere, optimise, parse, save_picture, sdo_parser, show_curves, show_film
+from common import optimise, parse, save_picture, sdo_parser, show_curves, show_film
 from digits_model import IMAGE_SHAPE, NULL_LABEL, digits, load_digits_classifier, load_digits_unet, scheduler
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
@@ -69,7 +69,7 @@ def run(name: str, args: argparse.Namespace, figure: SubFigure) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     task = TASKS[name](generator)
     latents = torch.randn(BATCH, *IMAGE_SHAPE, generator=generator)
-    sampler = OnSphere(ShortcutSampler(load_digits_unet(), scheduler(), args.sampler_steps, grad_step=args.grad_step))
+    sampler = ShortcutSampler(load_digits_unet(), scheduler(), args.sampler_steps, grad_step=args.grad_step)
     film = optimise(
         sampler,
         latents,

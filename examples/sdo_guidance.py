@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from common import (
     Film,
-    OnSphere,
     add_model_options,
     load_studio,
     optimise,
@@ -33,17 +32,31 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
+from sdo_fast.pipelines import PipelineSampler
 from sdo_fast.reference import full_backprop
 
 
-class IdentityGradient(OnSphere):
+class Shortcut:
+    """The sampler with the gradient of one step."""
+
+    def __init__(self, sampler: PipelineSampler) -> None:
+        self.sampler = sampler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+    def sample(self, latents: Tensor, grad_step: int | None, *args: Any, **kwargs: Any) -> Tensor:
+        return self.sampler.sample(latents, grad_step, *args, **kwargs)
+
+
+class IdentityGradient(Shortcut):
     """The same sampler with no step's graph."""
 
     def sample(self, latents: Tensor, grad_step: int | None, *args: Any, **kwargs: Any) -> Tensor:
-        return super().sample(latents, None, *args, **kwargs)
+        return self.sampler.sample(latents, None, *args, **kwargs)
 
 
-class FullBackprop(OnSphere):
+class FullBackprop(Shortcut):
     """The same sampler with the graph of every step."""
 
     def sample(self, latents: Tensor, grad_step: int | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -55,7 +68,7 @@ class FullBackprop(OnSphere):
         return full_backprop(
             sampler.model,
             sampler.solver.scheduler,
-            self.project(latents),
+            latents,
             len(sampler.timesteps),
             guidance_scale=sampler.guidance_scale,
             model_kwargs=cond,
@@ -64,7 +77,7 @@ class FullBackprop(OnSphere):
         )
 
 
-METHODS = {"shortcut": OnSphere, "identity": IdentityGradient, "full": FullBackprop}
+METHODS = {"shortcut": Shortcut, "identity": IdentityGradient, "full": FullBackprop}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
     films: dict[str, Film] = {}
     for method in args.methods:
-        sampler = METHODS[method](studio.sampler.sampler)
+        sampler = METHODS[method](studio.sampler)
         films[method] = optimise(sampler, studio.latents, loss, args, method, decode=studio.decode)
 
     @torch.no_grad()

@@ -9,15 +9,12 @@ if it had never stopped. The finished weights (fp16) and their quality are writt
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import OUTPUT, write_whole
 from digits_model import (
     CLASSIFIER_FILE,
     NULL_LABEL,
@@ -30,6 +27,7 @@ from digits_model import (
     sample,
     scheduler,
 )
+from runs import OUTPUT, delayed_interrupt, write_whole
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -58,17 +56,6 @@ def classifier_loss(classifier: nn.Module, images: Tensor, labels: Tensor, gener
     strength = torch.rand(len(images), 1, 1, 1, generator=generator)
     images = (images.roll((dy, dx), (2, 3)) + strength * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
     return nn.functional.cross_entropy(classifier(images), labels, label_smoothing=0.02)
-
-
-@contextlib.contextmanager
-def delayed_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within the block Ctrl-C only makes the yielded function return True, so that a step is never cut in two."""
-    seen: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def train(

@@ -71,6 +71,7 @@ def optimize_latents(
     progress: bool = True,
     *,
     coarse_steps: int | None = None,
+    keep_norm: bool = False,
     **sampler_kwargs: Any,
 ) -> Result:
     """Minimise loss_fn(sampler(z, **sampler_kwargs)) over z, from z = latents, by `steps` updates of Adam.
@@ -90,6 +91,9 @@ def optimize_latents(
         progress: show a bar with the loss, where tqdm is installed.
         coarse_steps: run the first 80 % of the updates on a schedule of so many steps instead of the sampler's own, a
             cheap start (for example a quarter of them). Needs start = 0 and a named grad_step.
+        keep_norm: optimise on the sphere of each initial latent's norm: the sampler sees z |latents| / |z|. Noise of
+            another norm is unknown to a model, and where it leads the loss alone decides (a classifier's loss is then
+            met by saturated pixels).
 
     Returns:
         `latents`, `image`, `history`, `best`; after Ctrl-C what was done so far, with `interrupted` set.
@@ -110,6 +114,7 @@ def optimize_latents(
     # Adam's eps of 1e-8 is zero in float16.
     z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32), copy=True).requires_grad_()
     adam = torch.optim.Adam([z], lr=lr, betas=betas)
+    norms = _norms(z.detach())
     result = Result(latents.detach().clone())
     stopping = False
     track = bar(range(steps + 1), "optimising", progress)
@@ -121,9 +126,10 @@ def optimize_latents(
             began, calls = time.perf_counter(), active.model_calls
             if generator is not None:
                 generator.set_state(noise)
-            current = z.detach().to(latents.dtype, copy=True)
             with torch.set_grad_enabled(k < steps):
-                image = active.sample(z.to(latents.dtype), active.draw_grad_step(step_generator), **sampler_kwargs)
+                seen = z * (norms / _norms(z).clamp_min(torch.finfo(z.dtype).tiny)) if keep_norm else z
+                current = seen.detach().to(latents.dtype, copy=True)
+                image = active.sample(seen.to(latents.dtype), active.draw_grad_step(step_generator), **sampler_kwargs)
                 loss = loss_fn(image)
             _check_loss(loss, k, result)
             if k < steps:
@@ -149,6 +155,11 @@ def optimize_latents(
         if hasattr(track, "close"):
             track.close()
     return result
+
+
+def _norms(z: Tensor) -> Tensor:
+    """The norm of each sample, (B, 1, ...)."""
+    return torch.linalg.vector_norm(z, dim=tuple(range(1, z.ndim)), keepdim=True)
 
 
 def _gradient(loss: Tensor, z: Tensor) -> Tensor:

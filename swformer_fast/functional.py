@@ -380,7 +380,8 @@ def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
 
-    Falls back to the reference for channels_last images. Source: SWFormer (arXiv 2505.05504), channel attention.
+    On the CPU falls back to the reference for channels_last images. Source: SWFormer (arXiv 2505.05504), channel
+    attention.
     """
     _check_image("x", x)
     if not isinstance(w1, Tensor) or w1.dim() != 4:

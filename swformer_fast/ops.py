@@ -183,8 +183,8 @@ def _define_differentiable(
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
-        state, saved = ctx.saved_tensors[: len(kept)], ctx.saved_tensors[len(kept) :]
-        grads = backward_op(grad, *state, *restore(ctx, saved), *flags)
+        saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
+        grads = backward_op(grad, *saved[: len(kept)], *restore(ctx, saved[len(kept) :]), *flags)
         result: list[Any] = [None] * count
         for i, g in zip(places, grads, strict=True):
             result[i] = g if needs[i] else None
@@ -259,7 +259,7 @@ _define_differentiable(
 def _pointwise_limits(backend: str, *maps: Any) -> str | None:
     if any(isinstance(x, Tensor) and channels_last(x) for x in maps):
         return "the kernel writes contiguous maps, and one of these is channels_last"
-    return None
+    return _no_triton_fp64(backend, maps[0])
 
 
 _define_differentiable(
@@ -399,12 +399,17 @@ _define_differentiable(
 
 # attention ------------------------------------------------------------------------------------------------------------
 
+
+def _attention_limits(backend: str, x: Tensor, *args: Any) -> str | None:
+    return _no_triton_fp64(backend, x) if backend == "triton" else _pointwise_limits(backend, x)
+
+
 _define_differentiable(
     "channel_attention(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor",
     "bool need_x, bool need_params",
     "attention",
     reference.channel_attention,
     lambda x, *parameters: _empty(x, *x.shape),
-    _pointwise_limits,
+    _attention_limits,
     groups=(0, 1, 1, 1, 1),
 )

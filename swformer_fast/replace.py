@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from . import model as fast_model
@@ -16,6 +17,7 @@ FAST_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     for name in reference.__all__
     if isinstance(getattr(modules, name, None), type)
 } | {reference.SWFormer: fast_model.SWFormer}
+FAST_NAMES = {kind.__name__ for kind in FAST_TYPES}
 
 
 def accelerate(model: _MODULE) -> _MODULE:
@@ -29,7 +31,7 @@ def accelerate(model: _MODULE) -> _MODULE:
     Raises:
         TypeError: model is no nn.Module.
         ValueError: a reference module has a parametrised parameter of its own (torch.nn.utils.parametrize); or the
-            model is compiled or scripted: accelerate it before torch.compile.
+            reference modules are compiled, scripted or traced: accelerate them first.
 
     Returns:
         model.
@@ -46,8 +48,10 @@ def accelerate(model: _MODULE) -> _MODULE:
                 f"module {name or '(root)'!r} ({base.__name__}) has parametrised parameters: accelerate the model "
                 "before registering them"
             )
-        elif hasattr(module, "_orig_mod"):
+        elif hasattr(module, "_orig_mod") and any(type(m) in FAST_TYPES for m in module.modules()):
             raise ValueError(f"module {name or '(root)'!r} is compiled: call accelerate before torch.compile")
+        elif isinstance(module, torch.jit.ScriptModule) and module.original_name in FAST_NAMES:
+            raise ValueError(f"module {name or '(root)'!r} is scripted or traced: call accelerate before torch.jit")
     for module in found:
         module.__class__ = FAST_TYPES[type(module)]
     return model

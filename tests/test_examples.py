@@ -29,7 +29,7 @@ from sdo_models import tiny_stable_diffusion, tiny_unet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sdo_fast import ShortcutSampler, coefficients
+from sdo_fast import coefficients
 
 
 def test_split_is_fixed_and_disjoint() -> None:
@@ -307,18 +307,6 @@ def test_hub_classifier_prepares_images_as_its_processor_does(saved_models: list
         features = critic.features(pixels / 127.5 - 1)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert [tuple(state.shape) for state in features] == [(2, 16, 10)] * 3
-
-
-def test_sphere_keeps_the_norm_of_noise() -> None:
-    """The samples of scaled noise are those of the noise itself."""
-    labels = {"class_labels": torch.tensor([3, 5])}
-    sampler = common.OnSphere(ShortcutSampler(digits_model.load_digits_unet(), digits_model.scheduler(), 3))
-    noise = torch.randn(2, 1, 16, 16)
-    projected = sampler.project(noise * torch.tensor([0.1, 7.0]).view(-1, 1, 1, 1))
-    torch.testing.assert_close(projected.square().mean((1, 2, 3)), torch.ones(2))
-    torch.testing.assert_close(sampler(3 * noise, labels), sampler.sampler(projected, labels), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="starts at step 2"):
-        common.OnSphere(ShortcutSampler(digits_model.load_digits_unet(), digits_model.scheduler(), 5, start=2))
 
 
 def test_thickness_score_follows_the_measured_thickness() -> None:

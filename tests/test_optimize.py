@@ -6,7 +6,7 @@ import pytest
 import torch
 from sdo_models import ConvModel
 
-from sdo_fast import NonFiniteLossError, ShortcutSampler, optimize_latents
+from sdo_fast import NonFiniteLossError, ShortcutSampler, TrajectoryCache, optimize_latents
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -49,6 +49,25 @@ def test_it_is_adam_on_the_samplers_gradient():
         squared(target)(sampler(z)).backward()
         adam.step()
     assert torch.equal(result.latents, z)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_keep_norm_optimises_on_the_sphere(reuse):
+    torch.manual_seed(0)
+    x, target = torch.randn(3, 3, 6, 6) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1), torch.randn(3, 3, 6, 6)
+    sampler = make(reuse=TrajectoryCache() if reuse else None)
+    result = optimize_latents(sampler, x, squared(target), steps=12, lr=0.3, progress=False, keep_norm=True)
+    norms = x.flatten(1).norm(dim=1)
+    for latents in (result.latents, result.best.latents):
+        torch.testing.assert_close(latents.flatten(1).norm(dim=1), norms)
+        assert (latents - x).abs().max() > 0.1
+    assert result.best.loss < result.history[0].loss
+    torch.testing.assert_close(make()(result.latents), result.image)
+
+
+def test_keep_norm_leaves_zeros_alone():
+    result = optimize_latents(make(), torch.zeros(1, 3, 4, 4), squared(1.0), 3, progress=False, keep_norm=True)
+    assert result.latents.count_nonzero() == 0
 
 
 def test_inputs_and_parameters_are_left_alone():

@@ -110,3 +110,69 @@ def sum_weights(partials: Tensor, weight: Tensor, bias: Tensor) -> None:
         partials, weight, bias, parts, count,
         TAPS=numbers - 1, PARTS=min(32, triton.next_power_of_2(parts)), COLS=cols,
     )  # fmt: skip
+
+
+@triton.jit
+def load_matrix(matrix, row, exists, column, columns, ld):
+    """Elements of a row-major matrix with rows of `ld`, (len(row), len(column)), zero outside."""
+    mask = exists[:, None] & (column < columns)[None, :]
+    return tl.load(matrix + row[:, None] * ld + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_block(partials, value, row, exists, column, columns, ld):
+    """The inverse of `load_matrix`."""
+    mask = exists[:, None] & (column < columns)[None, :]
+    tl.store(partials + row[:, None] * ld + column[None, :], value, mask=mask)
+
+
+@triton.jit
+def sum_partials_kernel(partials, out, parts, count, PARTS: tl.constexpr, COLS: tl.constexpr):
+    """Sums over the rows of the partials, in fp64 and in a fixed order."""
+    column = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    part = tl.arange(0, PARTS)[:, None]
+    total = tl.zeros((PARTS, COLS), tl.float64)
+    for start in range(0, parts, PARTS):
+        mask = (start + part < parts) & (column < count)[None, :]
+        pointers = partials + (start + part).to(tl.int64) * count + column[None, :]
+        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float64)
+    tl.store(out + column, tl.sum(total, 0), mask=column < count)
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """The sum over the first dimension, in fp64."""
+    out = torch.empty(partials.shape[1:], dtype=torch.float64, device=partials.device)
+    parts, cols = len(partials), 32
+    sum_partials_kernel[(triton.cdiv(out.numel(), cols),)](
+        partials, out, parts, out.numel(), PARTS=min(32, triton.next_power_of_2(parts)), COLS=cols,
+    )  # fmt: skip
+    return out
+
+
+def channel_block(channels: int, most: int) -> int:
+    """Channels that a program takes: a power of two that a matrix product can have, `most` at most."""
+    return max(16, min(most, triton.next_power_of_2(channels)))
+
+
+def input_precision(x: Tensor, asked: str | None = None, exact: str = "ieee") -> str:
+    """How a matrix product takes the numbers of `x` and fp32 numbers: "ieee", "tf32x3" or "tf32".
+
+    As asked, else `exact` or tf32 as `torch.set_float32_matmul_precision` says. Half-precision numbers are exact in
+    tf32. "tf32x3" rounds no worse than fp32 sums do.
+    """
+    if architecture(x.device).startswith("gfx"):
+        return "ieee"
+    highest = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return asked or (exact if highest else "tf32")
+
+
+def matrix_options(x: Tensor) -> dict[str, int | bool]:
+    """Launch options of kernels of matrix products on 256 threads."""
+    options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+    target = architecture(x.device)
+    if target.startswith("gfx"):
+        options["num_warps"] = 4
+    elif target in ("sm_86", "sm_89"):
+        # Left alone, ptxas spills a few registers to fit one more program on a multiprocessor.
+        options["maxnreg"] = 255
+    return options

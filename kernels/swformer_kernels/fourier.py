@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, multiple
+from ._common import (
+    channel_block,
+    input_precision,
+    load_matrix,
+    matrix_options,
+    multiple,
+    store_block,
+    sum_partials,
+)
 from .spatial import gelu, gelu_derivative
 
 # What the registers allow, by the way of taking products: frequencies a program of the spectrum's gradient takes, and
@@ -75,13 +83,6 @@ def _unstacked(both, ROWS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _load_matrix(matrix, row, exists, column, columns, ld):
-    """Elements of a row-major matrix with rows of `ld`, (len(row), len(column)), zero outside."""
-    mask = exists[:, None] & (column < columns)[None, :]
-    return tl.load(matrix + row[:, None] * ld + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _multiplicity(tile, width, N: tl.constexpr):
     """How often each frequency of the half spectrum counts in the whole one, (1, N)."""
     column = (N * tile + tl.arange(0, N)) % (width // 2 + 1)
@@ -109,8 +110,8 @@ def _preactivations(
     for first in range(0, D, BK):
         d = first + tl.arange(0, BK)
         real, imaginary = _load_spectrum(spectrum, image, d, D, tile, numbers, N, ALIGN)
-        total = tl.dot(_load_matrix(matrix, row, exists, d, D, ld), real, total, input_precision=PRECISION)
-        total = tl.dot(_load_matrix(matrix + D + 1, row, exists, d, D, ld), imaginary, total, input_precision=PRECISION)
+        total = tl.dot(load_matrix(matrix, row, exists, d, D, ld), real, total, input_precision=PRECISION)
+        total = tl.dot(load_matrix(matrix + D + 1, row, exists, d, D, ld), imaginary, total, input_precision=PRECISION)
     return _unstacked(total, 2 * BC, N)
 
 
@@ -124,7 +125,7 @@ def _output_gradients(
     for first in range(0, E, BK):
         e = first + tl.arange(0, BK)
         real, imaginary = _load_spectrum(grad, image, e, E, tile, numbers, N, ALIGN)
-        transposed = tl.trans(_load_matrix(weight, e, e < E, c, C, C))
+        transposed = tl.trans(load_matrix(weight, e, e < E, c, C, C))
         total = tl.dot(transposed, _side_by_side(real, imaginary, BK, N), total, input_precision=PRECISION)
     real, imaginary = _apart(total, BC, N)
     return _stacked(real, imaginary, BC, N) * _multiplicity(tile, width, N)
@@ -154,7 +155,7 @@ def spectrum_mix_kernel(
             spectrum, matrix, image, tile, row, exists, D, numbers, BK, BC, N, ALIGN, PRECISION
         )
         real, imaginary = _unstacked(tl.sigmoid(gate) * gelu(value), BC, N)
-        last = _load_matrix(weight, e, e < E, first + tl.arange(0, BC), C, C)
+        last = load_matrix(weight, e, e < E, first + tl.arange(0, BC), C, C)
         total = tl.dot(last, _side_by_side(real, imaginary, BC, N), total, input_precision=PRECISION)
     real, imaginary = _apart(total, BE, N)
     _store_spectrum(out, real, imaginary, image, e, E, tile, numbers, N, ALIGN)
@@ -182,18 +183,12 @@ def spectrum_mix_backward_kernel(
             grad, weight, image, tile, first + tl.arange(0, BC), C, E, width, numbers, BK, BC, N, ALIGN, PRECISION
         )
         inner, _ = _gate_gradients(gate, value, inner, BC, N)
-        left = tl.trans(_load_matrix(matrix, row, exists, d, D, ld))
+        left = tl.trans(load_matrix(matrix, row, exists, d, D, ld))
         real = tl.dot(left, inner, real, input_precision=PRECISION)
-        left = tl.trans(_load_matrix(matrix + D + 1, row, exists, d, D, ld))
+        left = tl.trans(load_matrix(matrix + D + 1, row, exists, d, D, ld))
         imaginary = tl.dot(left, inner, imaginary, input_precision=PRECISION)
     count = _multiplicity(tile, width, N)
     _store_spectrum(out, real / count, imaginary / count, image, d, D, tile, numbers, N, ALIGN)
-
-
-@triton.jit
-def _store_block(partials, value, row, exists, column, columns, ld):
-    mask = exists[:, None] & (column < columns)[None, :]
-    tl.store(partials + row[:, None] * ld + column[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -238,12 +233,12 @@ def spectrum_parameters_kernel(
         of_weight = tl.dot(left, right, of_weight, input_precision=PRECISION)
     ld = 2 * (D + 1)
     target = partials + tl.program_id(0).to(tl.int64) * (4 * C * ld + E * C)
-    _store_block(target, of_real, row, exists, d, D, ld)
-    _store_block(target + D + 1, of_imaginary, row, exists, d, D, ld)
+    store_block(target, of_real, row, exists, d, D, ld)
+    store_block(target + D + 1, of_imaginary, row, exists, d, D, ld)
     once = exists & (row < tl.where(tl.program_id(2) == 0, 4 * C, 0))
     tl.store(target + row * ld + D, of_constant, mask=once)
     tl.store(target + row * ld + 2 * D + 1, of_zero, mask=once)
-    _store_block(target + 4 * C * ld, of_weight, d, d < E, c, C, C)
+    store_block(target + 4 * C * ld, of_weight, d, d < E, c, C, C)
 
 
 @triton.jit
@@ -274,8 +269,8 @@ def spectrum_moments_kernel(
     ld = D + 1
     target = partials + tl.program_id(0).to(tl.int64) * (2 * D * ld)
     mask = c < tl.where(tl.program_id(2) == 0, D, 0)
-    _store_block(target, products0, c, c < D, d, D, ld)
-    _store_block(target + D * ld, products1, c, c < D, d, D, ld)
+    store_block(target, products0, c, c < D, d, D, ld)
+    store_block(target + D * ld, products1, c, c < D, d, D, ld)
     tl.store(target + c * ld + D, sums0, mask=mask)
     tl.store(target + (D + c) * ld + D, sums1, mask=mask)
 
@@ -295,10 +290,8 @@ def spectrum_moments_backward_kernel(
     for first in range(0, D, BK):
         k = first + tl.arange(0, BK)
         right0, right1 = _load_spectrum(spectrum, image, k, D, tile, numbers, N, ALIGN)
-        real = tl.dot(_load_matrix(moments, d, d < D, k, D, ld), right0, real, input_precision="ieee")
-        imaginary = tl.dot(
-            _load_matrix(moments + D * ld, d, d < D, k, D, ld), right1, imaginary, input_precision="ieee"
-        )
+        real = tl.dot(load_matrix(moments, d, d < D, k, D, ld), right0, real, input_precision="ieee")
+        imaginary = tl.dot(load_matrix(moments + D * ld, d, d < D, k, D, ld), right1, imaginary, input_precision="ieee")
     others = (N * tile + tl.arange(0, N) > 0)[None, :]
     count = _multiplicity(tile, width, N)
     grad0, grad1 = _load_spectrum(grad, image, d, D, tile, numbers, N, ALIGN)
@@ -307,55 +300,14 @@ def spectrum_moments_backward_kernel(
     _store_spectrum(out, real, imaginary, image, d, D, tile, numbers, N, ALIGN)
 
 
-@triton.jit
-def sum_partials_kernel(partials, out, parts, count, PARTS: tl.constexpr, COLS: tl.constexpr):
-    """Sums over the rows of the partials, in fp64 and in a fixed order."""
-    column = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    part = tl.arange(0, PARTS)[:, None]
-    total = tl.zeros((PARTS, COLS), tl.float64)
-    for start in range(0, parts, PARTS):
-        mask = (start + part < parts) & (column < count)[None, :]
-        pointers = partials + (start + part).to(tl.int64) * count + column[None, :]
-        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float64)
-    tl.store(out + column, tl.sum(total, 0), mask=column < count)
-
-
-def _sum_partials(partials: Tensor) -> Tensor:
-    """The sum over the first dimension, in fp64."""
-    out = torch.empty(partials.shape[1:], dtype=torch.float64, device=partials.device)
-    parts, cols = len(partials), 32
-    sum_partials_kernel[(triton.cdiv(out.numel(), cols),)](
-        partials, out, parts, out.numel(), PARTS=min(32, triton.next_power_of_2(parts)), COLS=cols,
-    )  # fmt: skip
-    return out
-
-
-def _block(channels: int, most: int) -> int:
-    return max(16, min(most, triton.next_power_of_2(channels)))
-
-
-def _precision(device: torch.device, asked: str | None) -> str:
-    """How products of fp32 numbers are taken: as asked, else as `torch.set_float32_matmul_precision` says."""
-    if architecture(device).startswith("gfx"):
-        return "ieee"
-    return asked or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
-
-
-def _options(spectrum: Tensor) -> dict[str, int | bool]:
-    options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
-    target = architecture(spectrum.device)
-    if target.startswith("gfx"):
-        options["num_warps"] = 4
-    elif target in ("sm_86", "sm_89"):
-        # Left alone, ptxas spills a few registers to fit one more program on a multiprocessor.
-        options["maxnreg"] = 255
-    return options
-
-
 def _tiles(spectrum: Tensor, columns: int) -> tuple[int, int, int]:
     """Numbers of a channel of an image, tiles of an image, alignment of a channel in numbers."""
     numbers = 2 * spectrum.shape[2] * spectrum.shape[3]
     return numbers, triton.cdiv(numbers, 2 * columns), math.gcd(16, numbers)
+
+
+def _last_weight(matrix: Tensor, out_weight: Tensor) -> Tensor:
+    return out_weight if out_weight.numel() else torch.eye(len(matrix) // 4, device=matrix.device)
 
 
 def spectrum_mix(
@@ -372,7 +324,7 @@ def spectrum_mix(
     Args:
         spectrum: (B, D, H, width // 2 + 1, 2), contiguous, fp32.
         matrix: (4 * C, 2 * (D + 1)), fp32; see the head of this file.
-        out_weight: (E, C), fp32.
+        out_weight: (E, C), fp32; empty: the unit matrix, E = C.
         precision: of products, "ieee", "tf32x3" or "tf32"; None follows `torch.get_float32_matmul_precision`, whose
             default, "highest", is "ieee".
 
@@ -380,15 +332,16 @@ def spectrum_mix(
         (B, E, H, width // 2 + 1, 2).
     """
     batch, dim, height, half, _ = spectrum.shape
+    out_weight = _last_weight(matrix, out_weight)
     outputs, channels = out_weight.shape
     out = spectrum.new_empty(batch, outputs, height, half, 2)
     numbers, tiles, align = _tiles(spectrum, 32)
-    block = _block(outputs, 128)
+    block = channel_block(outputs, 128)
     with torch.cuda.device_of(spectrum):
         spectrum_mix_kernel[(batch * tiles, triton.cdiv(outputs, block))](
             spectrum, matrix, out_weight, out, dim, channels, outputs, numbers, tiles,
             BK=16, BC=16, BE=block, N=32, ALIGN=align,
-            PRECISION=_precision(spectrum.device, precision), **_options(spectrum),
+            PRECISION=input_precision(spectrum, precision), **matrix_options(spectrum),
         )  # fmt: skip
     return out
 
@@ -411,34 +364,35 @@ def spectrum_mix_backward(
     in the one and half in the other. What is not needed is empty. Deterministic. `packed` has no meaning here.
     """
     batch, dim = spectrum.shape[:2]
+    out_weight = _last_weight(matrix, out_weight)
     outputs, channels = out_weight.shape
-    precision = _precision(spectrum.device, precision)
+    precision = input_precision(spectrum, precision)
     out = torch.empty_like(spectrum) if need_spectrum else spectrum.new_empty(0)
     nothing = spectrum.new_empty(0, dtype=torch.float64)
     with torch.cuda.device_of(spectrum):
         if need_spectrum:
             columns = _GRADIENT_FREQUENCIES[precision]
             numbers, tiles, align = _tiles(spectrum, columns)
-            block = _block(dim, 64)
+            block = channel_block(dim, 64)
             spectrum_mix_backward_kernel[(batch * tiles, triton.cdiv(dim, block))](
                 grad, spectrum, matrix, out_weight, out, dim, channels, outputs, width, numbers, tiles,
                 BK=16, BC=16, BD=block, N=columns, ALIGN=align, PRECISION=precision,
-                **_options(spectrum),
+                **matrix_options(spectrum),
             )  # fmt: skip
         if not need_parameters:
             return out, nothing, nothing
         numbers, tiles, align = _tiles(spectrum, 16)
         each = _FREQUENCIES_A_PARTIAL // 16
         parts = triton.cdiv(batch * tiles, each)
-        block = _block(max(dim, outputs), _PARAMETER_CHANNELS[precision])
+        block = channel_block(max(dim, outputs), _PARAMETER_CHANNELS[precision])
         count = matrix.numel() + out_weight.numel()
         partials = torch.empty((parts, count), dtype=torch.float32, device=spectrum.device)
         spectrum_parameters_kernel[(parts, triton.cdiv(channels, 16), triton.cdiv(max(dim, outputs), block))](
             grad, spectrum, matrix, out_weight, partials, dim, channels, outputs, width, numbers, tiles,
             batch * tiles, each, BK=16, BC=16, BD=block, N=16, ALIGN=align, PRECISION=precision,
-            **_options(spectrum),
+            **matrix_options(spectrum),
         )  # fmt: skip
-        sums = _sum_partials(partials)
+        sums = sum_partials(partials)
     return out, sums[: matrix.numel()].view_as(matrix), sums[matrix.numel() :].view_as(out_weight)
 
 
@@ -452,14 +406,14 @@ def spectrum_moments(spectrum: Tensor) -> Tensor:
     batch, dim = spectrum.shape[:2]
     numbers, tiles, align = _tiles(spectrum, 32)
     each = _FREQUENCIES_A_PARTIAL // 32
-    parts, block = triton.cdiv(batch * tiles, each), _block(dim, 64)
+    parts, block = triton.cdiv(batch * tiles, each), channel_block(dim, 64)
     partials = torch.empty((parts, 2, dim, dim + 1), dtype=torch.float32, device=spectrum.device)
     with torch.cuda.device_of(spectrum):
         spectrum_moments_kernel[(parts, triton.cdiv(dim, block), triton.cdiv(dim, block))](
             spectrum, partials, dim, numbers, tiles, batch * tiles, each,
-            BC=block, BD=block, N=32, ALIGN=align, **_options(spectrum),
+            BC=block, BD=block, N=32, ALIGN=align, **matrix_options(spectrum),
         )  # fmt: skip
-        return _sum_partials(partials)
+        return sum_partials(partials)
 
 
 def spectrum_moments_backward(grad: Tensor, spectrum: Tensor, grad_moments: Tensor, width: int) -> Tensor:
@@ -469,10 +423,10 @@ def spectrum_moments_backward(grad: Tensor, spectrum: Tensor, grad_moments: Tens
     symmetric = grad_moments.clone()
     symmetric[:, :, :dim] += grad_moments[:, :, :dim].mT
     out = torch.empty_like(spectrum)
-    block = _block(dim, 64)
+    block = channel_block(dim, 64)
     with torch.cuda.device_of(spectrum):
         spectrum_moments_backward_kernel[(batch * tiles, triton.cdiv(dim, block))](
             grad, spectrum, symmetric.float(), out, dim, width, numbers, tiles,
-            BK=16, BD=block, N=32, ALIGN=align, **_options(spectrum),
+            BK=16, BD=block, N=32, ALIGN=align, **matrix_options(spectrum),
         )  # fmt: skip
     return out

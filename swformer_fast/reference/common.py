@@ -14,7 +14,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
 
 
 def conv_parameters(conv: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of an nn.Conv2d that has both."""
+    """Weight and bias of an nn.Conv2d that has both; anything else in its place would never be called."""
+    if not isinstance(conv, nn.Conv2d):
+        raise TypeError(f"need an nn.Conv2d, whose parameters are used without calling it, got {type(conv).__name__}")
     return cast(Tensor, conv.weight), cast(Tensor, conv.bias)
 
 

@@ -1,0 +1,191 @@
+"""The launches of every Triton kernel, by family: what is compiled for GPUs that need not be there, and interpreted.
+
+Whoever adds a file of kernels adds a function that yields its launches, and an entry of LAUNCHES. A launch is written
+once, for tensors of any kind: on the meta device it is compiled, on the CPU it is interpreted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int, int, int]
+"""Batch, channels, height, width of the images."""
+
+
+class Make(Protocol):
+    """Makes the tensors of a launch."""
+
+    def __call__(self, *size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a launcher."""
+
+    name: str
+    launcher: Callable[..., Any]
+    args: tuple[Any, ...]
+    main: bool = True
+    """Whether every test run compiles and interprets it, or only the slow one."""
+    width: int = 128
+    """Bits of the widest access that the layout and the registers allow."""
+    tensor_core: bool = False
+    """Whether an NVIDIA target must use its matrix instructions."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The launches of one file of kernels, and the images they are for."""
+
+    launches: Callable[[Make, Shape], Iterator[Launch]]
+    compiled: tuple[Shape, ...] = ((2, 40, 256, 256),)
+    """Shapes that together reach every row of the file's static table; every test run compiles those of the first."""
+    interpreted: tuple[Shape, Shape] = ((1, 8, 32, 64), (2, 9, 17, 31))
+    """Small shapes, the second odd: the interpreter takes milliseconds for each operation of a program."""
+    traffic: float | None = 1.1
+    """Most bytes that a launch may load and store, over those of its tensors, at these small shapes; None for matrix
+    products, whose operands are read many times."""
+
+
+def meta(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+    """A tensor with size and strides but no memory."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+
+
+def random(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+    """A tensor of normal numbers on the CPU."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.randn(size).to(dtype).contiguous(memory_format=layout)
+
+
+IMAGES = (
+    ("fp32", torch.float32, False),
+    ("bf16", torch.bfloat16, False),
+    ("fp32 channels_last", torch.float32, True),
+    ("bf16 channels_last", torch.bfloat16, True),
+)
+
+
+def _haar(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import haar
+
+    batch, channels, height, width = shape
+    halves = (batch, 4 * channels, (height + 1) // 2, (width + 1) // 2)
+    taps, both = (make(2), make(2)), (True, True)
+    for name, dtype, last in IMAGES:
+        x, y = make(*shape, dtype=dtype, channels_last=last), make(*halves, dtype=dtype, channels_last=last)
+        size = (height, width)
+        yield Launch(f"haar_dwt2d {name}", haar.haar_dwt2d, (x, *taps), not last)
+        yield Launch(f"haar_dwt2d_backward {name}", haar.haar_dwt2d_backward, (y, x, *taps, *both), not last)
+        yield Launch(f"haar_idwt2d {name}", haar.haar_idwt2d, (y, *taps, *size), not last)
+        yield Launch(f"haar_idwt2d_backward {name}", haar.haar_idwt2d_backward, (x, y, *taps, *size, *both), not last)
+
+
+def _spatial(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import spatial
+
+    parameters = (make(shape[1], 1, 3, 3), make(shape[1]))
+    for name, dtype, last in IMAGES:
+        x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
+        width = 8 * x.element_size() if last else 128
+        yield Launch(f"depthwise_gelu {name}", spatial.depthwise_gelu, (x, *parameters), not last, width)
+        backward = (grad, x, *parameters, True, True)
+        yield Launch(f"depthwise_gelu_backward {name}", spatial.depthwise_gelu_backward, backward, not last, width)
+
+
+def _wavelet(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import wavelet
+
+    bands = 4 * shape[1]
+    for size in (3, 5):
+        parameters = (make(bands, 1, size, size), make(bands), *(make(2) for _ in range(4)))
+        for name, dtype, last in IMAGES:
+            x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
+            label = f"{size}x{size} {name}"
+            main, width = label == "3x3 fp32", 128 if size == 3 else 64
+            width = 8 * x.element_size() if last else width
+            yield Launch(f"wavelet_mix {label}", wavelet.wavelet_mix, (x, *parameters), main, width)
+            backward, back = (grad, x, *parameters, True), wavelet.wavelet_mix_backward
+            yield Launch(f"wavelet_mix_backward {label}", back, (*backward, True), main, width)
+            yield Launch(f"wavelet_mix_backward {label} x", back, (*backward, False), False, width)
+
+
+def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import fourier
+
+    batch, dim, height, width = shape
+    spectrum, grad = (make(batch, dim, height, width // 2 + 1, 2) for _ in range(2))
+    mixing = (spectrum, make(4 * dim, 2 * dim + 2), make(dim, dim), width)
+    backward = (grad, *mixing, False, True, True)
+    for precision in ("ieee", "tf32x3", "tf32"):
+        wanted, matrix = precision != "tf32x3", precision != "ieee"
+        yield Launch(f"spectrum_mix {precision}", fourier.spectrum_mix, (*mixing, precision), wanted, 128, matrix)
+        back = fourier.spectrum_mix_backward
+        yield Launch(f"spectrum_mix_backward {precision}", back, (*backward, precision), not matrix, 64, matrix)
+    yield Launch("spectrum_moments", fourier.spectrum_moments, (spectrum,))
+    moments = (grad, spectrum, make(2, dim, dim + 1), width)
+    yield Launch("spectrum_moments_backward", fourier.spectrum_moments_backward, moments)
+
+
+def _pointwise(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import pointwise
+
+    batch, dim, *_ = shape
+    three = (True, True, True)
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        x, y, z, residual = (make(*shape, dtype=dtype) for _ in range(4))
+        main = dtype == torch.float32
+        whole = (x, y, z, make(batch, dim, 3 * dim), make(dim), residual)
+        wide = make(batch, 3 * dim, *shape[2:], dtype=dtype)
+        first = (x, None, None, make(1, 3 * dim, dim), make(3 * dim), None)
+        yield Launch(f"pointwise 3 maps {name}", pointwise.pointwise, whole, main, 128, True)
+        yield Launch(f"pointwise 1 map {name}", pointwise.pointwise, first, False, 128, True)
+        back = pointwise.pointwise_backward
+        yield Launch(f"pointwise_backward 3 maps {name}", back, (residual, *whole, *three), main, 128, True)
+        yield Launch(f"pointwise_backward 1 map {name}", back, (wide, *first, *three), False, 128, True)
+
+
+def _attention(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import attention
+
+    channels, hidden = shape[1], max(1, shape[1] // 4)
+    parameters = (make(hidden, channels, 1, 1), make(hidden), make(channels, hidden, 1, 1), make(channels))
+    for name, dtype, last in IMAGES:
+        x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
+        yield Launch(f"channel_attention {name}", attention.channel_attention, (x, *parameters), name == "fp32")
+        backward = (grad, x, *parameters, True, True)
+        yield Launch(
+            f"channel_attention_backward {name}", attention.channel_attention_backward, backward, name == "fp32"
+        )
+
+
+LAUNCHES: dict[str, Family] = {
+    "haar": Family(_haar, compiled=((2, 40, 256, 256), (1, 16, 256, 256))),
+    "spatial": Family(_spatial, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.35),
+    "wavelet": Family(
+        _wavelet,
+        compiled=((2, 40, 256, 256), (2, 40, 64, 64)),
+        interpreted=((1, 4, 64, 32), (1, 5, 17, 31)),
+        traffic=1.35,
+    ),
+    "pointwise": Family(
+        _pointwise,
+        compiled=tuple((2, dim, 256, 256) for dim in (40, 16, 96)),
+        interpreted=((1, 8, 8, 16), (2, 5, 7, 9)),
+        traffic=None,
+    ),
+    "attention": Family(_attention, compiled=((2, 120, 256, 256), (2, 192, 64, 64)), traffic=1.6),
+    "fourier": Family(
+        _fourier,
+        compiled=tuple((2, dim, 256, 256) for dim in (40, 64, 96)),
+        interpreted=((1, 8, 16, 32), (2, 5, 7, 9)),
+        traffic=None,
+    ),
+}
+"""For each file of kernels, launches that together reach every kernel in it."""

@@ -1,0 +1,126 @@
+"""Restore a photograph with a small SWFormer.
+
+    python examples/restore.py rainy.jpg --task rain_streaks
+    python examples/restore.py clean.png --task haze --degrade 3
+
+The second line degrades the picture first, so that it can be compared with the truth. Writes the result and a picture
+of before and after. Weights for rain streaks, haze and low light come with the examples; `train_restore.py` makes those
+of the other tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from degradations import DEGRADATIONS, degrade
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from runs import OUTPUT, write_whole
+from safetensors.torch import load_file
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+
+import swformer_fast as sf
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+PRESET = "tiny"
+
+
+def weights_file(task: str) -> str:
+    return f"restore_{task}.safetensors"
+
+
+def load_model(path: Path) -> sf.SWFormer:
+    """The network with the weights that `train_restore.py` wrote, in eval mode."""
+    model = sf.SWFormer.from_preset(PRESET)
+    model.load_state_dict(load_file(path))
+    return model.eval().requires_grad_(False)
+
+
+def read_image(path: Path) -> Tensor:
+    """(3, H, W) in [0, 1] from any file that Pillow reads, upright; grey becomes RGB and transparency is dropped."""
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+            pixels = np.asarray(picture, dtype=np.float32)[..., None].repeat(3, axis=2) / 65535
+        else:
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def write_image(image: Tensor, path: Path) -> None:
+    """Rounded to 8 bits, in the format of the path's suffix."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    write_whole(path, lambda partial: Image.fromarray(pixels).save(partial))
+
+
+def quality(image: Tensor, clean: Tensor) -> tuple[float, float]:
+    """PSNR in dB and SSIM of an image (3, H, W), clipped to [0, 1]; SSIM with the Gaussian window of its paper."""
+    a, b = (t.clamp(0, 1).permute(1, 2, 0).double().numpy() for t in (clean, image))
+    ssim = structural_similarity(
+        a, b, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    return peak_signal_noise_ratio(a, b, data_range=1), ssim
+
+
+def draw(images: dict[str, Tensor], clean: Tensor | None, path: Path) -> None:
+    """The images side by side, with their PSNR where the truth is known."""
+    height, width = next(iter(images.values())).shape[1:]
+    figure = Figure(figsize=(5 * len(images), 5 * height / width + 0.4), layout="constrained")
+    for axes, (title, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images.items(), strict=True):
+        axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
+        axes.set_title(title if clean is None or image is clean else f"{title}, {quality(image, clean)[0]:.2f} dB")
+        axes.set_axis_off()
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=120))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", type=Path, help="picture to restore (PNG, JPEG, whatever Pillow reads)")
+    parser.add_argument("--task", choices=DEGRADATIONS, required=True, help="what is wrong with it")
+    parser.add_argument("--weights", type=Path, help="safetensors file (that of the task in examples/assets)")
+    parser.add_argument("--tile", type=int, default=512, help="side of the tiles of larger pictures (%(default)s)")
+    truth = parser.add_mutually_exclusive_group()
+    truth.add_argument("--clean", type=Path, help="the picture as it should be: prints PSNR and SSIM")
+    truth.add_argument("--degrade", type=int, metavar="SEED", help="the picture is clean: degrade it with this seed")
+    parser.add_argument("--out", type=Path, help="restored picture to write (examples/output/IMAGE_TASK.png)")
+    args = parser.parse_args(argv)
+
+    weights = args.weights or ASSETS / weights_file(args.task)
+    if not weights.exists():
+        parser.error(f"no weights in {weights}: python examples/train_restore.py --task {args.task} makes them")
+    out = args.out or OUTPUT / f"{args.image.stem}_{args.task}.png"
+    if out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out {out} has no suffix of a picture that Pillow writes")
+    try:
+        before, clean = read_image(args.image), args.clean and read_image(args.clean)
+    except OSError as error:
+        parser.error(f"cannot read the picture: {error}")
+    if clean is not None and clean.shape != before.shape:
+        parser.error(f"--clean has shape {tuple(clean.shape)}, the image {tuple(before.shape)}")
+    if args.degrade is not None:
+        before, clean = degrade(before, args.task, args.degrade), before
+
+    try:
+        after = sf.restore_tiled(load_model(weights), before, tile=args.tile).clamp(0, 1)
+    except ValueError as error:
+        parser.error(str(error))
+    comparison = out.with_name(f"{out.stem}_comparison.png")
+    images = {"before": before, "after": after, **({} if clean is None else {"clean": clean})}
+    write_image(after, out)
+    draw(images, clean, comparison)
+    if clean is not None:
+        for name in ("before", "after"):
+            psnr, ssim = quality(images[name], clean)
+            print(f"{name}: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
+    print(f"wrote {out} and {comparison}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

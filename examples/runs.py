@@ -1,0 +1,30 @@
+"""What the training scripts share: files that are whole or absent, and interrupts that wait for the step to end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+OUTPUT = Path(__file__).resolve().parent / "output"
+
+
+def write_whole(path: Path, save: Callable[[Path], None]) -> None:
+    """Save under a temporary name, then rename: an interrupted write leaves the old file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    save(partial)
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def delayed_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within the block Ctrl-C only makes the yielded function return True, so that a step is never cut in two."""
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, previous)

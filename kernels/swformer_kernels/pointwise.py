@@ -1,0 +1,229 @@
+"""The 1x1 convolution of up to three maps that are never concatenated, forward and backward.
+
+Maps are taken as (B, C, H * W) with neighbouring pixels next to each other; a program takes N pixels of an image.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import alignment, channel_block, check_dtype, input_precision, matrix_options, multiple, sum_partials
+
+# Pixels a program takes, in bytes: 16 a thread, of 16 channels.
+_BYTES = 256
+# Output channels a program takes.
+_CHANNELS = 128
+# What the registers allow for the parameters' gradients: channels of either side, and pixels.
+_PARAMETER_CHANNELS = 64
+_PARAMETER_PIXELS = 32
+# Pixels a program of a reduction adds up in fp32 before the second stage goes on in fp64.
+_PIXELS_A_PARTIAL = 2048
+
+
+@triton.jit
+def total_channels(counts):
+    total = 0
+    for i in tl.static_range(len(counts)):
+        total += counts[i]
+    return total
+
+
+@triton.jit
+def map_pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN: tl.constexpr):
+    """Pointers to the given channels of one map at the pixels, and their mask: (channels, pixels)."""
+    start = x + image * multiple(strides[0], ALIGN)
+    rows = start + channel.to(tl.int64) * multiple(strides[1], ALIGN)
+    mask = ((channel >= 0) & (channel < channels))[:, None] & (pixel < pixels)[None, :]
+    return rows[:, None] + pixel[None, :], mask
+
+
+@triton.jit
+def load_maps(maps, strides, counts, image, channel, pixel, pixels, ALIGN: tl.constexpr):
+    """The given channels of the concatenation of the maps at the pixels, in fp32; zero outside."""
+    total = tl.zeros((channel.shape[0], pixel.shape[0]), tl.float32)
+    first = 0
+    for i in tl.static_range(len(maps)):
+        pointers, mask = map_pointers(maps[i], strides[i], image, channel - first, counts[i], pixel, pixels, ALIGN)
+        # Only one of the maps has a channel: the others add zero.
+        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        first += counts[i]
+    return total
+
+
+@triton.jit
+def store_maps(maps, strides, counts, value, image, channel, pixel, pixels, ALIGN: tl.constexpr):
+    """The inverse of `load_maps`."""
+    first = 0
+    for i in tl.static_range(len(maps)):
+        pointers, mask = map_pointers(maps[i], strides[i], image, channel - first, counts[i], pixel, pixels, ALIGN)
+        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+        first += counts[i]
+
+
+@triton.jit
+def pointwise_kernel(
+    maps, strides, counts, weight, weight_strides, bias, bias_stride, residual, residual_strides,
+    outs, out_strides, out_counts, pixels, tiles,
+    BK: tl.constexpr, BE: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The concatenation of `outs` = weight @ the concatenation of `maps` + bias + residual; those two may be None."""
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    pixels = multiple(pixels, ALIGN)
+    pixel = tl.program_id(0) % tiles * N + tl.arange(0, N)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    inputs = total_channels(counts)
+    outputs = total_channels(out_counts)
+    weight += image * weight_strides[0]
+    total = tl.zeros((BE, N), tl.float32)
+    for start in range(0, inputs, BK):
+        c = start + tl.arange(0, BK)
+        left = tl.load(
+            weight + e[:, None] * weight_strides[1] + c[None, :] * weight_strides[2],
+            mask=(e < outputs)[:, None] & (c < inputs)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    if bias is not None:
+        bias += image * bias_stride
+        total += tl.load(bias + e, mask=e < outputs, other=0.0).to(tl.float32)[:, None]
+    if residual is not None:
+        total += load_maps((residual,), (residual_strides,), out_counts, image, e, pixel, pixels, ALIGN)
+    store_maps(outs, out_strides, out_counts, total, image, e, pixel, pixels, ALIGN)
+
+
+@triton.jit
+def pointwise_parameters_kernel(
+    grad, grad_strides, maps, strides, counts, partials, outputs, pixels, tiles, tiles_a_program, parts,
+    BE: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over some tiles of an image: of the weight's gradient and then of the bias's, a row of `partials`."""
+    part = tl.program_id(0) % parts
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    images = tl.num_programs(0) // parts
+    pixels = multiple(pixels, ALIGN)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    inputs = total_channels(counts)
+    of_weight = tl.zeros((BE, BC), tl.float32)
+    of_bias = tl.zeros((BE,), tl.float32)
+    first = part * tiles_a_program
+    for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
+        pixel = tile * N + tl.arange(0, N)
+        left = load_maps((grad,), (grad_strides,), (outputs,), image, e, pixel, pixels, ALIGN)
+        right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
+        of_weight = tl.dot(left, tl.trans(right), of_weight, input_precision=PRECISION)
+        of_bias += tl.sum(left, 1)
+    partials += (part * images + image) * outputs * (inputs + 1)
+    mask = (e < outputs)[:, None] & (c < inputs)[None, :]
+    tl.store(partials + e[:, None] * inputs + c[None, :], of_weight, mask=mask)
+    tl.store(partials + outputs * inputs + e, of_bias, mask=e < tl.where(tl.program_id(2) == 0, outputs, 0))
+
+
+def _planes(x: Tensor) -> Tensor:
+    """`x` (B, C, H, W) as (B, C, H * W) with neighbouring pixels next to each other, copied only if it must be."""
+    x = x.flatten(2)
+    return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
+
+
+def _strides(maps: list[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((x.stride(0), x.stride(1)) for x in maps)
+
+
+def _counts(maps: list[Tensor]) -> tuple[int, ...]:
+    return tuple(x.shape[1] for x in maps)
+
+
+def _multiply(
+    maps: list[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, outs: list[Tensor]
+) -> None:
+    """Launch `pointwise_kernel` on (B, C, P) maps; weight is (1 or B, outputs, inputs)."""
+    batch, _, pixels = maps[0].shape
+    columns, block = _BYTES // maps[0].element_size(), channel_block(sum(_counts(outs)), _CHANNELS)
+    tiles = triton.cdiv(pixels, columns)
+    everything = [*maps, *outs] if residual is None else [*maps, *outs, residual]
+    weight_strides = (weight.stride(0) if len(weight) > 1 else 0, weight.stride(1), weight.stride(2))
+    bias_stride = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
+    with torch.cuda.device_of(maps[0]):
+        pointwise_kernel[(batch * tiles, triton.cdiv(sum(_counts(outs)), block))](
+            tuple(maps), _strides(maps), _counts(maps), weight, weight_strides, bias, bias_stride,
+            residual, None if residual is None else _strides([residual])[0],
+            tuple(outs), _strides(outs), _counts(outs), pixels, tiles,
+            BK=16, BE=block, N=columns, ALIGN=alignment(pixels, 2, everything),
+            PRECISION=input_precision(maps[0], exact="tf32x3"), **matrix_options(maps[0]),
+        )  # fmt: skip
+
+
+def _check(maps: tuple[Tensor | None, ...]) -> list[Tensor]:
+    given = [x for x in maps if x is not None]
+    for i, x in enumerate(given):
+        check_dtype(f"x{i}", x)
+    return [_planes(x) for x in given]
+
+
+def pointwise(
+    x0: Tensor, x1: Tensor | None, x2: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None
+) -> Tensor:
+    """`reference.pointwise`: the 1x1 convolution of the concatenation of the maps, plus `residual`.
+
+    Maps are float32, float16 or bfloat16, parameters of any of these dtypes; sums are fp32, products as
+    `torch.set_float32_matmul_precision` says, for half-precision maps tf32, in which these are exact. Maps of any
+    strides; those whose pixels are not evenly spaced are copied. The result is contiguous.
+
+    Raises:
+        TypeError: a map has another dtype.
+    """
+    maps = _check((x0, x1, x2))
+    y = torch.empty((x0.shape[0], weight.shape[1], *x0.shape[2:]), dtype=x0.dtype, device=x0.device)
+    if y.numel():
+        _multiply(maps, weight, bias.contiguous(), None if residual is None else _planes(residual), [y.flatten(2)])
+    return y
+
+
+def pointwise_backward(
+    grad: Tensor,
+    x0: Tensor,
+    x1: Tensor | None,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    need_x: bool,
+    need_params: bool,
+    need_residual: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of `pointwise` by x0, x1, x2, weight, bias, residual; those not needed are empty. Deterministic."""
+    maps, nothing = _check((x0, x1, x2)), grad.new_empty(0)
+    batch, outputs, inputs = x0.shape[0], weight.shape[1], weight.shape[2]
+    flat, pixels = _planes(grad), x0.shape[2] * x0.shape[3]
+    grads = [nothing if x is None or not need_x else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+             for x in (x0, x1, x2)]  # fmt: skip
+    if need_x and batch * pixels:
+        _multiply([flat], weight.mT, None, None, [g.flatten(2) for g in grads if g.dim() == 4])
+    of_weight = of_bias = nothing
+    if need_params and not batch:
+        of_weight, of_bias = weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
+    elif need_params:
+        tiles = triton.cdiv(pixels, _PARAMETER_PIXELS)
+        each = _PIXELS_A_PARTIAL // _PARAMETER_PIXELS
+        parts = triton.cdiv(tiles, each)
+        count = outputs * (inputs + 1)
+        partials = torch.empty((parts, batch, count), dtype=torch.float32, device=x0.device)
+        rows, columns = channel_block(outputs, _PARAMETER_CHANNELS), channel_block(inputs, _PARAMETER_CHANNELS)
+        with torch.cuda.device_of(x0):
+            pointwise_parameters_kernel[(batch * parts, triton.cdiv(outputs, rows), triton.cdiv(inputs, columns))](
+                flat, _strides([flat])[0], tuple(maps), _strides(maps), _counts(maps), partials,
+                outputs, pixels, tiles, each, parts,
+                BE=rows, BC=columns, N=_PARAMETER_PIXELS, ALIGN=alignment(pixels, 2, [flat, *maps]),
+                PRECISION=input_precision(grad, exact="tf32x3"), **matrix_options(grad),
+            )  # fmt: skip
+            sums = sum_partials(partials.view(-1, max(len(weight), bias.numel() // outputs), count))
+        of_weight = sums[:, : outputs * inputs].view(-1, *weight.shape).sum(0).to(weight.dtype)
+        of_bias = sums[:, outputs * inputs :].view(-1, *bias.shape).sum(0).to(bias.dtype)
+    of_residual = nothing
+    if need_residual and residual is not None:
+        of_residual = grad.to(residual.dtype, copy=True, memory_format=torch.contiguous_format)
+    return *grads, of_weight, of_bias, of_residual

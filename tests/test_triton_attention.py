@@ -1,0 +1,179 @@
+"""The Triton kernels of channel attention against the reference in fp64, interpreted unless there is a GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, value_and_grads
+from torch import Tensor
+
+import swformer_fast as sf
+from benchmarks.interpret import count_traffic
+from swformer_fast import functional, reference
+
+attention = pytest.importorskip("swformer_kernels.attention", reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _random(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers whose mean is not 0."""
+    return LAYOUTS[layout]((torch.randn(shape, device=DEVICE) + 0.3).to(dtype))
+
+
+def _parameters(channels: int, hidden: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    shapes = ((hidden, channels, 1, 1), (hidden,), (channels, hidden, 1, 1), (channels,))
+    w1, b1, w2, b2 = (torch.randn(shape, device=DEVICE) for shape in shapes)
+    return tuple(t.to(dtype) for t in (w1 / channels**0.5, b1, w2 / hidden**0.5, b2))
+
+
+def _check(x: Tensor, hidden: int = 2, grad: Tensor | None = None, parameters: tuple[Tensor, ...] = ()) -> Tensor:
+    args = (x, *(parameters or _parameters(x.shape[1], hidden)))
+    grad = _random(tuple(x.shape), dtype=x.dtype) if grad is None else grad
+    with poisoned_memory():
+        y = attention.channel_attention(*args)
+        grads = attention.channel_attention_backward(grad, *args, True, True)
+    assert y.dtype == grads[0].dtype == x.dtype
+    inputs = tuple(t.double().contiguous().requires_grad_() for t in args)
+    expected = reference.channel_attention(*inputs)
+    assert_close(y, expected, what="output")
+    assert_close(grads, torch.autograd.grad(expected, inputs, grad.double()), x.dtype, what="gradient")
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    assert y.stride() == grads[0].stride() == (torch.empty_like(x) if last else torch.empty(x.shape)).stride()
+    return y
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden"), [((2, 5, 1, 1), 2), ((1, 1, 3, 5), 1), ((2, 70, 3, 5), 33), ((1, 3, 65, 96), 2)]
+)
+def test_sizes(shape: tuple[int, ...], hidden: int) -> None:
+    _check(_random(shape), hidden)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_several_partial_sums(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_TILE", 64)
+    monkeypatch.setattr(attention, "_TILES_A_PARTIAL", 2)
+    monkeypatch.setattr(attention, "_CHANNELS_OF_CHANNELS_LAST", 4)
+    monkeypatch.setattr(attention, "_WEIGHTS", 8)
+    _check(_random((2, 7, 9, 20), layout), 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
+    x = _random((2, 6, 7, 10), layout, dtype)
+    _check(x)
+    _check(_random((2, 6, 7, 10)), grad=x.float())
+
+
+def test_half_parameters() -> None:
+    x, parameters = _random((2, 6, 7, 10), dtype=torch.bfloat16), _parameters(6, 2, torch.bfloat16)
+    grads = attention.channel_attention_backward(x, x, *parameters, True, True)
+    assert {g.dtype for g in grads} == {torch.bfloat16}
+    _check(x, parameters=parameters)
+
+
+def test_transposed_weights() -> None:
+    x, (w1, b1, w2, b2) = _random((1, 6, 3, 4)), _parameters(6, 4)
+    strided = tuple(w.transpose(0, 1).contiguous().transpose(0, 1) for w in (w1, w2))
+    _check(x, parameters=(strided[0], b1, strided[1], b2))
+
+
+def test_empty_batch() -> None:
+    x, parameters = _random((0, 6, 3, 4)), _parameters(6, 2)
+    assert attention.channel_attention(x, *parameters).shape == x.shape
+    grads = attention.channel_attention_backward(x, x, *parameters, True, True)
+    assert grads[0].shape == x.shape
+    assert_close(grads[1:], tuple(torch.zeros_like(p) for p in parameters))
+
+
+def test_only_what_is_needed() -> None:
+    x, grad, parameters = _random((2, 6, 3, 4)), _random((2, 6, 3, 4)), _parameters(6, 2)
+    full = attention.channel_attention_backward(grad, x, *parameters, True, True)
+    only_x = attention.channel_attention_backward(grad, x, *parameters, True, False)
+    only_parameters = attention.channel_attention_backward(grad, x, *parameters, False, True)
+    assert [g.numel() for g in only_x[1:]] == [0] * 4
+    assert only_parameters[0].numel() == 0
+    assert torch.equal(only_x[0], full[0])
+    assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
+    assert [g.numel() for g in attention.channel_attention_backward(grad, x, *parameters, False, False)] == [0] * 5
+
+
+def test_repeats_bitwise() -> None:
+    x, grad, parameters = _random((2, 6, 9, 20)), _random((2, 6, 9, 20)), _parameters(6, 2)
+    first, second = (attention.channel_attention_backward(grad, x, *parameters, True, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nan_stays_in_its_image() -> None:
+    """A NaN reaches all of its image through the mean, and nothing else."""
+    x, parameters = _random((2, 6, 3, 4)), _parameters(6, 2)
+    x[0, 1, 2, 3] = float("nan")
+    y, expected = attention.channel_attention(x, *parameters), reference.channel_attention(x, *parameters)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert y[0].isnan().all()
+    assert_close(y[1], expected[1])
+
+
+def test_what_is_refused() -> None:
+    x, parameters = _random((1, 6, 3, 4)).double(), _parameters(6, 2)
+    with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
+        attention.channel_attention(x, *parameters)
+    with sf.use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
+        functional.channel_attention(x, *(p.double() for p in parameters))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_through_the_op(layout: str) -> None:
+    inputs = tuple(t.requires_grad_() for t in (_random((2, 6, 3, 4), layout), *_parameters(6, 2)))
+    with sf.use_backend("triton"):
+        actual = value_and_grads(functional.channel_attention, inputs)
+    assert_close(actual, value_and_grads(reference.channel_attention, fp64(inputs)))
+
+
+class _Zeroing:
+    """A kernel after which one of its outputs is zero."""
+
+    def __init__(self, kernel: Any, output: int) -> None:
+        self.kernel, self.output = kernel, output
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            self.kernel[grid](*args, **kwargs)
+            args[self.output].zero_()
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("kernel", "output"),
+    [
+        ("attention_sums_kernel", 4),
+        ("attention_network_kernel", 5),
+        ("attention_apply_kernel", 4),
+        *(("attention_parameters_kernel", output) for output in range(4, 8)),
+        *(("attention_network_backward_kernel", output) for output in range(5, 11)),
+    ],
+)
+def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, kernel, _Zeroing(getattr(attention, kernel), output))
+    with pytest.raises(AssertionError):
+        _check(_random((2, 6, 3, 4)), 4)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_traffic(layout: str) -> None:
+    """The image is read twice, as its mean must be known before it is scaled; going back so is the gradient."""
+    x, parameters = _random((1, 4, 32, 64), layout), _parameters(4, 1)
+    with count_traffic() as forward:
+        attention.channel_attention(x, *parameters)
+    with count_traffic() as backward:
+        attention.channel_attention_backward(x.clone(), x, *parameters, True, True)
+    for traffic, passes in ((forward, 3), (backward, 4)):
+        assert traffic.total <= 1.1 * passes * x.nbytes
+        assert traffic.stored == traffic.distinct_stored
