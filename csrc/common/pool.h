@@ -1,5 +1,5 @@
-// Memory for large results, kept when they are freed. Beyond 32 MiB glibc's malloc maps fresh pages every time, which cost more
-// than most operators' arithmetic on them; below, it keeps what is freed often enough.
+// Memory for large results, kept when they are freed. glibc's malloc gives large blocks back to the system (beyond 32 MiB always,
+// below when enough is free), and fresh pages cost more than most operators' arithmetic on them.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace pool {
 
-constexpr size_t kSmallest = size_t{1} << 25, kKept = size_t{1} << 28;
+constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 28;
 
 class Pool {
  public:

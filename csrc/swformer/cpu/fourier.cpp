@@ -90,6 +90,9 @@ void load(const Spectrum& g, const Tile& t, const float* spectrum, int64_t chann
     int64_t i = 0;
     for (; i + kFloats <= t.count; i += kFloats) {
       VecF a, b;
+      // The next tile's: the channels are too many for the processor to see that they will be read.
+      __builtin_prefetch(in + 2 * (i + kTile));
+      __builtin_prefetch(in + 2 * (i + kTile) + kFloats);
       simd::deinterleave(simd::load(in + 2 * i), simd::load(in + 2 * i + kFloats), a, b);
       simd::store(re + i, a);
       simd::store(im + i, b);
