@@ -23,6 +23,7 @@ COMMANDS = ("roofline", "static")
 def main(argv: list[str] | None = None) -> int:
     import argparse
     import importlib
+    import tempfile
     from pathlib import Path
 
     argv = sys.argv[1:] if argv is None else argv
@@ -43,11 +44,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="torch.compile and the largest sizes everywhere")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dry-run", action="store_true", help="rehearse --device cuda on the CPU, no figures kept")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing for each case (default 1)")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the records and plots")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the records (default: benchmarks/results, of a GPU gpu in it)"
+    )
     parser.add_argument("--list", action="store_true", help="name the suites and stop")
     parser.add_argument("--tuned-malloc", action="store_true", help="run with glibc keeping freed memory")
     args = parser.parse_args(argv)
+    rehearsal = args.dry_run and args.device == "cuda"
+    if args.out is None:
+        kept = records.RESULTS / "gpu" if args.device == "cuda" else records.RESULTS
+        args.out = Path(tempfile.mkdtemp(prefix="rehearsal-")) if rehearsal else kept
     if args.list:
         print("\n".join(suites))
         return 0
@@ -61,12 +69,24 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from .gpu import Gpu, Rehearsal
     from .harness import Options, failed, measure
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: not measured: no GPU")
+    gpu, extra = None, {}
+    if args.dry_run and not rehearsal:
+        parser.error("--dry-run rehearses --device cuda")
+    if args.device == "cuda":
+        if not (rehearsal or torch.cuda.is_available()):
+            parser.error("--device cuda: not measured: no GPU (--dry-run rehearses it on the CPU)")
+        gpu = Rehearsal() if rehearsal else Gpu()
+        # fp32 means fp32 on both sides; PyTorch may choose its fastest convolutions.
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
+        extra = {"peaks": gpu.peaks(), "rehearsal": rehearsal}
+        print("measured peaks: " + ", ".join(f"{name} {value:,.4g}" for name, value in extra["peaks"].items()))
     torch.set_num_threads(args.threads)
-    options = Options(args.quick, args.full, args.compile, args.device, 0.1 if args.quick else args.budget)
+    quick, device = args.quick or rehearsal, gpu.device if gpu else "cpu"
+    budget = 0.01 if rehearsal else 0.1 if quick else args.budget
+    options = Options(quick, args.full, args.compile, device, budget, gpu, extra.get("peaks", {}))
     work = {s: importlib.import_module(f"{__package__}.bench_{s}").cases(options) for s in args.suites or suites}
     wrong = interrupted = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -78,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                 for case in cases:
                     progress.update(bar, description=f"{suite}: {case.name}")
                     rows += measure(case, options)
-                    records.save(args.out, suite, args.device, rows, complete=case is cases[-1])
+                    records.save(args.out, suite, device, rows, complete=case is cases[-1], extra=extra)
                     progress.advance(bar)
             except KeyboardInterrupt:
                 interrupted = True

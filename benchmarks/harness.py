@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-Run = Callable[[], Any]
+from .gpu import Gpu, Run, footprint, fractions
+
+GRAPH = ", CUDA graph"
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 BASELINE_SLACK = 20.0
 """Baselines and peers add up in one precision: their filter gradients may miss the kernels' tolerance this far."""
@@ -34,6 +36,10 @@ class Options:
     device: str = "cpu"
     budget: float = 2.0
     """Seconds of timing per case."""
+    gpu: Gpu | None = None
+    """What times on `device`, a GPU or its rehearsal; None times by the clock."""
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    """The GPU's measured rates."""
 
 
 @dataclass
@@ -107,26 +113,18 @@ def saved_bytes(run: Callable[[], Any], parameters: Sequence[Tensor] = ()) -> in
 
 
 class Timer:
-    """Seconds of one call; on a GPU by events around it, behind a flush of the L2 cache."""
+    """Seconds of one call: by the clock, or on a GPU by events, from a cold cache."""
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.flush = torch.empty(256 * 2**20 if self.cuda else 0, dtype=torch.int8, device=device)
+    def __init__(self, gpu: Gpu | None = None) -> None:
+        self.gpu = gpu
 
     def __call__(self, run: Run, repeats: int = 1) -> float:
-        if not self.cuda:
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            return (time.perf_counter() - begin) / repeats
-        self.flush.zero_()
-        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin_event.record()
+        if self.gpu is not None:
+            return self.gpu.seconds(run)
+        begin = time.perf_counter()
         for _ in range(repeats):
             run()
-        end_event.record()
-        torch.cuda.synchronize()
-        return begin_event.elapsed_time(end_event) / 1e3 / repeats
+        return (time.perf_counter() - begin) / repeats
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -150,41 +148,76 @@ def measure(case: Case, options: Options) -> list[dict[str, Any]]:
         ]
     names = list(work.variants)
     expected = None if work.expected is None else work.expected()
-    timer = Timer(options.device)
     records: dict[str, dict[str, Any]] = {}
     running: dict[str, Run] = {}
     for name, variant in work.variants.items():
-        record = records[name] = {"case": case.name, "variant": name, "ours": variant.ours, **variant.metrics}
-        if variant.run is None:
-            record["status"] = f"not measured: {variant.note}"
-            continue
-        begin = time.perf_counter()
-        try:
-            result = variant.run()
-        except Exception as error:
-            record["status"] = (
-                f"FAILED: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-            )
-            continue
-        record["cold_start_s"] = time.perf_counter() - begin
-        if expected is not None and variant.compared:
-            record["error"] = relative_rms(result, expected)
-            dtype = next(leaf.dtype for leaf in tree_leaves(result))
-            limit = TOLERANCE[dtype] * (1.0 if variant.ours else BASELINE_SLACK)
-            if not record["error"] <= limit:
-                record["status"] = f"FAILED: relative RMS error {record['error']:.1e} > {limit:.0e}"
-                continue
-        record["status"] = variant.note or "ok"
-        running[name] = variant.run
-    times = interleave(running, timer, options.budget)
+        records[name], run = try_variant(case.name, name, variant, expected)
+        if run is not None:
+            running[name] = run
+    if options.gpu is not None:
+        add_graphs(case.name, work, expected, records, running, options.gpu)
+    times = interleave(running, Timer(options.gpu), options.budget)
     baseline = times.get(names[0])
     for name, values in times.items():
         record = records[name]
         record |= {f"p{q}_ms": percentile(values, q / 100) * 1e3 for q in (20, 50, 80)} | {"rounds": len(values)}
         if baseline:
             record["ratio"] = statistics.median(b / v for b, v in zip(baseline, values, strict=True))
+    if options.gpu is not None and names[0] in running:
+        moved, flops = footprint(running[names[0]])
+        for name, values in times.items():
+            records[name] |= fractions(statistics.median(values), moved, flops, options.peaks)
     add_targets(work, records, times)
     return list(records.values())
+
+
+def try_variant(case: str, name: str, variant: Variant, expected: Any) -> tuple[dict[str, Any], Run | None]:
+    """The record of a variant's first call, and what to time unless it cannot run or is wrong."""
+    record = {"case": case, "variant": name, "ours": variant.ours, **variant.metrics}
+    if variant.run is None:
+        return record | {"status": f"not measured: {variant.note}"}, None
+    begin = time.perf_counter()
+    try:
+        result = variant.run()
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else ""
+        return record | {"status": f"FAILED: {type(error).__name__}: {reason}"}, None
+    record["cold_start_s"] = time.perf_counter() - begin
+    if expected is not None and variant.compared:
+        record["error"] = relative_rms(result, expected)
+        dtype = next(leaf.dtype for leaf in tree_leaves(result))
+        limit = TOLERANCE[dtype] * (1.0 if variant.ours else BASELINE_SLACK)
+        if not record["error"] <= limit:
+            return record | {"status": f"FAILED: relative RMS error {record['error']:.1e} > {limit:.0e}"}, None
+    return record | {"status": variant.note or "ok"}, variant.run
+
+
+def add_graphs(
+    case: str,
+    work: Work,
+    expected: Any,
+    records: dict[str, dict[str, Any]],
+    running: dict[str, Run],
+    gpu: Gpu,
+) -> None:
+    """Beside each variant that runs, its CUDA graph, which pays for no launch."""
+    for name, run in list(running.items()):
+        if name.startswith("compile"):
+            continue
+        original, graph = work.variants[name], name + GRAPH
+        try:
+            captured = gpu.capture(run)
+        except Exception as error:
+            gpu.synchronize()
+            note = (
+                f"cannot be captured: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+            )
+            work.variants[graph] = Variant(None, ours=False, note=note)
+        else:
+            work.variants[graph] = Variant(captured, original.ours, original.note, original.compared)
+        records[graph], checked = try_variant(case, graph, work.variants[graph], expected)
+        if checked is not None:
+            running[graph] = checked
 
 
 def interleave(runs: Mapping[str, Run], timer: Timer, budget: float) -> dict[str, list[float]]:
@@ -192,7 +225,8 @@ def interleave(runs: Mapping[str, Run], timer: Timer, budget: float) -> dict[str
     repeats = {}
     for name, run in runs.items():
         run()
-        repeats[name] = max(1, min(100, int(1e-3 / max(timer(run), 1e-9))))
+        # On a GPU each call is timed by itself, from a cold cache.
+        repeats[name] = 1 if timer.gpu else max(1, min(100, int(1e-3 / max(timer(run), 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, begin, rounds = list(runs), time.perf_counter(), 0
     collecting = gc.isenabled()

@@ -67,8 +67,17 @@ def flat(value: Any) -> Any:
     return " ".join(f"{k}:{v}" for k, v in value.items()) if isinstance(value, Mapping) else value
 
 
-def save(folder: Path, suite: str, device: str, records: Sequence[Mapping[str, Any]], complete: bool) -> None:
-    document = {"suite": suite, "complete": complete, "environment": environment(device), "records": list(records)}
+def save(
+    folder: Path,
+    suite: str,
+    device: str,
+    records: Sequence[Mapping[str, Any]],
+    complete: bool,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """extra: what else is to be known of the environment."""
+    known = environment(device) | dict(extra or {})
+    document = {"suite": suite, "complete": complete, "environment": known, "records": list(records)}
     write_whole(folder / f"{suite}.json", json.dumps(document, indent=1) + "\n")
     columns = list(dict.fromkeys(key for record in records for key in record))
     buffer = io.StringIO()

@@ -22,6 +22,8 @@ def remarks(record: Mapping[str, Any]) -> str:
             target = record[f"target_{key}"]
             word = "met" if value >= target else "MISSED"
             parts.append(f"{value:.2f}x {key[5:]} (target {target:g}: {word})")
+        elif key.startswith("of_"):
+            parts.append(f"{100 * value:.3g} % of the measured {key[3:]} rate")
         elif key not in SHOWN and not key.startswith("target_"):
             parts.append(f"{key} {value:,.3g}" if isinstance(value, float) else f"{key} {value:,}")
     return "; ".join(parts)
@@ -57,6 +59,10 @@ def _timings(document: Mapping[str, Any]) -> Iterator[Table]:
     env = document["environment"]
     note = f"{env['threads']} thread(s), torch {env['packages']['torch']}"
     note += ". Ratio: the first variant's time over this one's, median over interleaved rounds."
+    if "peaks" in env:
+        note += " Measured peaks: " + ", ".join(f"{name} {value:,.4g}" for name, value in env["peaks"].items()) + "."
+    if env.get("rehearsal"):
+        note = f"REHEARSAL ON THE CPU, no figures of a GPU. {note}"
     rows, last = [], None
     for record in document["records"]:
         cells = list(row(record))

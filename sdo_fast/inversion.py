@@ -74,6 +74,7 @@ def invert(
             output = eps.combine(*sampler.evaluate(eps, here.scale_input(x, i), times[i]))
             x = (following - b[i] * output) / a[i]
 
-    reconstruction = sampler.run(solver.starting_at(upto), eps, x, range(upto, len(solver)))
+    following_steps = sampler.arithmetic(solver.starting_at(upto)).begin()
+    reconstruction = sampler.run(following_steps, eps, x, range(upto, len(solver)))
     error = ((reconstruction - image_latents).norm() / image_latents.norm()).item()
     return Inversion(x, reconstruction, error)

@@ -51,7 +51,10 @@ class ShortcutSampler:
             begin there without history.
         grad_step: s. "first" (= start), "last", an index into `scheduler.timesteps`, "random" (a new one at each call,
             from the generator), or "identity": no model backward at all, d x_0 / d latents = A_start I.
-        guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond); None for none.
+        guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond); None for none. A tensor that
+            broadcasts against the latents gives each sample its own, or gets gradients: like the scheduler's arithmetic
+            guidance stays differentiable at every step (d x_0 / d w = sum_i B_i (cond_i - uncond_i)), at two latents a
+            step for autograd.
         checkpoint: recompute the one step in backward instead of keeping its activations, so that they never overlap
             with those of the loss; costs one more model call and changes no bit of the result.
         normalize: divide the gradient, not the value, by |A_start|. It can be large (157 with epsilon prediction and
@@ -62,8 +65,11 @@ class ShortcutSampler:
         reuse: a TrajectoryCache, with which most model outputs of most calls are reused from earlier calls, and the
             result is an estimate except where `reuse.exact` says so (experimental).
         fused: run each step as one `sampler_step` instead of the scheduler's many small operations, where the scheduler
-            is affine and deterministic; elsewhere the scheduler runs, and `why_not()` gives the reason. Values and
-            gradients then agree with the scheduler's to rounding, not bit for bit.
+            is deterministic and affine up to clipping; elsewhere the scheduler runs, and `why_not()` gives the reason.
+            Values and gradients agree with the scheduler's to rounding, with False bit for bit.
+        inference_mode: call the model under `torch.inference_mode` where no graph is kept, which costs small models
+            less than `torch.no_grad` does. Not for models that keep tensors from one call to the next (caches of
+            position embeddings, FSDP), which autograd could not use afterwards.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the gradient asked for is exactly zero (sample prediction
@@ -81,21 +87,25 @@ class ShortcutSampler:
         num_inference_steps: int | None = 50,
         start: int = 0,
         grad_step: str | int = "first",
-        guidance_scale: float | None = None,
+        guidance_scale: float | Tensor | None = None,
         checkpoint: bool = True,
         normalize: bool = False,
         *,
         step_kwargs: Mapping[str, Any] | None = None,
         schedule_kwargs: Mapping[str, Any] | None = None,
         reuse: TrajectoryCache | None = None,
-        fused: bool = False,
+        fused: bool = True,
+        inference_mode: bool = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got {type(model).__name__}, a callable model(x, t, **kwargs) is needed")
-        if guidance_scale is not None and not (
+        if isinstance(guidance_scale, Tensor):
+            if not guidance_scale.is_floating_point():
+                raise TypeError(f"guidance_scale: got {guidance_scale.dtype}, a floating dtype is needed")
+        elif guidance_scale is not None and not (
             isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale)
         ):
-            raise ValueError(f"guidance_scale: got {guidance_scale!r}, a finite number or None is needed")
+            raise ValueError(f"guidance_scale: got {guidance_scale!r}, a finite number, a tensor or None is needed")
         self.model = model
         self.solver = Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs)
         self.grad_step = grad_step
@@ -115,14 +125,10 @@ class ShortcutSampler:
         self.reuse = reuse
         if reuse is not None:
             reuse.attach(self.solver)
+        self.inference_mode = inference_mode
         self.fused = fused
-        self._stepper: Solver = self.solver
         self._why_not = "fused=False was asked for"
-        if fused:
-            try:
-                self._stepper, self._why_not = FusedSolver(self.solver), ""
-            except ValueError as reason:
-                self._why_not = str(reason)
+        self._stepper = self.arithmetic(self.solver)
 
     @property
     def timesteps(self) -> Tensor:
@@ -169,12 +175,24 @@ class ShortcutSampler:
             step_kwargs=self.solver.step_kwargs,
             schedule_kwargs=self.solver.schedule_kwargs,
             fused=self.fused,
+            inference_mode=self.inference_mode,
         )
         return other
 
     def why_not(self) -> str:
         """What does the steps' arithmetic: `sampler_step`, or the scheduler and why not the other."""
         return f"the scheduler runs ({self._why_not})" if self._why_not else "sampler_step runs"
+
+    def arithmetic(self, solver: Solver) -> Solver:
+        """The solver as this sampler runs it: by `sampler_step` where that is possible."""
+        if not self.fused:
+            return solver
+        try:
+            stepper, self._why_not = FusedSolver(solver), ""
+        except ValueError as reason:
+            self._why_not = str(reason)
+            return solver
+        return stepper
 
     def draw_grad_step(self, generator: torch.Generator | None = None) -> int | None:
         """The step of the next call's gradient; None for "identity"."""
@@ -198,11 +216,15 @@ class ShortcutSampler:
         else:
             warm = reuse.warm(latents, {"cond": eps.cond, "uncond": eps.uncond, "guidance": eps.guidance_scale})
             planned = reuse.plan(self.solver.steps)
-            estimate = None
-            if warm and len(planned) == len(self.solver.steps):
+            exact, estimate = len(planned) == len(self.solver.steps), None
+            if warm and exact:
                 with torch.no_grad():
                     estimate = self.run(self._stepper.begin(), eps, latents, self.solver.steps, None, reuse)
-            x = self.run(self._stepper.begin(), eps, latents, steps, grad_step, reuse, {*planned, grad_step})
+            in_turn: set[int | None] = {*planned, grad_step}
+            if reuse.batched and not exact:
+                self.refresh(reuse, eps, latents, planned - {grad_step})
+                in_turn = {grad_step}
+            x = self.run(self._stepper.begin(), eps, latents, steps, grad_step, reuse, in_turn)
             reuse.done(self.solver.steps, planned)
             if estimate is not None:
                 reuse.judge(estimate, x.detach())
@@ -230,9 +252,28 @@ class ShortcutSampler:
             x = self.advance(solver, eps, outputs, i, x)
         return x
 
+    @torch.no_grad()
+    def refresh(self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, planned: set[int]) -> None:
+        """One model call for all planned steps, at the states that the cache gives."""
+        times, states, solver, x = self.timesteps.to(latents.device), {}, self._stepper.begin(), latents
+        for i in self.solver.steps:
+            if i in planned:
+                states[i] = x
+            if len(states) == len(planned):
+                break
+            x = solver.step(reuse.estimate(i, x), i, x)
+        inputs = torch.cat([solver.scale_input(x, i) for i, x in states.items()])
+        repeated = eps.repeated(len(states))
+        outputs = repeated.combine(
+            *self.evaluate(repeated, inputs, times[list(states)].repeat_interleave(len(latents)))
+        )
+        self.model_calls += (len(states) - 1) * eps.evaluations
+        for (i, x), output in zip(states.items(), outputs.chunk(len(states)), strict=True):
+            reuse.store(i, x, output)
+
     def advance(self, solver: Solver, eps: GuidedModel, outputs: tuple[Tensor, ...], i: int, x: Tensor) -> Tensor:
         """x_{i+1} from x_i and the model's outputs before guidance."""
-        if isinstance(solver, FusedSolver):
+        if isinstance(solver, FusedSolver) and not isinstance(eps.guidance_scale, Tensor):
             return solver.guided_step(outputs, eps.guidance_scale, i, x)
         return solver.step(eps.combine(*outputs), i, x)
 
@@ -248,9 +289,8 @@ class ShortcutSampler:
         """The input of step `start`: runs the steps before it from the input `latents` of step 0, without gradients."""
         check_latents(latents, generator)
         eps = self.guided(latents, model_kwargs, uncond_kwargs)
-        return self.run(
-            self.solver.starting_at(0).begin(generator), eps, latents, bar(range(self.start), "warm-up", progress)
-        )
+        solver = self.arithmetic(self.solver.starting_at(0))
+        return self.run(solver.begin(generator), eps, latents, bar(range(self.start), "warm-up", progress))
 
     def guided(
         self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
@@ -262,8 +302,12 @@ class ShortcutSampler:
     def evaluate(self, eps: GuidedModel, x: Tensor, t: Tensor, gradient: bool = False) -> tuple[Tensor, ...]:
         """The model's outputs before guidance, as constants unless `gradient`."""
         if not (gradient and torch.is_grad_enabled()):
-            with torch.no_grad():
-                return self._counted(eps, x, t)
+            if not self.inference_mode:
+                with torch.no_grad():
+                    return self._counted(eps, x, t)
+            with torch.inference_mode():
+                outputs = self._counted(eps, x, t)
+            return tuple(output.clone() for output in outputs)
         if self.checkpoint:
             return run_checkpointed(self._counted, eps, x, t, use_reentrant=False)
         return self._counted(eps, x, t)

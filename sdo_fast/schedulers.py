@@ -14,6 +14,8 @@ from .reference.solver import Solver, config
 
 # Relative to the largest coefficient; the smallest honest ones (late steps of a schedule of 1000) are above 1e-6.
 NEGLIGIBLE = 1e-12
+CLIPPING = ("clip_sample", "clip_denoised")
+"""Flags of diffusers' schedulers that clip the predicted sample."""
 
 
 class NotAffineError(ValueError):
@@ -50,19 +52,22 @@ def coefficients(
     return sensitivities(solver)
 
 
-def refuse_not_affine(solver: Solver) -> None:
-    """Raise NotAffineError with the reason, from the configuration or from what the scheduler does to large numbers."""
+def refuse_not_affine(solver: Solver, clipped: bool = False) -> None:
+    """Raise NotAffineError with the reason, from the configuration or from what the scheduler does to large numbers.
+
+    `clipped` allows for clipping of the predicted sample, and measures nothing.
+    """
     name = type(solver.scheduler).__name__
-    for flag, effect in (
-        ("clip_sample", "clips the predicted sample"),
-        ("clip_denoised", "clips the predicted sample"),
-        ("thresholding", "thresholds the predicted sample"),
-    ):
+    effects = dict.fromkeys(() if clipped else CLIPPING, "clips the predicted sample")
+    effects["thresholding"] = "thresholds the predicted sample"
+    for flag, effect in effects.items():
         if config(solver.scheduler, flag, False):
             raise NotAffineError(f"scheduler: {name} {effect} ({flag}=True); set {flag}=False or use the general path")
     if solver.learned_variance:
         raise NotAffineError(f"scheduler: {name} reads its variance from the model (learned variance)")
     _refuse_tensors(solver)
+    if clipped:
+        return
     draw = torch.Generator().manual_seed(0)
     points = torch.randn(2, 1 + len(solver), generator=draw, dtype=torch.float64) * 10
     a, b = sensitivities(solver)
@@ -208,7 +213,7 @@ def usable_steps(solver: Solver) -> tuple[list[int], bool]:
     solver = copy.copy(solver)
     solver.scheduler = copy.deepcopy(solver.scheduler)
     if hasattr(solver.scheduler, "register_to_config"):
-        flags = [flag for flag in ("clip_sample", "clip_denoised", "thresholding") if config(solver.scheduler, flag)]
+        flags = [flag for flag in (*CLIPPING, "thresholding") if config(solver.scheduler, flag)]
         solver.scheduler.register_to_config(**dict.fromkeys(flags, False))
     a, b = sensitivities(solver)
     floor = NEGLIGIBLE * max(a[solver.start :].abs().max().item(), b[solver.start :].abs().max().item())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness, records, report
+from benchmarks import gpu, harness, records, report
 from benchmarks.harness import Case, Options, Timer, Variant, Work
 
 ROOT = Path(__file__).parent.parent
@@ -64,10 +64,12 @@ def test_rows_that_cannot_run_say_why() -> None:
     assert "not measured: no GPU" in report.row(rows[1])
 
 
-def test_variants_take_turns_in_rotated_order() -> None:
+def test_variants_take_turns_in_rotated_order(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = harness.interleave(runs, lambda run, repeats=1: run() or 1.0, budget=0)
+    timer = Timer()
+    monkeypatch.setattr(Timer, "__call__", lambda self, run, repeats=1: run() or 1.0)
+    times = harness.interleave(runs, timer, budget=0)
     rounds = "".join(calls[6:])  # behind warm-up and calibration
     assert rounds == "abcbcacababcbca"
     assert all(len(values) == 5 for values in times.values())
@@ -80,7 +82,7 @@ def test_saved_bytes_counts_storages_once() -> None:
 
 def test_timer_counts_calls() -> None:
     calls: list[int] = []
-    assert Timer("cpu")(lambda: calls.append(1), 3) > 0
+    assert Timer()(lambda: calls.append(1), 3) > 0
     assert len(calls) == 3
 
 
@@ -141,3 +143,58 @@ def test_quick_haar_suite(tmp_path: Path) -> None:
     assert all(r["status"] == "ok" or r["status"].startswith("not measured") for r in ours)
     triton = [r["status"] for r in document["records"] if r["variant"] == "ours (triton)"]
     assert torch.cuda.is_available() or set(triton) == {"not measured: no GPU"}
+
+
+def test_rehearsal_times_graphs_and_prints_fractions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["haar", "--device", "cuda", "--dry-run", "--out", str(tmp_path)]) == 0
+    (haar,) = records.load(tmp_path)
+    assert haar["environment"]["rehearsal"]
+    assert {"copy GB/s", "matmul fp32 TFLOP/s", "matmul tf32 TFLOP/s"} <= haar["environment"]["peaks"].keys()
+    rows = {r["variant"]: r for r in haar["records"]}
+    assert {"reference", "reference, CUDA graph"} <= rows.keys()
+    for row in haar["records"]:
+        if row["status"] == "ok":
+            assert row["GB/s"] > 0, row
+            assert row["of_copy"] > 0, row
+    printed = capsys.readouterr().out
+    assert "measured peaks: copy GB/s" in printed
+    assert "REHEARSAL ON THE CPU" in (tmp_path / "README.md").read_text()
+    assert "% of the measured copy rate" in (tmp_path / "README.md").read_text()
+
+
+def test_dry_run_is_of_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["haar", "--dry-run"])
+    assert "--dry-run rehearses --device cuda" in capsys.readouterr().err
+
+
+def test_footprint_counts_what_must_be_moved() -> None:
+    x, weight = torch.randn(8, 16), torch.randn(16, 4)
+    moved, flops = gpu.footprint(lambda: (x @ weight).relu() + x.sum())
+    assert (moved, flops) == (x.nbytes + weight.nbytes + 8 * 4 * 4, 2 * 8 * 16 * 4)
+    assert gpu.fractions(1e-3, 10**9, 0, {"copy GB/s": 2000}) == {"GB/s": 1000, "of_copy": 0.5}
+
+
+def test_a_run_that_cannot_be_captured_says_so() -> None:
+    class Refusing(gpu.Rehearsal):
+        def capture(self, run: gpu.Run) -> gpu.Run:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    options = Options(quick=True, budget=0.01, gpu=Refusing(), peaks=gpu.Rehearsal().peaks())
+    rows = harness.measure(case(ours=Variant(lambda: torch.ones(1000), ours=True, compared=False)), options)
+    assert [r["variant"] for r in rows] == ["reference", "ours", "reference, CUDA graph", "ours, CUDA graph"]
+    assert rows[2]["status"].startswith("not measured: cannot be captured: RuntimeError: operation not permitted")
+    assert not harness.failed(rows)
+
+
+def test_captured_runs_pass_the_gate() -> None:
+    class Wrong(gpu.Rehearsal):
+        def capture(self, run: gpu.Run) -> gpu.Run:
+            return lambda: torch.zeros(1000)
+
+    x = torch.randn(1000)
+    work = Work({"reference": Variant(lambda: x + 1, ours=True)}, lambda: x.double() + 1)
+    options = Options(quick=True, budget=0.01, gpu=Wrong(), peaks=gpu.Rehearsal().peaks())
+    rows = harness.measure(Case("add", lambda: work), options)
+    assert rows[1]["status"].startswith("FAILED: relative RMS error")
+    assert harness.failed(rows)

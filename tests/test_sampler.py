@@ -1,9 +1,10 @@
-"""ShortcutSampler against the plain loop, bit for bit, and its behaviour as a part of other people's code."""
+"""ShortcutSampler against the plain loop (bit for bit with fused=False), and as a part of other people's code."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,9 @@ from sdo_fast import NotAffineError, ShortcutSampler, coefficients
 from sdo_fast.reference import full_backprop, sdo_loop
 
 diffusers = pytest.importorskip("diffusers")
+
+
+Plain = partial(ShortcutSampler, fused=False)
 
 
 def ddim(**config):
@@ -53,7 +57,7 @@ class TestEqualsReference:
         call = {"model_kwargs": cond, "uncond_kwargs": uncond if guidance else None}
         seeds = [torch.Generator().manual_seed(4) for _ in range(2)]
         theirs = sdo_loop(model, scheduler, x, 5, grad_step=grad_step, generator=seeds[0], **kwargs, **call)
-        sampler = ShortcutSampler(model, scheduler, 5, grad_step=grad_step, checkpoint=checkpoint, **kwargs)
+        sampler = Plain(model, scheduler, 5, grad_step=grad_step, checkpoint=checkpoint, **kwargs)
         ours = sampler(x, generator=seeds[1], **call)
         assert torch.equal(ours, theirs)
         assert equal(gradients(ours, *inputs), gradients(theirs, *inputs))
@@ -86,7 +90,7 @@ def test_other_schedulers_equal_reference(name, grad_step):
     inputs = (x, *model.first.parameters())
     seeds = [torch.Generator().manual_seed(4) for _ in range(2)]
     theirs = sdo_loop(model, scheduler, x, 5, grad_step=grad_step, generator=seeds[0], step_kwargs=step_kwargs)
-    sampler = ShortcutSampler(model, scheduler, 5, grad_step=grad_step, step_kwargs=step_kwargs)
+    sampler = Plain(model, scheduler, 5, grad_step=grad_step, step_kwargs=step_kwargs)
     ours = sampler(x, generator=seeds[1])
     assert torch.equal(ours, theirs)
     assert equal(gradients(ours, *inputs), gradients(theirs, *inputs))
@@ -98,7 +102,7 @@ def test_other_schedulers_equal_reference(name, grad_step):
 
 def test_values_are_those_of_sampling_and_of_full_backprop():
     model, x = ConvModel(), torch.randn(2, 3, 6, 6, requires_grad=True)
-    sampler = ShortcutSampler(model, ddim(), 6)
+    sampler = Plain(model, ddim(), 6)
     with torch.no_grad():
         plain = sampler(x)
     assert not plain.requires_grad
@@ -109,12 +113,10 @@ def test_values_are_those_of_sampling_and_of_full_backprop():
 def test_one_step_is_full_backprop():
     """With one step left there is nothing to cut, so both gradients are the same."""
     model, x = ConvModel(), torch.randn(2, 3, 6, 6, requires_grad=True)
-    ours = ShortcutSampler(model, ddim(), 6, start=5)(x)
+    ours = Plain(model, ddim(), 6, start=5)(x)
     theirs = full_backprop(model, ddim(), x, 6, start=5)
     assert equal(gradients(ours, x, *model.first.parameters()), gradients(theirs, x, *model.first.parameters()))
-    assert not equal(
-        gradients(ShortcutSampler(model, ddim(), 6)(x), x), gradients(full_backprop(model, ddim(), x, 6), x)
-    )
+    assert not equal(gradients(Plain(model, ddim(), 6)(x), x), gradients(full_backprop(model, ddim(), x, 6), x))
 
 
 @pytest.mark.parametrize("grad_step", ["first", "last", 2, "identity"])
@@ -171,12 +173,67 @@ def test_gradients_reach_what_requires_them_and_nothing_else():
     assert cond.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("grad_step", ["first", 2, "identity"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("shape", [(), (2, 1, 1, 1)])
+def test_guidance_can_be_optimised(shape, clip, grad_step):
+    """Its gradient is that of guidance at every step, with all that the model returns held constant."""
+    model, scheduler = ConvModel().double(), ddim(clip_sample=clip)
+    x, cond, uncond = (torch.randn(2, *s, dtype=torch.float64) for s in ((3, 7, 6), (5,), (5,)))
+    x.requires_grad_()
+    w = torch.full(shape, 2.5, requires_grad=True)
+    inputs = [x, w] if grad_step == "identity" else [x, w, *model.parameters()]
+    arguments = {"model_kwargs": {"cond": cond}, "uncond_kwargs": {"cond": uncond}}
+    theirs = sdo_loop(model, scheduler, x, 5, grad_step=grad_step, guidance_scale=w, **arguments)
+    number = sdo_loop(model, scheduler, x, 5, grad_step=grad_step, guidance_scale=2.5, **arguments)
+    torch.testing.assert_close(theirs, number, rtol=1e-6, atol=1e-6)
+    expected = gradients(theirs, *inputs)
+    assert expected[1].abs().min() > 0
+    for fused in (False, True):
+        ours = ShortcutSampler(model, scheduler, 5, grad_step=grad_step, guidance_scale=w, fused=fused)(x, **arguments)
+        torch.testing.assert_close(gradients(ours, *inputs), expected, rtol=1e-9, atol=1e-9)
+    if not clip:
+        outputs = []
+        scale = w.detach().requires_grad_()
+
+        def recorded(*args, **kwargs):
+            outputs.append(model(*args, **kwargs).detach())
+            return outputs[-1]
+
+        image = sdo_loop(recorded, scheduler, x.detach(), 5, grad_step=grad_step, guidance_scale=scale, **arguments)
+        _, b = coefficients(scheduler, 5)
+        by_hand = sum(b[i] * (both[2:] - both[:2]) for i, both in enumerate(outputs))
+        target = torch.randn(image.shape, generator=torch.Generator().manual_seed(5)).to(image)
+        product = 2 * (image.detach() - target) * by_hand
+        product = product.sum((1, 2, 3), keepdim=True) if shape else product.sum()
+        torch.testing.assert_close(gradients(image, scale)[0].double(), product, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad_step", ["first", 2, "identity"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_inference_mode_changes_no_bit(clip, grad_step):
+    model, x, cond = ConvModel(), torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    results, modes = [], []
+    model.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    for inference in (False, True):
+        sampler = ShortcutSampler(
+            model, ddim(clip_sample=clip), 4, grad_step=grad_step, guidance_scale=2.0, inference_mode=inference
+        )
+        image = sampler(x, {"cond": cond}, {"cond": cond})
+        results.append((image, *gradients(image, x, *([] if grad_step == "identity" else [cond]))))
+    assert equal(*results)
+    calls = {"first": [False, True, True, True], 2: [True, True, False, True], "identity": [True] * 4}[grad_step]
+    assert modes[-len(modes) // 2 :][:4] == calls
+    with torch.no_grad():
+        assert not sampler(x, {"cond": cond}, {"cond": cond}).is_inference()
+
+
 def test_warm_up_gives_the_input_of_start():
     model, x = ConvModel(), torch.randn(2, 3, 4, 4)
-    sampler = ShortcutSampler(model, ddim(), 6, start=4)
+    sampler = Plain(model, ddim(), 6, start=4)
     middle = sampler.warm_up(x)
     assert len(model.calls) == 4
-    assert torch.equal(sampler(middle), ShortcutSampler(model, ddim(), 6)(x))
+    assert torch.equal(sampler(middle), Plain(model, ddim(), 6)(x))
 
 
 def test_dropout_is_the_same_in_recomputation():
@@ -221,7 +278,7 @@ def test_autocast_keeps_the_state_in_full_precision():
 def test_channels_last_is_kept():
     model = ConvModel().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
-    image = ShortcutSampler(model, ddim(), 4)(x)
+    image = Plain(model, ddim(), 4)(x)
     assert image.is_contiguous(memory_format=torch.channels_last)
     theirs = sdo_loop(model, ddim(), x, 4)
     assert torch.equal(image, theirs)
@@ -283,7 +340,7 @@ def test_second_backward_and_higher_derivatives():
     x = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     model = ConvModel().double()
     results = []
-    for sample in (ShortcutSampler(model, ddim(), 3), lambda x: sdo_loop(model, ddim(), x, 3)):
+    for sample in (Plain(model, ddim(), 3), lambda x: sdo_loop(model, ddim(), x, 3)):
         (first,) = torch.autograd.grad(sample(x).pow(2).sum(), x, create_graph=True)
         results.append(torch.autograd.grad(first.pow(2).sum(), x))
     assert equal(*results)

@@ -37,8 +37,14 @@ AFFINE = {
     "lms": (diffusers.LMSDiscreteScheduler, {}, 3),
     "plms": (diffusers.PNDMScheduler, {"skip_prk_steps": True}, 3),
 }
+CLIPPED = {
+    "ddim clipped": (diffusers.DDIMScheduler, {}, 0),
+    "ddim clipped, v": (diffusers.DDIMScheduler, {"prediction_type": "v_prediction"}, 0),
+    "ddim clipped, trailing": (diffusers.DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample_range": 0.4}, 0),
+    "ddim parallel": (diffusers.DDIMParallelScheduler, {}, 0),
+}
 OTHERS = {
-    "ddim clipped": (diffusers.DDIMScheduler, {}, "clips"),
+    "ddpm clipped": (diffusers.DDPMScheduler, {}, "fresh noise"),
     "ddim thresholding": (diffusers.DDIMScheduler, {"thresholding": True, "clip_sample": False}, "thresholds"),
     "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}, "fresh noise"),
     "ddpm learned": (diffusers.DDPMScheduler, {"variance_type": "learned_range", "clip_sample": False}, "learned"),
@@ -47,15 +53,15 @@ OTHERS = {
 
 
 def scheduler(name: str) -> Any:
-    kind, config, _ = {**AFFINE, **OTHERS}[name]
+    kind, config, _ = {**AFFINE, **CLIPPED, **OTHERS}[name]
     return kind(**config)
 
 
-@pytest.mark.parametrize("name", AFFINE)
+@pytest.mark.parametrize("name", [*AFFINE, *CLIPPED])
 def test_recurrences_equal_the_scheduler(name: str) -> None:
     plain = Solver(scheduler(name), 8)
     fused = FusedSolver(plain)
-    assert fused.depth == AFFINE[name][2]
+    assert fused.depth == {**AFFINE, **CLIPPED}[name][2]
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64) * float(getattr(plain.scheduler, "init_noise_sigma", 1.0))
     passes = (plain.begin(), fused.begin())
     states = [x, x]
@@ -84,6 +90,48 @@ def test_sampler_agrees_with_the_scheduler(name: str, guidance: float | None, st
         results.append((image, *gradients(image, *inputs)))
     for theirs, ours in zip(*results, strict=True):
         assert rel_rms(ours, theirs) <= 1e-6
+
+
+@pytest.mark.parametrize("clipped_output", [False, True])
+@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("grad_step", ["first", 3, "last", "identity"])
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipping_agrees_with_autograd_through_the_scheduler(
+    name: str, grad_step: str | int, guidance: float | None, clipped_output: bool
+) -> None:
+    """Value and gradients in float64, where some elements are clipped at every step and others at none."""
+    model = ConvModel().double()
+    x, cond, uncond = (torch.randn(2, *s, dtype=torch.float64, requires_grad=True) for s in ((3, 6, 5), (5,), (5,)))
+    inputs = [x] if grad_step == "identity" else [x, cond, *model.parameters(), *([uncond] if guidance else [])]
+    results, means = [], []
+    settings = {"guidance_scale": guidance, "step_kwargs": {"use_clipped_model_output": clipped_output}}
+    for fused in (False, True):
+        sampler = ShortcutSampler(model, scheduler(name), 6, 1, grad_step, fused=fused, **settings)
+        assert sampler.why_not() == ("sampler_step runs" if fused else "the scheduler runs (fused=False was asked for)")
+        image = sampler(x, {"cond": cond}, {"cond": uncond} if guidance else None)
+        results.append((image, *gradients(image, *inputs)))
+    for theirs, ours in zip(*results, strict=True):
+        assert rel_rms(ours, theirs) <= 1e-9
+    rules = FusedSolver(Solver(scheduler(name), 6, step_kwargs=settings["step_kwargs"])).recurrences.values()
+    for rule in rules:
+        predicted = rule.pred_x * x + rule.pred_eps * model(x, torch.tensor([10, 10]), cond)
+        means.append((predicted.abs() > rule.clip).double().mean().item())
+    assert all(rule.clip == scheduler(name).config.clip_sample_range for rule in rules)
+    assert max(means) > 0.3
+    assert min(means) < 1
+
+
+def test_clipping_of_another_kind_runs_the_scheduler() -> None:
+    """A flag alone proves nothing: what the step does is measured."""
+
+    class Squashing(diffusers.DDIMScheduler):
+        def step(self, output: Any, t: Any, x: Any, **kwargs: Any) -> Any:
+            return (super().step(output, t, x, **kwargs).prev_sample.tanh(),)
+
+    sampler = ShortcutSampler(ConvModel(), Squashing(), 5)
+    assert "more than to clip" in sampler.why_not()
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(sampler(x), ShortcutSampler(ConvModel(), Squashing(), 5, fused=False)(x))
 
 
 @pytest.mark.parametrize("name", OTHERS)

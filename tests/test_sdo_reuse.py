@@ -48,7 +48,8 @@ class Known:
 
     def __call__(self, x, t):
         self.calls += 1
-        alpha, sigma = self.levels[float(t[0])]
+        levels = torch.tensor([self.levels[float(k)] for k in t], dtype=torch.float64)
+        alpha, sigma = levels[:, :, None, None, None].unbind(1)
         if self.scaled:
             x = x * (1 + sigma * sigma) ** 0.5
         mean = 0.3
@@ -68,16 +69,17 @@ class Known:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("kind", ["v", "eps", "x0"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_estimate_is_exact_where_its_assumption_holds(name, kind):
+def test_the_estimate_is_exact_where_its_assumption_holds(name, kind, batched):
     scheduler = SCHEDULERS[name]()
     if name.endswith("flow euler") and kind == "eps":
         with pytest.raises(ValueError, match="pure noise"):
             ShortcutSampler(ConvModel(), scheduler, 20, grad_step="identity", reuse=TrajectoryCache(cache=kind))
         return
     model = Known(name, SCHEDULERS[name](), 20, kind)
-    cache = TrajectoryCache(refresh=0.1, cache=kind)
+    cache = TrajectoryCache(refresh=0.1, cache=kind, batched=batched)
     grad_step = "last" if "sample" in name else "identity"
     sampler = ShortcutSampler(model, scheduler, 20, grad_step=grad_step, reuse=cache)
     plain = ShortcutSampler(model, scheduler, 20, grad_step=grad_step)
@@ -88,7 +90,8 @@ def test_the_estimate_is_exact_where_its_assumption_holds(name, kind):
     model.calls = 0
     estimate = sampler(moved)
     assert not cache.exact
-    assert model.calls == round(0.1 * len(sampler.timesteps)) + (grad_step == "last")
+    refreshed = round(0.1 * len(sampler.timesteps))
+    assert model.calls == (1 if batched else refreshed) + (grad_step == "last")
     exact = plain(moved)
     assert (estimate - exact).abs().max() <= 2e-5 * exact.abs().max()
     assert (exact - plain(x)).abs().max() > 1e-3 * exact.abs().max() or kind == "x0"
@@ -116,6 +119,46 @@ def test_steps_are_refreshed_in_turn_and_every_kth_call_is_exact():
     assert [i for exact, steps in history if not exact for i in steps] == list(range(18))
     assert cache.gap is not None
     assert len(model.calls) == 3 * 20 + 6 * 3
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("guidance", [None, 2.0, torch.tensor([1.5, 3.0]).view(2, 1, 1, 1)])
+@pytest.mark.parametrize("grad_step", ["identity", "first", 1])
+def test_batched_refresh_calls_the_model_once(grad_step, guidance, joined):
+    """What it keeps are the model's outputs at the states that the cache gave."""
+    cache = TrajectoryCache(refresh=0.2, batched=True)
+    model, sampler = make(10, grad_step=grad_step, guidance_scale=guidance, reuse=cache)
+    x, cond, other = torch.randn(2, 3, 4, 4), torch.randn(2, 5), torch.randn(2, 5)
+    uncond = None if guidance is None else {"cond": other} if joined else {}
+    sampler(x, {"cond": cond}, uncond)
+    model.calls.clear()
+    kept, calls = dict(cache._entries), sampler.model_calls
+    sampler(x + 0.1 * torch.randn_like(x), {"cond": cond}, uncond)
+    changed = {i for i in kept if cache._entries[i][0] is not kept[i][0]}
+    of_gradient = {"identity": set(), "first": {0}, 1: {1}}[grad_step]
+    assert changed == {0, 1} | of_gradient
+    per_step = 1 if guidance is None else 2
+    assert sampler.model_calls - calls == 2 * per_step
+    passes = (2 if guidance is not None and not joined else 1) * (1 + bool(of_gradient))
+    assert len(model.calls) == passes
+    eps = sampler.guided(x, {"cond": cond}, uncond)
+    for i in changed:
+        output, state = cache._entries[i]
+        assert output.shape == state.shape == x.shape
+        torch.testing.assert_close(output, eps(state, sampler.timesteps[i]).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_batched_refresh_optimises_as_well():
+    x, target = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
+    results = []
+    for batched in (False, True):
+        _, sampler = make(reuse=TrajectoryCache(batched=batched))
+        results.append(
+            optimize_latents(sampler, x, lambda image: (image - target).pow(2).mean(), 25, 0.1, progress=False)
+        )
+    plain, batched = results
+    assert sum(r.model_calls for r in batched.history) == sum(r.model_calls for r in plain.history)
+    assert batched.best.loss <= 1.1 * plain.best.loss < 0.5 * plain.history[0].loss
 
 
 def test_the_same_latents_give_the_same_result():

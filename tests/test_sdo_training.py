@@ -82,7 +82,7 @@ def test_lora_adapters():
     assert trained
     assert all("lora" in name for name in trained)
     x, labels = torch.randn(2, 1, 8, 8), {"class_labels": torch.tensor([1, 2])}
-    ours = ShortcutSampler(unet, ddim(), 5)(x, labels)
+    ours = ShortcutSampler(unet, ddim(), 5, fused=False)(x, labels)
     theirs = sdo_loop(unet, ddim(), x, 5, model_kwargs=labels)
     reward(ours).backward()
     mine = {name: p.grad.clone() for name, p in trained.items()}
@@ -116,16 +116,20 @@ def test_adapters_added_by_diffusers():
     assert {p.grad is None for name, p in network.named_parameters() if "lora" not in name} == {True}
 
 
+@pytest.mark.parametrize("inference_mode", [False, True])
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("grad_step", ["first", "last"])
-def test_autocast_does_not_lose_parameter_gradients(grad_step, checkpoint):
+def test_autocast_does_not_lose_parameter_gradients(grad_step, checkpoint, inference_mode):
     """Autocast keeps cast weights; those of the calls without gradients must not serve the one with them."""
     model, x = ConvModel(scale=0.15), torch.randn(2, 3, 6, 6)
     grads = []
     for autocast in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = reward(ShortcutSampler(model, ddim(), 4, grad_step=grad_step, checkpoint=checkpoint)(x))
+            sampler = ShortcutSampler(
+                model, ddim(), 4, grad_step=grad_step, checkpoint=checkpoint, inference_mode=inference_mode
+            )
+            loss = reward(sampler(x))
         loss.backward()
         grads.append([p.grad.clone() for p in [*model.first.parameters(), *model.second.parameters()]])
     for exact, mixed in zip(*grads, strict=True):

@@ -19,7 +19,7 @@ def full_backprop(
     latents: Tensor,
     num_inference_steps: int | None = 50,
     start: int = 0,
-    guidance_scale: float | None = None,
+    guidance_scale: float | Tensor | None = None,
     checkpoint: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
@@ -50,7 +50,7 @@ def sdo_loop(
     num_inference_steps: int | None = 50,
     start: int = 0,
     grad_step: str | int = "first",
-    guidance_scale: float | None = None,
+    guidance_scale: float | Tensor | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
@@ -61,8 +61,8 @@ def sdo_loop(
 
         x_{i+1} = S_i(x_i, eps(x_i, t_i) if i == grad_step else eps(x_i, t_i).detach())
 
-    The scheduler's own arithmetic S_i stays differentiable in x_i. Arguments as in `sdo_fast.ShortcutSampler`, of which
-    this is the definition.
+    The scheduler's own arithmetic S_i stays differentiable in x_i, and guidance in a tensor w: only what the model
+    returns is a constant. Arguments as in `sdo_fast.ShortcutSampler`, of which this is the definition.
     """
     solver = Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs).begin(generator)
     eps = GuidedModel(model, len(latents), guidance_scale, model_kwargs, uncond_kwargs, solver.learned_variance)
@@ -70,8 +70,8 @@ def sdo_loop(
     chosen = draw_step(grad_step_choices(grad_step, solver), generator)
     x = latents
     for i in solver.steps:
-        output = eps(solver.scale_input(x, i), times[i])
-        x = solver.step(output if i == chosen else output.detach(), i, x)
+        outputs = eps.evaluate(solver.scale_input(x, i), times[i])
+        x = solver.step(eps.combine(*(outputs if i == chosen else (o.detach() for o in outputs))), i, x)
     return x
 
 

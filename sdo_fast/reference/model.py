@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 class GuidedModel:
@@ -24,14 +26,14 @@ class GuidedModel:
     (diffusers transformers), and returns a tensor, a tuple that begins with one, or an object
     with `.sample`. Where the output has 2C channels the variance half is dropped, unless `learned_variance`: then it
     is kept, and guidance leaves it as the conditional call gave it. The output is cast to x's dtype, so that autocast
-    does not lower the precision of the sampler's state.
+    does not lower the precision of the sampler's state. w may be a tensor that broadcasts against x, and get gradients.
     """
 
     def __init__(
         self,
         model: Callable[..., Any],
         batch: int,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
         learned_variance: bool = False,
@@ -48,6 +50,7 @@ class GuidedModel:
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name}: got {type(value).__name__}, a mapping of argument names to values is needed")
         self.model = model
+        self.batch = batch
         self.timestep_by_name = _takes_timestep_by_name(model)
         self.guidance_scale = guidance_scale
         self.learned_variance = learned_variance
@@ -70,16 +73,27 @@ class GuidedModel:
             return (self._call(x, t, self.cond),)
         if self.joined is None:
             return self._call(x, t, self.uncond), self._call(x, t, self.cond)
-        return self._call(torch.cat([x, x]), t, self.joined).chunk(2)
+        return self._call(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, self.joined).chunk(2)
 
     def combine(self, *outputs: Tensor) -> Tensor:
         if self.guidance_scale is None:
             return outputs[0]
         uncond, cond = outputs
+        scale = self.guidance_scale.to(cond) if isinstance(self.guidance_scale, Tensor) else self.guidance_scale
         if not self.learned_variance:
-            return uncond + self.guidance_scale * (cond - uncond)
+            return uncond + scale * (cond - uncond)
         (uncond, _), (cond, variance) = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)
-        return torch.cat([uncond + self.guidance_scale * (cond - uncond), variance], dim=1)
+        return torch.cat([uncond + scale * (cond - uncond), variance], dim=1)
+
+    def repeated(self, times: int) -> GuidedModel:
+        """The same model for a batch of so many copies of the latents, one after the other."""
+        other = copy.copy(self)
+        other.batch = times * self.batch
+        for name in ("cond", "uncond", "guidance_scale"):
+            setattr(other, name, _repeat(getattr(self, name), times, self.batch))
+        if self.joined is not None:
+            other.joined = _join(other.uncond, other.cond, other.batch)
+        return other
 
     def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         t = t.expand(x.shape[0])
@@ -110,6 +124,11 @@ def _takes_timestep_by_name(model: Callable[..., Any]) -> bool:
     except ValueError:  # built-in functions have no signature
         return False
     return "timestep" in parameters and parameters[1:2] != ["timestep"]
+
+
+def _repeat(value: Any, times: int, batch: int) -> Any:
+    """Tensors with the batch in front are repeated, other values shared."""
+    return tree_map_only(Tensor, lambda t: torch.cat([t] * times) if t.ndim > 0 and t.shape[0] == batch else t, value)
 
 
 class _CannotJoin(Exception):
