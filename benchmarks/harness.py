@@ -22,6 +22,8 @@ from .gpu import Gpu, Run, footprint, fractions
 
 GRAPH = ", CUDA graph"
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+LONG = 30.0
+"""Seconds after which three rounds do instead of five."""
 BASELINE_SLACK = 20.0
 """Baselines and peers add up in one precision: their filter gradients may miss the kernels' tolerance this far."""
 
@@ -232,7 +234,10 @@ def interleave(runs: Mapping[str, Run], timer: Timer, budget: float) -> dict[str
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while order and (rounds < 5 or (time.perf_counter() - begin < budget and rounds < 1000)):
+        while order:
+            spent = time.perf_counter() - begin
+            if rounds >= (5 if spent < LONG else 3) and (spent >= budget or rounds >= 1000):
+                break
             for name in order:
                 times[name].append(timer(runs[name], repeats[name]))
             order.append(order.pop(0))

@@ -37,6 +37,7 @@ __all__ = [
     "WaveletBranch",
     "accelerate",
     "backends",
+    "empty_cache",
     "functional",
     "reference",
     "restore_tiled",

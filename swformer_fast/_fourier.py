@@ -233,8 +233,6 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
     grad_bias = grad_mixed[:, :, 0, 0, 0].double().sum(0) * side
     given = [*grads[: len(places) - 2], grad_weight, grad_bias]
     return grad_x, *(
-        x.new_empty(0)
-        if parameters[i] is None
-        else g.to(parameters[i].dtype).reshape(parameters[i].shape).contiguous()
+        x.new_empty(0) if parameters[i] is None else g.to(parameters[i].dtype).reshape(parameters[i].shape).contiguous()
         for i, g in zip(places, given, strict=True)
     )

@@ -108,13 +108,12 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         op, dim = torch.ops.swformer_fast.pointwise, self.conv_in.in_channels
         weight = weight.flatten(1)
         parts = op(x, None, None, weight[: 2 * dim][None], bias[: 2 * dim], None).split(dim, dim=1)
-        first_weight, first_bias, *rest, last_weight, last_bias, training, momentum, eps = self.fourier.arguments()
-        first_weight, last_weight = first_weight.flatten(1), last_weight.flatten(1)
-        first_bias = torch.addmv(first_bias, first_weight, bias[2 * dim :])
+        arguments = self.fourier.arguments()
+        first_weight, last_weight, last_bias = arguments[0].flatten(1), arguments[8].flatten(1), arguments[9]
+        first_bias = torch.addmv(arguments[1], first_weight, bias[2 * dim :])
         first_weight = (first_weight @ weight[2 * dim :])[..., None, None]
-        frequencies = functional.fourier_mix(
-            x, first_weight, first_bias, *rest, None, None, training, momentum, eps
-        )
+        arguments = (first_weight, first_bias, *arguments[2:8], None, None, *arguments[10:])
+        frequencies = functional.fourier_mix(x, *arguments)
         branches = (self.spatial(parts[0]), self.wavelet(parts[1]), frequencies)
         w1, b1, w2, b2 = self.attention.arguments()
         means = [branch.mean((2, 3)) for branch in branches]

@@ -149,9 +149,7 @@ def _define_differentiable(
             with _autograd():
                 grads = backward(kernels, grad, *args)
             inputs = args[len(kept) :]
-            return tuple(
-                g if inputs[i] is None else _format(inputs[i], g) for i, g in zip(places, grads, strict=True)
-            )
+            return tuple(g if inputs[i] is None else _format(inputs[i], g) for i, g in zip(places, grads, strict=True))
 
         return call
 

@@ -176,7 +176,7 @@ class _Zeroing:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "output"), [("pointwise_kernel", 8), ("pointwise_parameters_kernel", 5), ("sum_partials_kernel", 1)]
+    ("kernel", "output"), [("pointwise_kernel", 9), ("pointwise_parameters_kernel", 5), ("sum_partials_kernel", 1)]
 )
 def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pointwise if hasattr(pointwise, kernel) else common, kernel, _Zeroing(output))

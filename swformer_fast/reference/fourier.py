@@ -105,7 +105,7 @@ def fourier_mix(
         mix(value, value_bn, value_weight, value_bias)
     )
     y = inverse_spectrum(product, (x.shape[2], x.shape[3]), layout)
-    return y if out_weight is None else conv2d(y, out_weight, out_bias)
+    return y if out_weight is None or out_bias is None else conv2d(y, out_weight, out_bias)
 
 
 class FourierBranch(nn.Module):
