@@ -1,75 +1,213 @@
-"""Gradients through a sampler on the digits model: time over sampling alone, bytes, agreement with the full one."""
+"""Gradients through a sampler: time over sampling alone, peak memory, agreement with the full one, and what they buy.
+
+Peak bytes are of all tensors alive during forward and backward but the models' own, with the decoder and the metric's
+network in the graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sdo_fast
 from examples import digits_model
 
-from .harness import Case, Options, Variant, Work, saved_bytes
+from .harness import Case, Options, Variant, Work, peak_bytes
 
-BATCH = 4
-TARGETS = {10: 1.25, 25: 1.25, 50: 1.10}
+TARGETS = {10: 1.25, 50: 1.10}
 """Most time that one step may take over the floor, by the number of sampling steps."""
+PEAK = 1.2
+"""Most peak bytes of one step, over those of full backpropagation divided by the number of steps."""
+UPDATES = 20
 
 
-def gradients(num_steps: int, options: Options) -> Work:
-    unet = digits_model.load_digits_unet().to(options.device).eval().requires_grad_(False)
-    classifier = digits_model.load_digits_classifier().to(options.device).eval().requires_grad_(False)
-    scheduler = digits_model.scheduler()
+@dataclass(frozen=True)
+class Task:
+    """A model, its scheduler, latents and arguments, and a loss of x_0."""
+
+    model: nn.Module
+    scheduler: Any
+    latents: Tensor
+    arguments: Mapping[str, Any]
+    loss: Callable[[Tensor], Tensor]
+
+
+def digits(batch: int, device: str) -> Task:
+    """A class of the digits model's images, asked of the classifier."""
+    unet = digits_model.load_digits_unet().to(device)
+    classifier = digits_model.load_digits_classifier().to(device)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(BATCH, *digits_model.IMAGE_SHAPE, generator=generator).to(options.device).requires_grad_()
-    labels = torch.arange(BATCH, device=options.device)
-    kwargs = {"class_labels": torch.full_like(labels, digits_model.NULL_LABEL)}
+    latents = torch.randn(batch, *digits_model.IMAGE_SHAPE, generator=generator).to(device)
+    labels = torch.arange(3, 3 + batch, device=device)
+    arguments = {"class_labels": torch.full_like(labels, digits_model.NULL_LABEL)}
+    return Task(
+        unet,
+        digits_model.scheduler(),
+        latents,
+        arguments,
+        lambda x0: F.cross_entropy(classifier(x0.clamp(-1, 1)), labels),
+    )
 
-    def loss(x0: Tensor) -> Tensor:
-        return F.cross_entropy(classifier(x0.clamp(-1, 1)), labels)
 
-    def gradient(sample: Callable[[], Tensor]) -> Tensor:
-        return torch.autograd.grad(loss(sample()), latents)[0]
+def latent_space(device: str) -> Task:
+    """The style of a decoded image: UNet of 24 M parameters, decoder and critic, of random weights.
 
-    def shortcut(**arguments: Any) -> Callable[[], Tensor]:
-        sampler = sdo_fast.ShortcutSampler(unet, scheduler, num_steps, **arguments)
-        return lambda: sampler(latents, kwargs)
+    Decoder and critic together keep about as much for backward as one call of the UNet, as in Stable Diffusion.
+    """
+    import diffusers
 
-    def full(checkpoint: bool) -> Callable[[], Tensor]:
-        return lambda: sdo_fast.reference.full_backprop(
-            unet, scheduler, latents, num_steps, checkpoint=checkpoint, model_kwargs=kwargs
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=(96, 192, 288),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        norm_num_groups=8,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    critic = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.GELU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 32, 3, 1, 1)
+    )
+    for model in (unet, vae, critic):
+        model.to(device).eval().requires_grad_(False)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+    latents = torch.randn(1, 4, 8, 8).to(device)
+
+    def gram(image: Tensor) -> Tensor:
+        features = critic(image.clamp(-1, 1)).flatten(2)
+        return features @ features.mT / features.shape[-1]
+
+    style = gram(torch.rand(1, 3, 32, 32).to(device) * 2 - 1)
+    return Task(unet, scheduler, latents, {}, lambda x0: F.mse_loss(gram(vae.decode(x0).sample), style))
+
+
+def samplers(task: Task, num_steps: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every way to differentiate through the sampler; sampling alone does without any."""
+
+    def loop(function: Callable[..., Tensor], **settings: Any) -> Callable[[Tensor], Tensor]:
+        return lambda z: function(
+            task.model, task.scheduler, z, num_steps, model_kwargs=dict(task.arguments), **settings
         )
 
-    plain = shortcut(grad_step="identity")
+    def shortcut(**settings: Any) -> Callable[[Tensor], Tensor]:
+        sampler = sdo_fast.ShortcutSampler(task.model, task.scheduler, num_steps, **settings)
+        return lambda z: sampler(z, task.arguments)
 
-    def floor() -> Tensor:
-        with torch.no_grad():
-            return plain()
-
-    exact = gradient(full(False)).flatten()
-    samplers = {
-        "full backprop": full(False),
-        "full, checkpointed": full(True),
+    return {
+        "sampling alone (floor)": shortcut(grad_step="identity"),
+        "full backprop": loop(sdo_fast.reference.full_backprop),
+        "full, checkpointed": loop(sdo_fast.reference.full_backprop, checkpoint=True),
+        "authors' loop": loop(sdo_fast.reference.sdo_loop),
         "one step (checkpoint)": shortcut(),
         "one step (no checkpoint)": shortcut(checkpoint=False),
         "last step only": shortcut(grad_step="last"),
-        "identity": plain,
+        "identity": shortcut(grad_step="identity"),
     }
-    variants = {"sampling alone (floor)": Variant(floor, compared=False)}
-    for name, sample in samplers.items():
-        metrics = {
-            "saved_bytes": saved_bytes(sample, [*unet.parameters(), latents]),
-            "cosine_with_full": F.cosine_similarity(gradient(sample).flatten(), exact, 0).item(),
-        }
-        ours = name.startswith(("one", "last", "identity"))
-        variants[name] = Variant(lambda sample=sample: gradient(sample), ours, compared=False, metrics=metrics)
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith(("one step", "last step", "identity"))
+
+
+def gradients(make: Callable[[], Task], num_steps: int) -> Work:
+    task = make()
+    latents = task.latents.requires_grad_()
+
+    def gradient(sample: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.autograd.grad(task.loss(sample(latents)), latents)[0]
+
+    variants, exact, full_peak = {}, None, 0
+    for name, sample in samplers(task, num_steps).items():
+        if name == "sampling alone (floor)":
+            variants[name] = Variant(torch.no_grad()(partial(sample, latents)), compared=False)
+            continue
+        run = partial(gradient, sample)
+        peak, grad = peak_bytes(run)
+        if exact is None:
+            exact, full_peak = grad, peak
+        cosine = F.cosine_similarity(grad.flatten(), exact.flatten(), 0).item()
+        metrics = {"peak_bytes": peak, "cosine_with_full": cosine}
+        if name == "one step (checkpoint)":
+            metrics |= {
+                "over_full backprop (peak bytes)": full_peak / peak,
+                "target_over_full backprop (peak bytes)": num_steps / PEAK,
+            }
+        variants[name] = Variant(run, is_ours(name), compared=False, metrics=metrics)
     targets = {"sampling alone (floor)": 1 / TARGETS[num_steps]} if num_steps in TARGETS else {}
-    return Work(variants, targets=targets)
+    return Work(variants, targets=targets, least_rounds=3)
+
+
+class Timed:
+    """A sampler for `optimize_latents`, of any function of the latents."""
+
+    reuse = None
+
+    def __init__(self, sample: Callable[[Tensor], Tensor], calls: int) -> None:
+        self.function, self.calls, self.model_calls = sample, calls, 0
+
+    def draw_grad_step(self, generator: Any) -> None:
+        return None
+
+    def sample(self, latents: Tensor, grad_step: None) -> Tensor:
+        self.model_calls += self.calls
+        return self.function(latents)
+
+
+def progress(num_steps: int, updates: int, device: str) -> Work:
+    """The loss that each gradient reaches in so many model calls, and in so many seconds.
+
+    Recomputed calls count, backward passes do not: their price is in the seconds.
+    """
+    task = digits(2, device)
+    histories = {}
+    for name, sample in samplers(task, num_steps).items():
+        if name == "sampling alone (floor)":
+            continue
+        calls = {"full, checkpointed": 2 * num_steps, "one step (checkpoint)": num_steps + 1}.get(name, num_steps)
+        sampler: Any = Timed(sample, calls)
+        histories[name] = sdo_fast.optimize_latents(
+            sampler, task.latents, task.loss, updates, 0.05, progress=False, keep_norm=True
+        ).history
+    shortest = min(sum(r.seconds for r in history) for history in histories.values())
+    variants = {}
+    for name, history in histories.items():
+        losses = list(accumulate((r.loss for r in history), min))
+        metrics: dict[str, Any] = {"updates": updates, "final_loss": losses[-1]}
+        for what, total in (("model_calls", num_steps * updates), ("seconds", shortest)):
+            spent = list(accumulate(getattr(r, what) for r in history))
+            for share in (0.25, 0.5, 1.0):
+                reached = [loss for loss, s in zip(losses, spent, strict=True) if s <= share * total]
+                if reached:
+                    budget = f"{share * total:.0f}" if what == "model_calls" else f"{share:.0%} of {total:.1f}"
+                    metrics[f"loss in {budget} {what.replace('_', ' ')}"] = reached[-1]
+        metrics["seconds"] = sum(r.seconds for r in history)
+        variants[name] = Variant(None, is_ours(name), metrics=metrics)
+    return Work(variants, timed=False)
 
 
 def cases(options: Options) -> list[Case]:
-    counts = (3,) if options.quick else (10, 25, 50)
-    return [Case(f"digits, {n} steps", lambda n=n: gradients(n, options)) for n in counts]
+    device, counts = options.device, (3,) if options.quick else (10, 25, 50)
+    large = () if options.quick else counts if options.full else counts[:1]
+    result = [Case(f"digits (0.65 M), {n} steps", partial(gradients, partial(digits, 1, device), n)) for n in counts]
+    result += [
+        Case(f"latent space (24 M), {n} steps", partial(gradients, partial(latent_space, device), n)) for n in large
+    ]
+    updates = 3 if options.quick else UPDATES
+    result.append(Case(f"digits, loss reached, {counts[0]} steps", partial(progress, counts[0], updates, device)))
+    return result

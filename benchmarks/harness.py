@@ -10,20 +10,20 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .gpu import Gpu, Run, footprint, fractions
 
 GRAPH = ", CUDA graph"
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.float16: 3e-3, torch.bfloat16: 1e-2}
-LONG = 30.0
-"""Seconds after which three rounds do instead of five."""
 BASELINE_SLACK = 20.0
 """Baselines and peers add up in one precision: their filter gradients may miss the kernels' tolerance this far."""
 
@@ -64,6 +64,7 @@ class Work:
     expected: Run | None = None
     targets: Mapping[str, float] = field(default_factory=dict)
     """Least ratio of our variants over the variant named; "compile" means the best of the compiled ones."""
+    least_rounds: int = 5
     timed: bool = True
     """False where the variants' metrics, taken while the case was made ready, are all there is."""
 
@@ -112,6 +113,43 @@ def saved_bytes(run: Callable[[], Any], parameters: Sequence[Tensor] = ()) -> in
     total = sum(kept.values())
     del result
     return total
+
+
+class LiveBytes(TorchDispatchMode):
+    """`peak`: the largest number of bytes alive at a time, of the tensors made inside."""
+
+    def __enter__(self) -> LiveBytes:
+        self.live, self.peak = 0, 0
+        self.known: dict[int, weakref.ref[Any]] = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note((args, kwargs), made=False)  # the result may be a view of a tensor from outside
+        result = func(*args, **(kwargs or {}))
+        self._note(result, made=True)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _note(self, values: Any, made: bool) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes() if made else 0
+                if key not in self.known:
+                    self.live += size
+                    self.known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._release(key, size))
+
+    def _release(self, key: int, size: int) -> None:
+        del self.known[key]
+        self.live -= size
+
+
+def peak_bytes(run: Run) -> tuple[int, Any]:
+    """The largest number of bytes alive at a time during `run()`, of tensors made by it, and its result."""
+    gc.collect()
+    with LiveBytes() as live:
+        result = run()
+    return live.peak, result
 
 
 class Timer:
@@ -222,7 +260,7 @@ def add_graphs(
             running[graph] = checked
 
 
-def interleave(runs: Mapping[str, Run], timer: Timer, budget: float) -> dict[str, list[float]]:
+def interleave(runs: Mapping[str, Run], timer: Timer, budget: float, least_rounds: int = 5) -> dict[str, list[float]]:
     """Times of each run, in rounds; each round calls every run, beginning one further than the last."""
     repeats = {}
     for name, run in runs.items():
@@ -234,10 +272,7 @@ def interleave(runs: Mapping[str, Run], timer: Timer, budget: float) -> dict[str
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while order:
-            spent = time.perf_counter() - begin
-            if rounds >= (5 if spent < LONG else 3) and (spent >= budget or rounds >= 1000):
-                break
+        while order and (rounds < least_rounds or (time.perf_counter() - begin < budget and rounds < 1000)):
             for name in order:
                 times[name].append(timer(runs[name], repeats[name]))
             order.append(order.pop(0))

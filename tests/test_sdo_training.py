@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import socket
-import weakref
 
 import pytest
 import torch
 from sdo_models import ConvModel, gradients, tiny_unet
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness import peak_bytes, saved_bytes
 from sdo_fast import ShortcutSampler, TrajectoryCache, optimize_latents
 from sdo_fast.reference import full_backprop, sdo_loop
 
@@ -208,51 +205,13 @@ def test_conditions_made_under_inference_mode():
     assert len(result.history) == 3
 
 
-class LiveBytes(TorchDispatchMode):
-    """The largest number of bytes of tensors alive at a time, of those made inside."""
-
-    def __enter__(self):
-        self.live, self.peak, self.known = 0, 0, {}
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    key, size = storage._cdata, storage.nbytes()
-                    self.live += size
-                    self.known[key] = weakref.ref(storage, lambda _, key=key, size=size: self.release(key, size))
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def release(self, key, size):
-        del self.known[key]
-        self.live -= size
-
-
-def peak(function, *args):
-    gc.collect()
-    with LiveBytes() as live:
-        image = function(*args)
+def peak(function):
+    def run():
+        image = function()
         if image.requires_grad:
             image.sum().backward()
-    return live.peak
 
-
-def saved(function, *args):
-    """Bytes of distinct storages saved for backward, beyond parameters and latents."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        image = function(*args)
-    del image
-    return sum(storages.values())
+    return peak_bytes(run)[0]
 
 
 @pytest.mark.parametrize("scheduler", [ddim(), diffusers.DPMSolverMultistepScheduler()], ids=["ddim", "dpm++"])
@@ -267,12 +226,12 @@ def test_memory_does_not_grow_with_the_number_of_steps(scheduler):
     def full(n):
         return lambda: full_backprop(unet, scheduler, x, n, model_kwargs=labels)
 
-    few, many = (saved(sample(n, checkpoint=False)) for n in (3, 12))
-    one_call = saved(lambda: unet(x, torch.tensor([1]), **labels).sample)
+    few, many = (saved_bytes(sample(n, checkpoint=False)) for n in (3, 12))
+    one_call = saved_bytes(lambda: unet(x, torch.tensor([1]), **labels).sample)
     assert many <= 1.02 * few
     assert few <= 1.1 * one_call
-    assert saved(full(12)) > 8 * many
-    assert saved(sample(12)) < 0.05 * many, "the checkpoint keeps its inputs only"
+    assert saved_bytes(full(12)) > 8 * many
+    assert saved_bytes(sample(12)) < 0.05 * many, "the checkpoint keeps its inputs only"
 
     with torch.no_grad():
         plain = peak(sample(8))
