@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import swformer_fast as sf
 
-from .harness import Case, Options, Variant, Work, compiled
+from .harness import Case, Options, Run, Variant, Work, compiled
 
 PRESET = "derain-s"
 TARGETS = {"reference": 3.5, "compile": 3.0}
@@ -39,6 +42,28 @@ def models(device: str) -> tuple[nn.Module, nn.Module]:
     return reference.to(device), fast.to(device)
 
 
+def peak_bytes(model: nn.Module, side: int) -> int | None:
+    """Memory that one evaluation needs beyond what is there before it, in a process of its own; Linux."""
+    kind = "sf.SWFormer" if isinstance(model, sf.SWFormer) else "sf.reference.SWFormer"
+    program = f"""
+import re, torch, swformer_fast as sf
+from benchmarks.bench_network import photograph
+torch.set_num_threads(1)
+model, image = {kind}.from_preset("{PRESET}").eval(), photograph({side})
+def status(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+with torch.no_grad():
+    model(image[..., :64, :64])  # loads what is loaded once
+    open("/proc/self/clear_refs", "w").write("5")  # begins the high-water mark anew
+    before = status("VmRSS")
+    model(image)
+print(status("VmHWM") - before)
+"""
+    if sys.platform != "linux":
+        return None
+    return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+
+
 def network(side: int, options: Options) -> Work:
     reference, fast = models(options.device)
     image = photograph(side).to(options.device)
@@ -53,15 +78,50 @@ def network(side: int, options: Options) -> Work:
         wide.load_state_dict(reference.state_dict())
         return call(wide, image.double())
 
-    variants = {"reference": Variant(lambda: call(reference))}
-    if options.full:
+    def metrics(model: nn.Module) -> dict[str, int]:
+        peak = peak_bytes(model, side) if options.device == "cpu" else None
+        return {} if peak is None else {"peak_bytes": peak}
+
+    variants = {"reference": Variant(lambda: call(reference), metrics=metrics(reference))}
+    if options.compile and side <= 256:
         variants |= compiled(reference, call)
     else:
-        variants["compile"] = Variant(None, note="compiling the network takes minutes; --full does it")
-    variants["ours"] = Variant(lambda: call(fast), ours=True)
-    return Work(variants, expected, TARGETS)
+        variants["compile"] = Variant(None, note="compiling the network takes minutes; --compile does it at 256x256")
+    variants["ours"] = Variant(lambda: call(fast), ours=True, metrics=metrics(fast))
+    return Work(variants, expected, TARGETS, least_rounds=5 if side <= 256 else 3)
+
+
+def train_step(batch: int, side: int, options: Options) -> Work:
+    """Forward with the L1 loss of every scale, and the gradients of all parameters."""
+    reference, fast = (model.train() for model in models(options.device))
+    crops = photograph(side * batch)[..., :side].reshape(1, 3, batch, side, side)[0].transpose(0, 1).contiguous()
+    target = crops.to(options.device)
+    image = (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
+
+    def step(model: nn.Module, image: Tensor = image, target: Tensor = target) -> Run:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def run() -> tuple[Tensor, ...]:
+            outputs, targets = model(image, all_scales=True), model.image_pyramid(target)
+            loss = sum((o - t).abs().mean() for o, t in zip(outputs, targets, strict=True))
+            grads = torch.autograd.grad(loss, parameters)
+            return outputs[0].detach() - image, torch.cat([g.flatten() for g in grads])
+
+        return run
+
+    def expected() -> tuple[Tensor, ...]:
+        wide = sf.reference.SWFormer.from_preset(PRESET).double().to(options.device)
+        wide.load_state_dict(reference.state_dict())
+        return step(wide, image.double(), target.double())()
+
+    variants = {"reference": Variant(step(reference))}
+    variants["compile"] = Variant(None, note="compiling the network's backward takes many minutes")
+    variants["ours"] = Variant(step(fast), ours=True)
+    return Work(variants, expected, {"reference": 2.5})
 
 
 def cases(options: Options) -> list[Case]:
-    sides = (64,) if options.quick else (256, 512) if options.full else (256,)
-    return [Case(f"{PRESET} eval {side}x{side}", lambda side=side: network(side, options)) for side in sides]
+    sides = (64,) if options.quick else (256, 512, 1024) if options.full else (256, 512)
+    batch, side = (2, 32) if options.quick else (4, 128)
+    evaluation = [Case(f"{PRESET} eval {n}x{n}", lambda n=n: network(n, options)) for n in sides]
+    return [*evaluation, Case(f"{PRESET} train step {batch}x{side}x{side}", lambda: train_step(batch, side, options))]

@@ -5,7 +5,7 @@ PyTorch. Importing loads no compiler, no Triton and no compiled extension: those
 """
 
 from . import functional, reference
-from .backend import backends, use_backend, why_not
+from .backend import backends, empty_cache, use_backend, why_not
 from .model import PRESETS, SWFormer
 from .modules import (
     ChannelAttention,
@@ -37,6 +37,7 @@ __all__ = [
     "WaveletBranch",
     "accelerate",
     "backends",
+    "empty_cache",
     "functional",
     "reference",
     "restore_tiled",

@@ -135,6 +135,16 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     return _implementation(op, _choose(op, args)[0])(*args)
 
 
+def empty_cache() -> None:
+    """Give back the memory that the C++ kernels keep for their next large results.
+
+    Results of more than 32 MiB come from a pool that keeps at most 256 MiB of what was freed: fresh pages would cost
+    more than most operators' arithmetic. (torch 2.10 lacks the means for it; there nothing is kept.)
+    """
+    if _extension() is None:
+        torch.ops._swformer_fast.empty_cache()
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Inside, every op runs on backend `name`: "auto", "reference", "cpp" or "triton".

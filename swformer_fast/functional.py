@@ -35,7 +35,14 @@ def _check_image(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least one channel, row and column, got shape {tuple(x.shape)}")
 
 
-def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_parameter(name: str, parameter: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if (
+        isinstance(parameter, Tensor)
+        and parameter.shape == shape
+        and parameter.dtype in (x.dtype, torch.float32)
+        and parameter.device == x.device
+    ):
+        return
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(parameter).__name__}")
     if tuple(parameter.shape) != shape:
@@ -204,8 +211,8 @@ def fourier_mix(
     value_bn: BatchNormState,
     value_weight: Tensor,
     value_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -228,7 +235,7 @@ def fourier_mix(
         gate_bn, value_bn: (running_mean, running_var, weight, bias), each (2 * C,). In training the running
             statistics are updated in place; they may be None, then the batch's are used in evaluation too.
         gate_weight, value_weight: (2 * C, 2 * C, 1, 1). gate_bias, value_bias: (2 * C,).
-        out_weight: (E, C, 1, 1). out_bias: (E,).
+        out_weight: (E, C, 1, 1). out_bias: (E,). Both None: no last convolution, E = C.
         training, momentum, eps: as in F.batch_norm.
 
     Returns:
@@ -245,7 +252,8 @@ def fourier_mix(
     _check_image("x", x)
     if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 2:
         raise ValueError(f"in_weight must have shape (2 * C, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
-    if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
+    last = out_weight is not None or out_bias is not None
+    if last and (not isinstance(out_weight, Tensor) or out_weight.dim() != 4):
         raise ValueError(f"out_weight must have shape (E, {in_weight.shape[0] // 2}, 1, 1), got {_shape(out_weight)}")
     wide = in_weight.shape[0]
     for name, parameter, shape in (
@@ -255,10 +263,11 @@ def fourier_mix(
         ("gate_bias", gate_bias, (wide,)),
         ("value_weight", value_weight, (wide, wide, 1, 1)),
         ("value_bias", value_bias, (wide,)),
-        ("out_weight", out_weight, (out_weight.shape[0], wide // 2, 1, 1)),
-        ("out_bias", out_bias, (out_weight.shape[0],)),
     ):
         _check_parameter(name, parameter, shape, x)
+    if out_weight is not None:
+        _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide // 2, 1, 1), x)
+        _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
     for name, state in (("gate_bn", gate_bn), ("value_bn", value_bn)):
         if len(state) != 4:
             raise ValueError(f"{name} must be (running_mean, running_var, weight, bias), got {len(state)} values")
@@ -337,7 +346,8 @@ def multiscale_ffn(
     _check_image("x", x)
     if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 3:
         raise ValueError(f"in_weight must have shape (3 * M, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
-    if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
+    last = out_weight is not None or out_bias is not None
+    if last and (not isinstance(out_weight, Tensor) or out_weight.dim() != 4):
         raise ValueError(f"out_weight must have shape (E, {in_weight.shape[0]}, 1, 1), got {_shape(out_weight)}")
     if len(dw_weights) != 3 or len(dw_biases) != 3:
         raise ValueError(

@@ -97,25 +97,37 @@ class MultiDomainMixer(reference.MultiDomainMixer):
     @property
     def fusible(self) -> bool:
         known = _as_defined(nn.Conv2d, self.conv_in, self.conv_out) and _as_defined(ChannelAttention, self.attention)
-        return known and isinstance(self.fourier, reference.FourierBranch) and self.canonical
+        return known and _as_defined(FourierBranch, self.fourier) and self.canonical
 
     def mix(self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
         """`residual + scale * forward(x)` with the parameters of `conv_in` given.
 
-        The branches are never concatenated, and attention and `scale` go into the weights of `conv_out`.
+        The branches are never concatenated. The Fourier branch's part of `conv_in` goes into that branch's first
+        convolution; its last one, attention and `scale` go into the weights of `conv_out`.
         """
         op, dim = torch.ops.swformer_fast.pointwise, self.conv_in.in_channels
-        parts = op(x, None, None, weight.flatten(1)[None], bias, None).split(dim, dim=1)
-        branches = (self.spatial(parts[0]), self.wavelet(parts[1]), self.fourier(parts[2]))
+        weight = weight.flatten(1)
+        parts = op(x, None, None, weight[: 2 * dim][None], bias[: 2 * dim], None).split(dim, dim=1)
+        arguments = self.fourier.arguments()
+        first_weight, last_weight, last_bias = arguments[0].flatten(1), arguments[8].flatten(1), arguments[9]
+        first_bias = torch.addmv(arguments[1], first_weight, bias[2 * dim :])
+        first_weight = (first_weight @ weight[2 * dim :])[..., None, None]
+        arguments = (first_weight, first_bias, *arguments[2:8], None, None, *arguments[10:])
+        frequencies = functional.fourier_mix(x, *arguments)
+        branches = (self.spatial(parts[0]), self.wavelet(parts[1]), frequencies)
         w1, b1, w2, b2 = self.attention.arguments()
-        mean = torch.cat([branch.mean((2, 3)) for branch in branches], dim=1)
-        hidden = torch.addmm(b1, mean, w1.flatten(1).t()).relu()
+        means = [branch.mean((2, 3)) for branch in branches]
+        means[2] = torch.addmm(last_bias, means[2], last_weight.t())
+        hidden = torch.addmm(b1, torch.cat(means, dim=1), w1.flatten(1).t()).relu()
         attention = torch.addmm(b2, hidden, w2.flatten(1).t()).sigmoid()
         weight, bias = conv_parameters(self.conv_out)
         weight = weight.flatten(1)
         if scale is not None:
             weight, bias = weight * scale.view(-1, 1), bias * scale.view(-1)
-        return op(*branches, weight * attention[:, None], bias, residual)
+        weight = weight * attention[:, None]
+        last = weight[..., 2 * dim :]
+        weight = torch.cat((weight[..., : 2 * dim], last @ last_weight), dim=2)
+        return op(*branches, weight, bias + last @ last_bias, residual)
 
 
 class MultiScaleFFN(reference.MultiScaleFFN):

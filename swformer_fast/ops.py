@@ -149,7 +149,7 @@ def _define_differentiable(
             with _autograd():
                 grads = backward(kernels, grad, *args)
             inputs = args[len(kept) :]
-            return tuple(_format(inputs[i], g) for i, g in zip(places, grads, strict=True))
+            return tuple(g if inputs[i] is None else _format(inputs[i], g) for i, g in zip(places, grads, strict=True))
 
         return call
 
@@ -307,7 +307,7 @@ def _fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fourier_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y = _empty(x, x.shape[0], arguments[-3].shape[0], x.shape[2], x.shape[3])
+    y = _empty(x, x.shape[0], _fourier.output_channels(arguments[:-1]), x.shape[2], x.shape[3])
     return y, *_fourier.no_statistics(x, arguments[:-1])
 
 
@@ -317,7 +317,7 @@ _define_differentiable(
     " Tensor gate_weight, Tensor gate_bias,"
     " Tensor? value_mean, Tensor? value_variance, Tensor value_scale, Tensor value_shift,"
     " Tensor value_weight, Tensor value_bias,"
-    " Tensor out_weight, Tensor out_bias, float eps) -> (Tensor y, Tensor moments, Tensor statistics)",
+    " Tensor? out_weight, Tensor? out_bias, float eps) -> (Tensor y, Tensor moments, Tensor statistics)",
     "bool need_x, bool need_parameters",
     "fourier",
     _fourier_mix,

@@ -158,3 +158,9 @@ def count_macs(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> int:
     with _MacCounter(model) as counter, torch.no_grad():
         model(*inputs, **kwargs)
     return counter.macs
+
+
+def tf32(x: Tensor) -> Tensor:
+    """fp32 numbers rounded to tf32's ten bits of mantissa."""
+    bits = x.view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)

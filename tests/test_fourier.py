@@ -90,6 +90,11 @@ def test_widths(kernels: str, dims: tuple[int, int, int], training: bool) -> Non
     check(image(2, dims[0], 14, 23), parameters(*dims), training=training)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_no_last_convolution(kernels: str, training: bool) -> None:
+    check(image(2, 5, 14, 23), (*parameters(5, 7, 3)[:-2], None, None), training=training)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("training", [False, True])
 def test_more_tiles_than_one_task(kernels: str, batch: int, training: bool) -> None:

@@ -45,6 +45,12 @@ def test_a_weight_for_each_image() -> None:
     check(arguments(torch.float32, 3, (6, 5, 4), 10, (7, 30), weights=3), torch.float32)
 
 
+def test_a_bias_for_each_image() -> None:
+    args = list(arguments(torch.float32, 3, (6, 5), 10, (7, 30), weights=3))
+    args[4] = torch.randn(3, 10, requires_grad=True)
+    check(tuple(args), torch.float32)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
 def test_layouts(layout: str) -> None:
     args = list(arguments(torch.float32, 2, (4, 3, 2), 5, (9, 20)))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads
 from torch import Tensor
 
 import swformer_fast as sf
@@ -53,9 +53,27 @@ def test_mix(dims: tuple[int, int, int], size: tuple[int, int]) -> None:
     assert_close(actual, _mix(*fp64((spectrum, *parameters))))
 
 
+def test_error_of_tf32() -> None:
+    """By emulation, as the interpreter ignores how products are taken: why tf32 is on request only."""
+    spectrum, (matrix, weight) = _spectrum(1, 40, 16, 16), _parameters(40, 40, 40)
+    exact = _mix(*fp64((spectrum, matrix, weight)))
+
+    def error(precision: Callable[[Tensor], Tensor]) -> float:
+        return rel_rms(_mix(*fp64((precision(spectrum), precision(matrix), precision(weight)))), exact)
+
+    assert 1e-4 < error(tf32) < 1e-3
+    assert error(lambda x: tf32(x) + tf32(x - tf32(x))) < 1e-6
+
+
 def test_several_tiles() -> None:
     spectrum, parameters = _spectrum(2, 3, 9, 20), _parameters(3, 4, 5)
     assert_close(fourier.spectrum_mix(spectrum, *parameters, 20), _mix(*fp64((spectrum, *parameters))))
+
+
+def test_no_last_convolution() -> None:
+    spectrum, (matrix, weight) = _spectrum(2, 3, 5, 8), _parameters(3, 4, 5)
+    actual = fourier.spectrum_mix(spectrum, matrix, weight.new_empty(0), 8)
+    assert_close(actual, _mix(*fp64((spectrum, matrix, torch.eye(4, device=DEVICE)))))
 
 
 @pytest.mark.parametrize("dims", DIMS)

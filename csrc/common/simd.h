@@ -152,6 +152,10 @@ inline void deinterleave(V a, V b, V& even, V& odd, std::index_sequence<I...>) {
   even = __builtin_shufflevector(a, b, (2 * I)...);
   odd = __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
+template <int kFirst, class V, size_t... I>
+inline V window(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (kFirst + I)...);
+}
 template <class V, size_t... I>
 inline void interleave(V even, V odd, V& a, V& b, std::index_sequence<I...>) {
   constexpr size_t n = sizeof...(I);
@@ -166,6 +170,11 @@ template <class V>
 using Indices = std::make_index_sequence<sizeof(V) / sizeof(std::declval<V>()[0])>;
 }  // namespace detail
 
+// Elements kFirst, kFirst + 1, ... of (a, b) as one run.
+template <int kFirst, class V>
+inline V window(V a, V b) {
+  return detail::window<kFirst>(a, b, detail::Indices<V>{});
+}
 // (a, b) as one run of elements -> those at even places and those at odd places.
 template <class V>
 inline void deinterleave(V a, V b, V& even, V& odd) {

@@ -65,13 +65,14 @@ inline A* workspace(size_t count) {
   return static_cast<A*>(buffer.memory);
 }
 
-// Row i of `rows` lies in slot i % depth; the rows outside are zero.
-template <class A>
+// Row i of `rows` lies in slot i % kDepth; the rows outside are zero.
+template <class A, int64_t kDepth>
 struct Ring {
+  static_assert((kDepth & (kDepth - 1)) == 0, "a power of two, for the sake of the remainder");
   A* slots;
   const A* zero;
-  int64_t stride, depth, rows;
-  A* slot(int64_t i) const { return slots + i % depth * stride; }
+  int64_t stride, rows;
+  A* slot(int64_t i) const { return slots + (i & (kDepth - 1)) * stride; }
   const A* row(int64_t i) const { return i < 0 || i >= rows ? zero : slot(i); }
 };
 
@@ -93,9 +94,9 @@ inline void by_pairs(int64_t begin, int64_t end, F&& f) {
   if (i < end) f(std::integral_constant<int, 1>{}, i);
 }
 
-// f(v, true) for the vectors that are whole, f(v, false) for the others.
+// f(v, true) for the vectors that are whole, f(v, false) for the others; inlined, so that what f adds up stays in registers.
 template <class F>
-inline void each_vector(int64_t whole, int64_t vectors, F&& f) {
+__attribute__((always_inline)) inline void each_vector(int64_t whole, int64_t vectors, F&& f) {
   int64_t v = 0;
   for (; v < whole; ++v) f(v, std::true_type{});
   for (; v < vectors; ++v) f(v, std::false_type{});
@@ -152,55 +153,87 @@ inline void load_row(const L& line, const T* row, A* padded) {
   });
 }
 
+// The pixels kSide beside those at p, which is aligned to a vector: never a load across two cache lines, nor one that must wait
+// until two stores have left the store buffer.
+template <int kSide, int64_t kStep, class A>
+inline Vec<A> beside(const A* p) {
+  constexpr int n = simd::kLanes<A>;
+  if constexpr (kStep != 1 || kSide == 0)
+    return simd::load(p + kSide * kStep);
+  else if constexpr (kSide < 0)
+    return simd::window<n + kSide>(simd::load(p - n), simd::load(p));
+  else
+    return simd::window<kSide>(simd::load(p), simd::load(p + n));
+}
+
+template <int... I, class F>
+inline void each_of(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+// f(0), ..., f(kCount - 1), the arguments as types.
+template <int kCount, class F>
+inline void each_of(F&& f) {
+  each_of(std::make_integer_sequence<int, kCount>{}, f);
+}
+
 // emit(v, sums, whole) gets vector v of kRows output rows, bias + weight * rows; in: the kRows + k - 1 rows around them.
-template <int k, int kRows, class A, class F>
-inline void convolve(
-    const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t whole, int64_t vectors, int64_t step, F&& emit) {
+template <int k, int kRows, int64_t kStep, class A, class F>
+inline void convolve(const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t whole, int64_t vectors, F&& emit) {
   constexpr int n = simd::kLanes<A>;
   Vec<A> w[k * k];
-  std::copy(weight, weight + k * k, w);
+#pragma GCC unroll 32
+  for (int t = 0; t < k * k; ++t) w[t] = weight[t];
   each_vector(whole, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
     Vec<A> sums[kRows];
     for (int o = 0; o < kRows; ++o) sums[o] = bias;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows + k - 1; ++r)
-#pragma GCC unroll 8
-      for (int d = 0; d < k; ++d) {
-        const Vec<A> x = simd::load(in[r] + v * n + (d - k / 2) * step);
-#pragma GCC unroll 8
-        for (int o = 0; o < kRows; ++o)
-          if (r - o >= 0 && r - o < k) sums[o] += w[(r - o) * k + d] * x;
-      }
+    each_of<kRows + k - 1>([&](auto r) __attribute__((always_inline)) {
+      each_of<k>([&](auto d) __attribute__((always_inline)) {
+        const Vec<A> x = beside<d - k / 2, kStep>(in[r] + v * n);
+        each_of<kRows>([&](auto o) __attribute__((always_inline)) {
+          if constexpr (r - o >= 0 && r - o < k) sums[o] += w[(r - o) * k + d] * x;
+        });
+      });
+    });
     emit(v, sums, is_whole);
   });
 }
 
-// Adds to sums[tap] the products of `grad` with the rows shifted by that tap, and to sums[k * k] `grad` itself. Only the first
-// `last_lanes` lanes of the last vector count: the products of padding would turn infinities into NaN.
-template <int k, int kRows, class A>
+// Adds to sums[tap] the products of `grad` with the rows shifted by that tap, and to sums[k * k] `grad` itself; with kConvolve,
+// `emit` gets what it gets from `convolve`. Only the first `last_lanes` lanes of the last vector count in the sums: the products
+// of padding would turn infinities into NaN.
+template <bool kConvolve, int k, int kRows, int64_t kStep, class A, class F>
 inline void correlate(
-    const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int64_t step, int last_lanes) {
+    const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int last_lanes,
+    const Vec<A>* weight, Vec<A> bias, F&& emit) {
   constexpr int n = simd::kLanes<A>;
-  Vec<A> total[k * k + 1];
+  Vec<A> total[k * k + 1], w[k * k];
 #pragma GCC unroll 32
   for (int t = 0; t <= k * k; ++t) total[t] = sums[t];  // unrolled, not std::copy, so that they stay in registers
+  if (kConvolve) {
+#pragma GCC unroll 32
+    for (int t = 0; t < k * k; ++t) w[t] = weight[t];
+  }
   each_vector(last_lanes == n ? vectors : vectors - 1, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
-    Vec<A> g[kRows];
-#pragma GCC unroll 8
+    Vec<A> g[kRows], convolved[kRows];
     for (int o = 0; o < kRows; ++o) {
       g[o] = simd::load(grad[o] + v * n);
       total[k * k] += g[o];
+      convolved[o] = bias;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows + k - 1; ++r)
-#pragma GCC unroll 8
-      for (int d = 0; d < k; ++d) {
-        Vec<A> x = simd::load(in[r] + v * n + (d - k / 2) * step);
-        if (!is_whole) x = first_lanes<A>(x, last_lanes);
-#pragma GCC unroll 8
-        for (int o = 0; o < kRows; ++o)
-          if (r - o >= 0 && r - o < k) total[(r - o) * k + d] += g[o] * x;
-      }
+    each_of<kRows + k - 1>([&](auto r) __attribute__((always_inline)) {
+      each_of<k>([&](auto d) __attribute__((always_inline)) {
+        const Vec<A> x = beside<d - k / 2, kStep>(in[r] + v * n);
+        const Vec<A> counted = is_whole ? x : first_lanes<A>(x, last_lanes);
+        each_of<kRows>([&](auto o) __attribute__((always_inline)) {
+          if constexpr (r - o >= 0 && r - o < k) {
+            constexpr int tap = (r - o) * k + d;
+            total[tap] += g[o] * counted;
+            if constexpr (kConvolve) convolved[o] += w[tap] * x;
+          }
+        });
+      });
+    });
+    if constexpr (kConvolve) emit(v, convolved, is_whole);
   });
 #pragma GCC unroll 32
   for (int t = 0; t <= k * k; ++t) sums[t] = total[t];
@@ -209,25 +242,31 @@ inline void correlate(
 // Sums that are kept in A for short runs and in double beyond.
 template <class A, int kCount>
 struct Sums {
-  static constexpr int n = simd::kLanes<A>;
+  static constexpr int n = simd::kLanes<A>, kWide = simd::kLanes<double>, kParts = n / kWide;
   static constexpr int64_t kTermsPerFlush = 128;
+  using Wide = Vec<double>;
   Vec<A> run[kCount] = {};
-  double total[kCount][n] = {};
+  Wide total[kCount][kParts] = {};
   int64_t terms = 0;
 
   void count(int64_t added) {
     if ((terms += added) >= kTermsPerFlush) flush();
   }
   void flush() {
+    typedef A Part __attribute__((vector_size(kWide * sizeof(A))));
     for (int i = 0; i < kCount; ++i) {
-      for (int lane = 0; lane < n; ++lane) total[i][lane] += run[i][lane];
+      for (int part = 0; part < kParts; ++part)
+        total[i][part] += __builtin_convertvector(simd::load_raw<Part>(reinterpret_cast<A*>(&run[i]) + part * kWide), Wide);
       run[i] = Vec<A>{};
     }
     terms = 0;
   }
+  double lane(int i, int l) const { return total[i][l / kWide][l % kWide]; }
   double sum(int i) const {
+    Wide all = total[i][0];
+    for (int part = 1; part < kParts; ++part) all += total[i][part];
     double s = 0;
-    for (int lane = 0; lane < n; ++lane) s += total[i][lane];
+    for (int l = 0; l < kWide; ++l) s += all[l];
     return s;
   }
 };

@@ -7,12 +7,20 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
-#include <initializer_list>
+#include <optional>
 #include <vector>
 
+#include "pool.h"
 #include "simd.h"
+
+// Since torch 2.11; the address is null in older ones.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype, int32_t device_type,
+    int32_t device_index, AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
 
 namespace tensor {
 
@@ -43,12 +51,46 @@ inline Tensor with_format(const Tensor& x, bool channels_last) {
   return with_dense_rows(x);
 }
 
+inline size_t size_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Double: return 8;
+    default: return 4;
+  }
+}
+
+// By the shims, not by the dispatcher: its boxed calls take microseconds.
 inline Tensor empty(
-    const Tensor& like, std::initializer_list<int64_t> size, bool channels_last = false,
-    std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::empty(
-      size, dtype.value_or(like.scalar_type()), std::nullopt, like.device(), std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    const Tensor& like, const std::vector<int64_t>& size, bool channels_last = false, std::optional<ScalarType> dtype = std::nullopt) {
+  const ScalarType type = dtype.value_or(like.scalar_type());
+  const int64_t rank = static_cast<int64_t>(size.size());
+  std::vector<int64_t> strides(rank), order(rank);
+  for (int64_t i = 0; i < rank; ++i) order[i] = rank - 1 - i;
+  if (channels_last) order = {1, 3, 2, 0};
+  int64_t numel = 1;
+  for (int64_t i : order) {
+    strides[i] = std::max<int64_t>(1, numel);
+    numel *= size[i];
+  }
+  namespace detail = torch::stable::detail;
+  const auto device = like.device();
+  const int32_t dtype_code = detail::to<int32_t>(detail::from(type)), device_type = detail::to<int32_t>(detail::from(device.type()));
+  AtenTensorHandle handle;
+  const size_t bytes = static_cast<size_t>(numel) * size_of(type);
+  if (torch_from_blob && bytes >= pool::kSmallest) {
+    const auto error = torch_from_blob(
+        pool::instance().take(bytes), rank, size.data(), strides.data(), 0, dtype_code, device_type, device.index(), &handle,
+        aoti_torch_layout_strided(), nullptr, 0,
+        [](void* memory, void* context) { pool::instance().give(memory, reinterpret_cast<size_t>(context)); },
+        reinterpret_cast<void*>(bytes));
+    STD_TORCH_CHECK(error == 0, "torch_from_blob failed");
+  } else {
+    const auto error =
+        aoti_torch_empty_strided(rank, size.data(), strides.data(), dtype_code, device_type, device.index(), &handle);
+    STD_TORCH_CHECK(error == 0, "aoti_torch_empty_strided failed");
+  }
+  return Tensor(handle);
 }
 
 // Calls f(static_cast<T*>(nullptr)) with the C++ type of a floating dtype.
@@ -66,7 +108,7 @@ inline void dispatch(ScalarType dtype, F&& f) {
 // The elements of a parameter tensor of any floating dtype and layout.
 template <class A>
 inline std::vector<A> read(const Tensor& parameter) {
-  Tensor dense = torch::stable::contiguous(parameter);
+  const Tensor dense = parameter.is_contiguous() ? parameter : torch::stable::contiguous(parameter);
   std::vector<A> values(dense.numel());
   dispatch(dense.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -79,7 +121,8 @@ inline std::vector<A> read(const Tensor& parameter) {
 // A tensor shaped like `parameter`, in its dtype, holding `values`.
 template <class A>
 inline Tensor write(const Tensor& parameter, const A* values) {
-  Tensor out = torch::stable::empty(parameter.sizes(), parameter.scalar_type(), std::nullopt, parameter.device());
+  const auto size = parameter.sizes();
+  Tensor out = empty(parameter, std::vector<int64_t>(size.begin(), size.end()));
   dispatch(out.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     T* p = static_cast<T*>(out.mutable_data_ptr());

@@ -306,6 +306,10 @@ def _tiles(spectrum: Tensor, columns: int) -> tuple[int, int, int]:
     return numbers, triton.cdiv(numbers, 2 * columns), math.gcd(16, numbers)
 
 
+def _last_weight(matrix: Tensor, out_weight: Tensor) -> Tensor:
+    return out_weight if out_weight.numel() else torch.eye(len(matrix) // 4, device=matrix.device)
+
+
 def spectrum_mix(
     spectrum: Tensor, matrix: Tensor, out_weight: Tensor, width: int, precision: str | None = None
 ) -> Tensor:
@@ -320,7 +324,7 @@ def spectrum_mix(
     Args:
         spectrum: (B, D, H, width // 2 + 1, 2), contiguous, fp32.
         matrix: (4 * C, 2 * (D + 1)), fp32; see the head of this file.
-        out_weight: (E, C), fp32.
+        out_weight: (E, C), fp32; empty: the unit matrix, E = C.
         precision: of products, "ieee", "tf32x3" or "tf32"; None follows `torch.get_float32_matmul_precision`, whose
             default, "highest", is "ieee".
 
@@ -328,6 +332,7 @@ def spectrum_mix(
         (B, E, H, width // 2 + 1, 2).
     """
     batch, dim, height, half, _ = spectrum.shape
+    out_weight = _last_weight(matrix, out_weight)
     outputs, channels = out_weight.shape
     out = spectrum.new_empty(batch, outputs, height, half, 2)
     numbers, tiles, align = _tiles(spectrum, 32)
@@ -359,6 +364,7 @@ def spectrum_mix_backward(
     in the one and half in the other. What is not needed is empty. Deterministic. `packed` has no meaning here.
     """
     batch, dim = spectrum.shape[:2]
+    out_weight = _last_weight(matrix, out_weight)
     outputs, channels = out_weight.shape
     precision = input_precision(spectrum, precision)
     out = torch.empty_like(spectrum) if need_spectrum else spectrum.new_empty(0)

@@ -65,8 +65,8 @@ def store_maps(maps, strides, counts, value, image, channel, pixel, pixels, ALIG
 
 @triton.jit
 def pointwise_kernel(
-    maps, strides, counts, weight, weight_strides, bias, residual, residual_strides, outs, out_strides, out_counts,
-    pixels, tiles,
+    maps, strides, counts, weight, weight_strides, bias, bias_stride, residual, residual_strides,
+    outs, out_strides, out_counts, pixels, tiles,
     BK: tl.constexpr, BE: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The concatenation of `outs` = weight @ the concatenation of `maps` + bias + residual; those two may be None."""
@@ -88,6 +88,7 @@ def pointwise_kernel(
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     if bias is not None:
+        bias += image * bias_stride
         total += tl.load(bias + e, mask=e < outputs, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
         total += load_maps((residual,), (residual_strides,), out_counts, image, e, pixel, pixels, ALIGN)
@@ -145,9 +146,10 @@ def _multiply(
     tiles = triton.cdiv(pixels, columns)
     everything = [*maps, *outs] if residual is None else [*maps, *outs, residual]
     weight_strides = (weight.stride(0) if len(weight) > 1 else 0, weight.stride(1), weight.stride(2))
+    bias_stride = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
     with torch.cuda.device_of(maps[0]):
         pointwise_kernel[(batch * tiles, triton.cdiv(sum(_counts(outs)), block))](
-            tuple(maps), _strides(maps), _counts(maps), weight, weight_strides, bias,
+            tuple(maps), _strides(maps), _counts(maps), weight, weight_strides, bias, bias_stride,
             residual, None if residual is None else _strides([residual])[0],
             tuple(outs), _strides(outs), _counts(outs), pixels, tiles,
             BK=16, BE=block, N=columns, ALIGN=alignment(pixels, 2, everything),
@@ -218,9 +220,9 @@ def pointwise_backward(
                 BE=rows, BC=columns, N=_PARAMETER_PIXELS, ALIGN=alignment(pixels, 2, [flat, *maps]),
                 PRECISION=input_precision(grad, exact="tf32x3"), **matrix_options(grad),
             )  # fmt: skip
-            sums = sum_partials(partials.view(-1, len(weight), count))
-        of_weight = sums[:, : outputs * inputs].view(weight.shape).to(weight.dtype)
-        of_bias = sums[:, outputs * inputs :].sum(0).to(bias.dtype)
+            sums = sum_partials(partials.view(-1, max(len(weight), bias.numel() // outputs), count))
+        of_weight = sums[:, : outputs * inputs].view(-1, *weight.shape).sum(0).to(weight.dtype)
+        of_bias = sums[:, outputs * inputs :].view(-1, *bias.shape).sum(0).to(bias.dtype)
     of_residual = nothing
     if need_residual and residual is not None:
         of_residual = grad.to(residual.dtype, copy=True, memory_format=torch.contiguous_format)

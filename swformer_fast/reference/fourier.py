@@ -48,8 +48,8 @@ def fourier_mix(
     value_bn: BatchNormState,
     value_weight: Tensor,
     value_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -79,7 +79,7 @@ def fourier_mix(
         gate_weight, value_weight: (2 * C, 2 * C, 1, 1).
         gate_bias, value_bias: (2 * C,).
         out_weight: (E, C, 1, 1).
-        out_bias: (E,).
+        out_bias: (E,). Both None: no last convolution, E = C.
         training: normalise by the batch's statistics and update the running ones, as nn.BatchNorm2d does.
         momentum, eps: of both batch normalisations.
         layout: "interleaved" or "concatenated" real and imaginary channels.
@@ -104,7 +104,8 @@ def fourier_mix(
     product = mix(gate, gate_bn, gate_weight, gate_bias).sigmoid() * F.gelu(
         mix(value, value_bn, value_weight, value_bias)
     )
-    return conv2d(inverse_spectrum(product, (x.shape[2], x.shape[3]), layout), out_weight, out_bias)
+    y = inverse_spectrum(product, (x.shape[2], x.shape[3]), layout)
+    return y if out_weight is None or out_bias is None else conv2d(y, out_weight, out_bias)
 
 
 class FourierBranch(nn.Module):

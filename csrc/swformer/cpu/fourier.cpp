@@ -3,7 +3,7 @@
 //
 // A tile's input rows are, for each part r (real, imaginary), the channels and one more row: 1 (r = 0), or 1 in the zero frequency
 // and else 0 (r = 1). With s for such a column, `matrix` (2, 2, C, 2, D + 1) gives the pre-activations (gate, value) of all output
-// parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is out_weight y.
+// parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is out_weight y, or y where that is empty.
 //
 // Results are packed in pairs of channels: the inverse transform of a pair's y1 + i y2, each made Hermitian, is one complex
 // transform with the image of channel 1 as its real and that of channel 2 as its imaginary part.
@@ -90,6 +90,9 @@ void load(const Spectrum& g, const Tile& t, const float* spectrum, int64_t chann
     int64_t i = 0;
     for (; i + kFloats <= t.count; i += kFloats) {
       VecF a, b;
+      // The next tile's: the channels are too many for the processor to see that they will be read.
+      __builtin_prefetch(in + 2 * (i + kTile));
+      __builtin_prefetch(in + 2 * (i + kTile) + kFloats);
       simd::deinterleave(simd::load(in + 2 * i), simd::load(in + 2 * i + kFloats), a, b);
       simd::store(re + i, a);
       simd::store(im + i, b);
@@ -344,21 +347,23 @@ struct MixBuffers {
 
 Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t width) {
   const Spectrum g(spectrum, width);
-  const int64_t d = spectrum.size(1), e = out_weight.size(0), c = out_weight.size(1);
+  const bool has_last = out_weight.numel() > 0;
+  const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c;
   const Gate gate(matrix);
   const float* w = data(out_weight);
-  const Linear last(e, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
+  const Linear last(has_last ? e : 0, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
   Pairs pairs(spectrum, g, e);
   torch::stable::parallel_for(0, g.batch * g.tiles, 1, [&](int64_t begin, int64_t end) {
-    const auto m = buffers<MixBuffers>(gate.inputs, gate.outputs, e);
+    const auto m = buffers<MixBuffers>(gate.inputs, gate.outputs, has_last ? e : 0);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
       load_mixed(g, t, data(spectrum), d, m.in);
       gate.apply(t.count, m.in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
         simd::store(m.y + at, simd::sigmoid(a) * simd::gelu(v));
       });
-      for (int r = 0; r < 2; ++r) last.apply(t.count, m.y + r * c * kTile, m.out + r * e * kTile);
-      pairs.store(t, m.out);
+      if (has_last)
+        for (int r = 0; r < 2; ++r) last.apply(t.count, m.y + r * c * kTile, m.out + r * e * kTile);
+      pairs.store(t, has_last ? m.out : m.y);
     }
   });
   pairs.finish();
@@ -378,10 +383,11 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
     const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t width, bool packed,
     bool need_spectrum, bool need_parameters) {
   const Spectrum g(spectrum, width);
-  const int64_t d = spectrum.size(1), e = out_weight.size(0), c = out_weight.size(1), n = 2 * d + 2;
+  const bool has_last = out_weight.numel() > 0;
+  const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c, n = 2 * d + 2;
   const Gate gate(matrix);
   const float *w = data(out_weight), *mx = data(matrix);
-  const Linear last_t(c, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
+  const Linear last_t(has_last ? c : 0, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
   const Linear matrix_t(2 * d, 4 * c, [&](int64_t i, int64_t j) { return mx[j * n + i + i / d]; });
   Pairs pairs(spectrum, g, need_spectrum && packed ? d : 0);
   Tensor half = need_spectrum && !packed ? tensor::empty(spectrum, {g.batch, d, g.height, g.columns, 2}) : pairs.result;
@@ -403,10 +409,12 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
           float* p = m.grad + row * kTile + i;
           simd::store(p, simd::load(p) * simd::load(m.alpha + i));
         }
-      for (int r = 0; r < 2; ++r) last_t.apply(t.count, m.grad + r * e * kTile, m.grad_y + r * c * kTile);
+      if (has_last)
+        for (int r = 0; r < 2; ++r) last_t.apply(t.count, m.grad + r * e * kTile, m.grad_y + r * c * kTile);
+      const float* const grad_product = has_last ? m.grad_y : m.grad;
       float* const grad_value = m.grad_pre + 2 * c * kTile;
       gate.apply(t.count, m.in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
-        const VecF s = simd::sigmoid(a), u = simd::gelu(v), grad_y = simd::load(m.grad_y + at);
+        const VecF s = simd::sigmoid(a), u = simd::gelu(v), grad_y = simd::load(grad_product + at);
         simd::store(m.y + at, s * u);
         simd::store(m.grad_pre + at, grad_y * u * (s * (1.0f - s)));
         simd::store(grad_value + at, grad_y * s * simd::gelu_derivative(v));
@@ -431,7 +439,7 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
         add_rows(t.count, 4 * c, m.grad_pre, m.constants);
         if (t.zero_frequency())
           for (int64_t row = 0; row < 4 * c; ++row) total[row * n + n - 1] += m.grad_pre[row * kTile];
-        for (int r = 0; r < 2; ++r) {
+        for (int r = 0; has_last && r < 2; ++r) {
           gemm::transpose(c, t.count, m.y + r * c * kTile, kTile, m.y_t, vectors(c));
           accumulate(t.count, e, m.grad + r * e * kTile, c, m.y_t, vectors(c), m.group, m.out_weight, vectors(c));
         }
@@ -444,7 +452,8 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
     }
   });
   if (need_spectrum && packed) pairs.finish();
-  return {half, to_tensor(spectrum, {4 * c, n}, totals.data()), to_tensor(spectrum, {e, c}, totals.data() + 4 * c * n)};
+  return {half, to_tensor(spectrum, {4 * c, n}, totals.data()),
+          to_tensor(spectrum, {has_last ? e : 0, c}, totals.data() + 4 * c * n)};
 }
 
 struct MomentBuffers {

@@ -33,11 +33,15 @@ struct Weight {
   A at(int64_t b, int64_t e, int64_t c) const { return values[(std::min(b, batch - 1) * rows + e) * columns + c]; }
 };
 
+// Also asks for the elements `ahead`: the planes are too many for the processor to see that they will be read.
 template <class T, class A>
-inline void gather(const T* in, A* out, int64_t n) {
+inline void gather(const T* in, A* out, int64_t n, int64_t ahead) {
   constexpr int lanes = simd::kLanes<A>;
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) simd::store(out + i, simd::load(in + i));
+  for (; i + lanes <= n; i += lanes) {
+    __builtin_prefetch(in + i + ahead);
+    simd::store(out + i, simd::load(in + i));
+  }
   for (; i < n; ++i) out[i] = static_cast<A>(in[i]);
 }
 
@@ -58,10 +62,11 @@ struct Rows {
   }
 };
 
-// out[b, e] = sum over c of at(b, e, c) in[b, c] + bias[e] + residual[b, e], over the rows e of the outputs.
+// out[b, e] = sum over c of at(b, e, c) in[b, c] + bias[b * bias_stride + e] + residual[b, e], over the rows e of the outputs.
 template <class T, class At>
 void product(
-    const std::vector<Tensor>& parts, At&& at, const Acc<T>* bias, const T* residual, const std::vector<Tensor>& outputs) {
+    const std::vector<Tensor>& parts, At&& at, const Acc<T>* bias, int64_t bias_stride, const T* residual,
+    const std::vector<Tensor>& outputs) {
   using A = Acc<T>;
   constexpr int64_t lanes = simd::kLanes<A>, tile = kTileVectors * lanes;
   const Rows<T> out(outputs);
@@ -82,25 +87,30 @@ void product(
       A* row = scratch.data();
       for (const Tensor& part : parts) {
         const T* in = static_cast<const T*>(part.const_data_ptr()) + b * part.size(1) * pixels + first;
-        for (int64_t c = 0; c < part.size(1); ++c, in += pixels, row += tile) gather(in, row, n);
+        for (int64_t c = 0; c < part.size(1); ++c, in += pixels, row += tile) gather(in, row, n, tile);
       }
       gemm::multiply(
           m, n, channels, packed.data() + b * panel, channels * gemm::kRows, int64_t{gemm::kRows}, scratch.data(), tile,
           [&](int64_t e, int64_t column, auto& sum) __attribute__((always_inline)) {
             constexpr int vectors = sizeof(sum[0]) / sizeof(sum[0][0]);
-            for (int i = 0; i < gemm::kRows && e + i < m; ++i) {
+            const int64_t left = n - column;
+            // Unrolled, so that the sums stay in registers.
+#pragma GCC unroll 8
+            for (int i = 0; i < gemm::kRows; ++i) {
+              if (e + i >= m) break;
               T* to = out.rows[e + i].data + b * out.rows[e + i].batch_stride + first + column;
               const T* add = residual ? residual + (b * m + e + i) * pixels + first + column : nullptr;
+              const simd::Vec<A> offset = simd::broadcast(bias ? bias[b * bias_stride + e + i] : A(0));
+#pragma GCC unroll 3
               for (int v = 0; v < vectors; ++v) {
-                simd::Vec<A> value = sum[i][v] + (bias ? bias[e + i] : A(0));
-                const int64_t at = v * lanes, left = n - column - at;
-                if (left >= lanes) {
-                  if (add) value += simd::load(add + at);
-                  simd::store(to + at, value);
-                } else {
-                  for (int64_t l = 0; l < left; ++l)
-                    to[at + l] = static_cast<T>(value[l] + (add ? static_cast<A>(add[at + l]) : A(0)));
-                }
+                const int64_t at = v * lanes;
+                const simd::Vec<A> value = sum[i][v] + offset;
+                if (left >= at + lanes)
+                  simd::store(to + at, add ? value + simd::load(add + at) : value);
+                else if (left > at)
+                  simd::store_partial(
+                      to + at, add ? value + simd::load_partial(add + at, static_cast<int>(left - at)) : value,
+                      static_cast<int>(left - at));
               }
             }
           });
@@ -122,14 +132,15 @@ Tensor pointwise(
     if (residual) dense = torch::stable::contiguous(*residual);
     const T* add = dense ? static_cast<const T*>(dense->const_data_ptr()) : nullptr;
     product<T>(
-        maps.parts, [&](int64_t i, int64_t e, int64_t c) { return w.at(i, e, c); }, b.data(), add, {out});
+        maps.parts, [&](int64_t i, int64_t e, int64_t c) { return w.at(i, e, c); }, b.data(), bias.dim() == 2 ? weight.size(1) : 0, add,
+        {out});
   });
   return out;
 }
 
-// Sums over pixels, a plane at a time in short float runs added up in double; over the images in order.
+// Sums over pixels, a plane at a time in short float runs added up in double; over the images, in order, unless `each_image`.
 template <class T>
-std::vector<double> channel_sums(const Tensor& x) {
+std::vector<double> channel_sums(const Tensor& x, bool each_image) {
   using A = Acc<T>;
   constexpr int lanes = simd::kLanes<A>;
   constexpr int64_t run = 32 * lanes;
@@ -150,6 +161,7 @@ std::vector<double> channel_sums(const Tensor& x) {
       planes[plane] = total;
     }
   });
+  if (each_image) return planes;
   for (int64_t plane = 0; plane < batch * channels; ++plane) sums[plane % channels] += planes[plane];
   return sums;
 }
@@ -169,10 +181,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
     if (need_x && dense.numel()) {
       const Weight<Acc<T>> w(weight);
       product<T>(
-          {dense}, [&](int64_t i, int64_t c, int64_t e) { return w.at(i, e, c); }, nullptr, nullptr, grads);
+          {dense}, [&](int64_t i, int64_t c, int64_t e) { return w.at(i, e, c); }, nullptr, 0, nullptr, grads);
     }
     if (need_params) {
-      const auto sums = channel_sums<T>(dense);
+      const auto sums = channel_sums<T>(dense, bias.dim() == 2);
       grad_bias = tensor::write(bias, sums.data());
     }
   });

@@ -34,13 +34,13 @@ template <class T, bool kChannelsLast, int k>
 void forward(const Problem<T>& g, const std::vector<Acc<T>>& weight, const std::vector<Acc<T>>& bias) {
   using A = Acc<T>;
   using Lines = Line<T, kChannelsLast>;
-  constexpr int64_t kStep = Lines::kGroup, kDepth = k + 1;
+  constexpr int64_t kStep = Lines::kGroup, kDepth = k == 3 ? 4 : 8;
   const Tasks tasks(g.batch, g.channels, g.height, Lines::kGroup);
   const Padding<A> padding(Lines{g.width, 0, 0}.vectors(), kStep, k);
 
   torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * kStep), [&](int64_t begin, int64_t end) {
     A* memory = stencil::workspace<A>(padding.size(kDepth + 1)) + padding.margin;
-    const Ring<A> rows{memory, memory + kDepth * padding.stride(), padding.stride(), kDepth, g.height};
+    const Ring<A, kDepth> rows{memory, memory + kDepth * padding.stride(), padding.stride(), g.height};
     for (int64_t index = begin; index < end; ++index) {
       const Task task = tasks[index];
       const Lines in{g.width, g.x_strides.w, task.lanes}, out{g.width, g.out_strides.w, task.lanes};
@@ -56,8 +56,8 @@ void forward(const Problem<T>& g, const std::vector<Acc<T>>& weight, const std::
           stencil::load_row(in, x + loaded * g.x_strides.h, rows.slot(loaded));
         const A* around[kRows + k - 1];
         for (int r = 0; r < kRows + k - 1; ++r) around[r] = rows.row(i + r - k / 2);
-        stencil::convolve<k, kRows, A>(
-            around, w, b, out.whole(), out.vectors(), kStep, [&](int64_t v, auto& sums, auto whole) __attribute__((always_inline)) {
+        stencil::convolve<k, kRows, kStep>(
+            around, w, b, out.whole(), out.vectors(), [&](int64_t v, auto& sums, auto whole) __attribute__((always_inline)) {
               for (int o = 0; o < kRows; ++o) out.store(y + (i + o) * g.out_strides.h, v, simd::gelu(sums[o]), whole);
             });
       });
@@ -72,7 +72,7 @@ void backward(
     std::vector<double>& grad_weight, std::vector<double>& grad_bias) {
   using A = Acc<T>;
   using Lines = Line<T, kChannelsLast>;
-  constexpr int64_t kStep = Lines::kGroup, kDepthX = 2 + k / 2 * 3, kDepthZ = k + 1, kCount = k * k + 1;
+  constexpr int64_t kStep = Lines::kGroup, kDepthX = 8, kDepthZ = k == 3 ? 4 : 8, kCount = k * k + 1;
   const Tasks tasks(g.batch, g.channels, g.height, Lines::kGroup);
   const Padding<A> padding(Lines{g.width, 0, 0}.vectors(), kStep, k);
   const int64_t stride = padding.stride();
@@ -81,8 +81,8 @@ void backward(
   torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * kStep), [&](int64_t begin, int64_t end) {
     A* memory = stencil::workspace<A>(padding.size(kDepthX + kDepthZ + 1)) + padding.margin;
     const A* zero = memory + (kDepthX + kDepthZ) * stride;
-    const Ring<A> x_rows{memory, zero, stride, kDepthX, g.height};
-    const Ring<A> z_rows{memory + kDepthX * stride, zero, stride, kDepthZ, g.height};
+    const Ring<A, kDepthX> x_rows{memory, zero, stride, g.height};
+    const Ring<A, kDepthZ> z_rows{memory + kDepthX * stride, zero, stride, g.height};
     for (int64_t index = begin; index < end; ++index) {
       const Task task = tasks[index];
       const Lines x_line{g.width, g.x_strides.w, task.lanes}, grad_line{g.width, g.grad_strides.w, task.lanes};
@@ -103,8 +103,8 @@ void backward(
           stencil::load_row(x_line, x + x_next * g.x_strides.h, x_rows.slot(x_next));
         const A* around[kRows + k - 1];
         for (int r = 0; r < kRows + k - 1; ++r) around[r] = x_rows.row(i + r - k / 2);
-        stencil::convolve<k, kRows, A>(
-            around, w, b, grad_line.whole(), grad_line.vectors(), kStep,
+        stencil::convolve<k, kRows, kStep>(
+            around, w, b, grad_line.whole(), grad_line.vectors(),
             [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
               for (int o = 0; o < kRows; ++o) {
                 Vec<A> slope = simd::gelu_derivative(z[o]);
@@ -124,14 +124,15 @@ void backward(
           const A* grad_z[kRows];
           for (int r = 0; r < kRows + k - 1; ++r) around[r] = x_rows.row(i + r - k / 2);
           for (int o = 0; o < kRows; ++o) grad_z[o] = z_rows.row(i + o);
-          stencil::correlate<k, kRows, A>(around, grad_z, sums.run, x_line.vectors(), kStep, x_line.last_lanes());
+          stencil::correlate<false, k, kRows, kStep>(
+              around, grad_z, sums.run, x_line.vectors(), x_line.last_lanes(), w, b, [](auto&&...) {});
           sums.count(x_line.vectors() * kRows);
         }
         if (grad_x) {
           const A* around[kRows + k - 1];
           for (int r = 0; r < kRows + k - 1; ++r) around[r] = z_rows.row(i + r - k / 2);
-          stencil::convolve<k, kRows, A>(
-              around, flipped, Vec<A>{}, out_line.whole(), out_line.vectors(), kStep,
+          stencil::convolve<k, kRows, kStep>(
+              around, flipped, Vec<A>{}, out_line.whole(), out_line.vectors(),
               [&](int64_t v, auto& value, auto whole) __attribute__((always_inline)) {
                 for (int o = 0; o < kRows; ++o) out_line.store(grad_x + (i + o) * g.out_strides.h, v, value[o], whole);
               });
@@ -141,7 +142,7 @@ void backward(
         sums.flush();
         for (int lane = 0; lane < task.lanes; ++lane)
           for (int t = 0; t < kCount; ++t)
-            partial[(index * kStep + lane) * kCount + t] = kChannelsLast ? sums.total[t][lane] : sums.sum(t);
+            partial[(index * kStep + lane) * kCount + t] = kChannelsLast ? sums.lane(t, lane) : sums.sum(t);
       }
     }
   });

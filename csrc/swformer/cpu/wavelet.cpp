@@ -120,11 +120,11 @@ struct Blocks {
 };
 
 // The rings of rows of the four bands.
-template <class A>
+template <class A, int64_t kDepth>
 struct Bands {
-  Ring<A> ring[kBands];
-  Bands(A* memory, const A* zero, int64_t stride, int64_t depth, int64_t rows) {
-    for (int q = 0; q < kBands; ++q) ring[q] = {memory + q * depth * stride, zero, stride, depth, rows};
+  Ring<A, kDepth> ring[kBands];
+  Bands(A* memory, const A* zero, int64_t stride, int64_t rows) {
+    for (int q = 0; q < kBands; ++q) ring[q] = {memory + q * kDepth * stride, zero, stride, rows};
   }
   template <size_t kCount>
   void around(int q, int64_t first, const A* (&rows)[kCount]) const {
@@ -132,8 +132,8 @@ struct Bands {
   }
 };
 
-template <bool kReplicate, class B, class T, class A>
-void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filters, const Bands<A>& bands) {
+template <bool kReplicate, class B, class T, class A, int64_t kDepth>
+void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filters, const Bands<A, kDepth>& bands) {
   const Filters<A> f = filters;  // a local copy that no store can alias stays in registers
   A* out[kBands];
   for (int q = 0; q < kBands; ++q) out[q] = bands.ring[q].slot(i);
@@ -198,7 +198,7 @@ template <class T, bool kChannelsLast, int k>
 void forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   using A = Acc<T>;
   using B = Blocks<T, kChannelsLast>;
-  constexpr int64_t kStep = B::kGroup, kDepth = k + 1;
+  constexpr int64_t kStep = B::kGroup, kDepth = k == 3 ? 4 : 8;
   const int64_t rows = g.rows();
   const Tasks tasks(g.batch, g.channels, rows, B::kGroup);
   const Padding<A> padding(B{g.height, g.width, 0, 0, 0}.vectors(), kStep, k);
@@ -207,7 +207,7 @@ void forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * kStep), [&](int64_t begin, int64_t end) {
     A* memory = stencil::workspace<A>(padding.size(kBands * (kDepth + 2) + 1)) + padding.margin;
     A* mixed = memory + kBands * kDepth * stride;
-    const Bands<A> bands(memory, mixed + kBands * 2 * stride, stride, kDepth, rows);
+    const Bands<A, kDepth> bands(memory, mixed + kBands * 2 * stride, stride, rows);
     for (int64_t index = begin; index < end; ++index) {
       const Task task = tasks[index];
       const B in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
@@ -224,8 +224,8 @@ void forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
           const A* around[kRows + k - 1];
           bands.around(q, i - k / 2, around);
           A* z = mixed + q * 2 * stride;
-          stencil::convolve<k, kRows, A>(
-              around, weight[q], bias[q], out.vectors(), out.vectors(), kStep,
+          stencil::convolve<k, kRows, kStep>(
+              around, weight[q], bias[q], out.vectors(), out.vectors(),
               [&](int64_t v, auto& sums, auto) __attribute__((always_inline)) {
                 for (int o = 0; o < kRows; ++o) simd::store(z + o * stride + v * B::n, sums[o]);
               });
@@ -251,7 +251,7 @@ template <class T, bool kChannelsLast, int k>
 void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_params, Gradients& gradients) {
   using A = Acc<T>;
   using B = Blocks<T, kChannelsLast>;
-  constexpr int64_t kStep = B::kGroup, kDepth = k + 1;
+  constexpr int64_t kStep = B::kGroup, kDepth = k == 3 ? 4 : 8;
   constexpr int kTaps = k * k + 1, kFilterSums = kBands * kTaps, kCount = kFilterSums + 32;
   const int64_t rows = g.rows(), per_task = kFilterSums * kStep + 32;
   const Tasks tasks(g.batch, g.channels, rows, B::kGroup);
@@ -264,7 +264,7 @@ void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_params
     A* mixed = memory + kBands * 2 * kDepth * stride;
     A* grad_bands = mixed + kBands * 2 * stride;
     const A* zero = grad_bands + kBands * 2 * stride;
-    const Bands<A> y(memory, zero, stride, kDepth, rows), grad_z(memory + kBands * kDepth * stride, zero, stride, kDepth, rows);
+    const Bands<A, kDepth> y(memory, zero, stride, rows), grad_z(memory + kBands * kDepth * stride, zero, stride, rows);
     for (int64_t index = begin; index < end; ++index) {
       const Task task = tasks[index];
       const B in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
@@ -293,15 +293,14 @@ void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_params
           const A* around[kRows + k - 1];
           if (need_params) {
             y.around(q, i - k / 2, around);
-            stencil::convolve<k, kRows, A>(
-                around, weight[q], bias[q], in.vectors(), in.vectors(), kStep, keep(mixed + q * 2 * stride));
             const A* middle[kRows];
             grad_z.around(q, i, middle);
-            stencil::correlate<k, kRows, A>(around, middle, sums.run + q * kTaps, in.vectors(), kStep, in.last_lanes());
+            stencil::correlate<true, k, kRows, kStep>(
+                around, middle, sums.run + q * kTaps, in.vectors(), in.last_lanes(), weight[q], bias[q], keep(mixed + q * 2 * stride));
           }
           grad_z.around(q, i - k / 2, around);
-          stencil::convolve<k, kRows, A>(
-              around, flipped[q], Vec<A>{}, in.vectors(), in.vectors(), kStep, keep(grad_bands + q * 2 * stride));
+          stencil::convolve<k, kRows, kStep>(
+              around, flipped[q], Vec<A>{}, in.vectors(), in.vectors(), keep(grad_bands + q * 2 * stride));
         }
         for (int o = 0; o < kRows; ++o) {
           const A *z[kBands], *grad_y[kBands];
@@ -325,7 +324,7 @@ void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_params
         sums.flush();
         double* to = &partial[index * per_task];
         for (int lane = 0; lane < task.lanes; ++lane)
-          for (int t = 0; t < kFilterSums; ++t) *to++ = kChannelsLast ? sums.total[t][lane] : sums.sum(t);
+          for (int t = 0; t < kFilterSums; ++t) *to++ = kChannelsLast ? sums.lane(t, lane) : sums.sum(t);
         to = &partial[index * per_task + kFilterSums * kStep];
         for (int t = 0; t < 32; ++t) to[t] = sums.sum(kFilterSums + t);
       }

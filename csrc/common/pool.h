@@ -1,0 +1,84 @@
+// Memory for large results, kept when they are freed. glibc's malloc gives large blocks back to the system (beyond 32 MiB always,
+// below when enough is free), and fresh pages cost more than most operators' arithmetic on them.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace pool {
+
+constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 28;
+
+class Pool {
+ public:
+  // At least `bytes` bytes, aligned to 64; to be given back with `give(memory, bytes)`.
+  void* take(size_t bytes) {
+    bytes = rounded(bytes);
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock)
+      for (size_t i = idle_.size(); i-- > 0;)
+        if (idle_[i].bytes == bytes) {
+          void* memory = idle_[i].memory;
+          idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(i));
+          kept_ -= bytes;
+          return memory;
+        }
+    void* memory = std::aligned_alloc(64, bytes);
+    if (!memory) throw std::bad_alloc();
+    return memory;
+  }
+
+  void give(void* memory, size_t bytes) {
+    bytes = rounded(bytes);
+    // A child of fork() may find the lock taken by a thread that it does not have.
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && bytes <= kKept) {
+      idle_.push_back({memory, bytes});
+      kept_ += bytes;
+      release_beyond(kKept);
+    } else {
+      std::free(memory);
+    }
+  }
+
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    release_beyond(0);
+  }
+
+ private:
+  struct Block {
+    void* memory;
+    size_t bytes;
+  };
+
+  // To an eighth of the next power of two, so that results of almost one size share blocks.
+  static size_t rounded(size_t bytes) {
+    size_t step = 64;
+    while (step * 8 < bytes) step *= 2;
+    return (bytes + step - 1) / step * step;
+  }
+
+  // The longest idle first.
+  void release_beyond(size_t limit) {
+    size_t count = 0;
+    for (; kept_ > limit; ++count) {
+      kept_ -= idle_[count].bytes;
+      std::free(idle_[count].memory);
+    }
+    idle_.erase(idle_.begin(), idle_.begin() + static_cast<std::ptrdiff_t>(count));
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> idle_;
+  size_t kept_ = 0;
+};
+
+// Never destroyed: tensors may outlive every static object.
+inline Pool& instance() {
+  static Pool* const pool = new Pool;
+  return *pool;
+}
+
+}  // namespace pool

@@ -1,0 +1,103 @@
+"""The memory that the C++ kernels keep for large results: never shared by two tensors, bounded, given back."""
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import swformer_fast as sf
+
+pytestmark = pytest.mark.skipif(sf.backends()["cpp"] != "available", reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def kernel() -> object:
+    sf.empty_cache()
+    with sf.use_backend("cpp"):
+        yield
+    sf.empty_cache()
+
+
+def large(value: float = 1.0) -> Tensor:
+    """A result of 8 MiB: the Haar transform of a constant, 2 * value in the first of four bands and 0 elsewhere."""
+    return sf.functional.haar_dwt2d(torch.full((1, 8, 512, 512), value))
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_freed_memory_serves_the_next_result() -> None:
+    address = large().data_ptr()
+    assert large().data_ptr() == address
+
+
+def test_living_results_do_not_share_memory() -> None:
+    values = [float(i) for i in range(1, 6)]
+    results = [large(v) for v in values]
+    views = [r[:, :8, 3:5] for r in results]
+    del results
+    more = [large(-v) for v in values]
+    for value, view, other in zip(values, views, more, strict=True):
+        torch.testing.assert_close(view, torch.full_like(view, 2 * value))
+        torch.testing.assert_close(other[:, :8], torch.full_like(other[:, :8], -2 * value))
+
+
+def test_results_are_ordinary_tensors() -> None:
+    y = large()
+    assert y.untyped_storage().nbytes() == y.nbytes
+    assert y.is_contiguous()
+    y.add_(1).requires_grad_()
+    y.sum().backward()
+    assert torch.equal(y.grad, torch.ones_like(y))
+    last = sf.functional.haar_dwt2d(torch.ones(2, 8, 512, 512).contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_threads() -> None:
+    wrong = []
+
+    def work(value: float) -> None:
+        for _ in range(10):
+            y = large(value)
+            if not torch.allclose(y[:, :8], torch.tensor(2 * value)):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(float(i + 1),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_is_bounded_and_given_back() -> None:
+    gc.collect()
+    image = torch.ones(1, 10, 1024, 1024)  # results beyond what malloc keeps
+    before = resident()
+    results = [sf.functional.haar_dwt2d(image) for _ in range(12)]
+    assert resident() - before > 450 << 20
+    del results
+    assert 200 << 20 < resident() - before < 260 << 20
+    sf.empty_cache()
+    assert resident() - before < 20 << 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_inference_does_not_grow() -> None:
+    block, x = sf.SWFormerBlock(8).eval(), torch.randn(1, 8, 48, 48)
+    image = torch.randn(1, 4, 512, 512)
+    with torch.no_grad():
+        for _ in range(100):
+            block(x)
+        large()
+        before = resident()
+        for i in range(1000):
+            block(x)
+            if i % 10 == 0:
+                sf.functional.haar_dwt2d(image)
+    assert resident() - before < 8 << 20
