@@ -1,6 +1,7 @@
 """`python -m benchmarks [SUITE ...]`: run suites, print tables, write records and plots.
 
-`report` renders the records again; `static` reads the kernels' machine code and counts their traffic, without a GPU.
+`report` renders the records again; `static` reads the kernels' machine code and counts their traffic and `roofline`
+estimates times, both without a GPU; `tune` searches the kernels' tables on one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ TUNED_MALLOC = {
 }
 
 
-COMMANDS = ("roofline", "static")
+COMMANDS = ("roofline", "static", "tune")
 """Modules with a `main(argv)` of their own."""
 
 
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+        if argv[0] != "tune" or "--dry-run" in argv:
+            os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
         return importlib.import_module(f"{__package__}.{argv[0]}").main(argv[1:])
 
     from . import records, report

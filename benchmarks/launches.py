@@ -6,6 +6,8 @@ once, for tensors of any kind: on the meta device it is compiled, on the CPU it 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -189,3 +191,26 @@ LAUNCHES: dict[str, Family] = {
     ),
 }
 """For each file of kernels, launches that together reach every kernel in it."""
+
+
+def main() -> None:
+    """Every main launch once on the GPU, at its small odd shape; --dry-run: those of one family, interpreted."""
+    dry = "--dry-run" in sys.argv[1:]
+    if dry:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    def make(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+        made = random(*size, dtype=dtype, channels_last=channels_last)
+        return made if dry else made.cuda()
+
+    for name, family in LAUNCHES.items():
+        for launch in family.launches(make, family.interpreted[1]) if not dry or name == "haar" else ():
+            if launch.main:
+                launch.launcher(*launch.args)
+                print(launch.name, flush=True)
+    if not dry:
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

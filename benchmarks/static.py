@@ -224,10 +224,10 @@ def _compile(
     _common.architecture = lambda device: target  # before the families import it
     JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: launched.append((kernel, grid, args, kwargs))
 
-    def row(kernel: Any, grid: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    def row(kernel: Any, grid: Any, args: Any, kwargs: Any, wanted: bool) -> dict[str, Any] | None:
         key = _key(target, kernel, args, kwargs)
-        if key in known:
-            return known[key]
+        if key in known or not wanted:
+            return known.get(key)
         begin = time.perf_counter()
         binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
         seconds = time.perf_counter() - begin
@@ -244,16 +244,17 @@ def _compile(
         }
 
     plans = [
-        (family, shape, launch)
+        (family, shape, launch, everything or (launch.main and shape == LAUNCHES[family].compiled[0]))
         for family in families
-        for shape in LAUNCHES[family].compiled[: None if everything else 1]
+        for shape in LAUNCHES[family].compiled
         for launch in LAUNCHES[family].launches(meta, shape)
-        if launch.main or everything
     ]
+    if not known:
+        plans = [plan for plan in plans if plan[-1]]
     yield [{"total": len(plans) * len(targets)}]
     for target in targets:
         triton.runtime.driver.set_active(_Driver(GPUTarget(*TARGETS[target])))
-        for family, shape, launch in plans:
+        for family, shape, launch, wanted in plans:
             launched.clear()
             launch.launcher(*launch.args)
             declared = {
@@ -263,7 +264,8 @@ def _compile(
                 "width": launch.width,
                 "needs_tensor_core": launch.tensor_core,
             }
-            yield [row(*call) | declared for call in launched]
+            rows = [row(*call, wanted) for call in launched]
+            yield [found | declared for found in rows if found is not None]
         for module in {_common, *(sys.modules[f"swformer_kernels.{family}"] for family in families)}:
             for function in vars(module).values():
                 if isinstance(function, JITFunction):
@@ -286,8 +288,8 @@ def triton_kernels(
     """What the launches of the families compile to on each target.
 
     everything: all launches at all shapes, not the main ones at the first. fresh: compile what the compiler's cache
-    holds too, so that its time is known. known: earlier results, taken where nothing has changed. progress(total,
-    description) is called for each launch.
+    holds too, so that its time is known. known: earlier results, of any launches, taken where nothing has changed.
+    progress(total, description) is called for each launch.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])

@@ -1,0 +1,125 @@
+"""The tuner and the script of the day when there is a GPU, as far as a CPU can rehearse them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from swformer_kernels import haar
+
+from benchmarks import tune
+from benchmarks.gpu import Rehearsal
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu_day.sh"
+rehearsed = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on the CPU")
+
+
+class Stopwatch(Rehearsal):
+    """Runs, and says that it took as long as the tile that is in force has bytes."""
+
+    def seconds(self, run: Any) -> float:
+        run()
+        return float(haar._TILES["interpreter"][0][1])
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> tune.Table:
+    monkeypatch.setitem(haar._TILES, "interpreter", haar._TILES["default"])
+    first = next(tune.TABLES["haar"](torch.device("cpu")))
+    return tune.Table(first.name, "haar", ((1, 2, 6, 8),), first.current, (), first.use, ("haar_dwt2d fp32",))
+
+
+def _search(table: tune.Table, *candidates: Any, budget: float = 60) -> list[tune.Trial]:
+    full = tune.Table(table.name, table.family, table.shapes, table.current, candidates, table.use, table.launches)
+    return tune.search(full, Stopwatch(), table.shapes, budget)
+
+
+@rehearsed
+def test_search_times_each_candidate_and_restores_the_table(table: tune.Table) -> None:
+    before = haar._TILES["interpreter"]
+    trials = _search(table, (1024, 4), table.current, (4096, 8))
+    assert [t.candidate for t in trials] == [table.current, (1024, 4), (4096, 8)]
+    assert [t.seconds for t in trials] == [pytest.approx(table.current[0]), pytest.approx(1024), pytest.approx(4096)]
+    assert haar._TILES["interpreter"] == before
+
+
+@rehearsed
+def test_candidate_that_changes_the_result_is_refused(table: tune.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = haar.haar_dwt2d
+
+    def broken(x: torch.Tensor, *taps: torch.Tensor) -> torch.Tensor:
+        return correct(x, *taps) * (1 if haar._TILES["interpreter"][0][1] == table.current[0] else 1.001)
+
+    monkeypatch.setattr(haar, "haar_dwt2d", broken)
+    right, wrong = _search(table, (1024, 4))
+    assert not right.problem
+    assert wrong.problem == "wrong result of haar_dwt2d fp32"
+    assert wrong.seconds == float("inf")
+
+
+@rehearsed
+def test_candidate_that_does_not_run_says_why(table: tune.Table) -> None:
+    _, failed = _search(table, ("a tile", 4))
+    assert failed.problem.startswith("TypeError")
+    assert haar._TILES["interpreter"][0][1:] == table.current
+
+
+@rehearsed
+def test_search_ends_with_its_budget(table: tune.Table) -> None:
+    assert len(_search(table, (1024, 4), (4096, 4), budget=0)) == 1
+
+
+def test_tables_name_launches_that_exist() -> None:
+    from benchmarks.launches import LAUNCHES, meta
+
+    for make in tune.TABLES.values():
+        for table in make(torch.device("cpu")):
+            names = {launch.name for launch in LAUNCHES[table.family].launches(meta, table.shapes[0])}
+            assert set(table.launches) <= names, table.name
+            assert table.candidates
+            table.use(table.current)
+
+
+@rehearsed
+def test_tuner_asks_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tune.main(["haar"])
+    assert "not tuned: no GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["no-such-table"])
+    assert "unknown table no-such-table" in capsys.readouterr().err
+
+
+def test_the_day_lasts_less_than_nine_minutes() -> None:
+    limits = [int(seconds) for seconds in re.findall(r"^step \S+ (\d+) ", SCRIPT.read_text(), re.MULTILINE)]
+    assert len(limits) == 8
+    assert sum(limits) < 9 * 60
+
+
+def test_the_script_has_no_syntax_errors() -> None:
+    assert os.access(SCRIPT, os.X_OK)
+    run = subprocess.run(["bash", "-n", SCRIPT], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@rehearsed
+@pytest.mark.slow
+def test_dry_run_of_the_day(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", SCRIPT, "--dry-run", tmp_path]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    summary = (tmp_path / "logs" / "summary.txt").read_text()
+    assert len(re.findall(r" ok ", summary)) == 8, summary
+    assert (tmp_path / "haar.json").exists()
+    assert "REHEARSAL ON THE CPU" in (tmp_path / "README.md").read_text()
