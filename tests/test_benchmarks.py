@@ -1,5 +1,6 @@
 """The benchmark harness: the correctness gate, interleaving, records, suites."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import __main__ as command
 from benchmarks import gpu, harness, records, report
@@ -198,3 +200,13 @@ def test_captured_runs_pass_the_gate() -> None:
     rows = harness.measure(Case("add", lambda: work), options)
     assert rows[1]["status"].startswith("FAILED: relative RMS error")
     assert harness.failed(rows)
+
+
+@pytest.mark.parametrize("suite", ["attention", "ffn", "spatial", "step", "wavelet"])
+def test_suites_keep_their_tensors_on_the_device(suite: str) -> None:
+    """On the meta device, where nothing is computed, a tensor left on the CPU is an error as it is on a GPU."""
+    module = importlib.import_module(f"benchmarks.bench_{suite}")
+    for each in module.cases(Options(quick=True, device="meta")):
+        baseline = next(iter(each.make().variants.values()))
+        assert baseline.run is not None
+        assert all(leaf.is_meta for leaf in tree_leaves(baseline.run()))

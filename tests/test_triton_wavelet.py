@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
 from torch import Tensor
-from triton_static import count_traffic
 
 import swformer_fast as sf
+from benchmarks.interpret import count_traffic
 from swformer_fast import functional, reference
 
 wavelet = pytest.importorskip("swformer_kernels.wavelet", reason="triton is not installed")
