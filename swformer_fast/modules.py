@@ -12,7 +12,7 @@ from .ops import channels_last
 from .reference.common import conv_parameters
 
 
-def _as_defined(kind: type[nn.Module], *modules: nn.Module) -> bool:
+def as_defined(kind: type[nn.Module], *modules: nn.Module) -> bool:
     """Whether calling these modules does what `kind` does and nothing more: no other forward, no hooks."""
     return all(
         type(m).forward is kind.forward
@@ -22,7 +22,7 @@ def _as_defined(kind: type[nn.Module], *modules: nn.Module) -> bool:
     )
 
 
-def _fusible(x: Tensor) -> bool:
+def foldable(x: Tensor) -> bool:
     """Whether folding constants into weights keeps this input's accuracy and layout."""
     wide = x.dtype in (torch.float32, torch.float64)
     return x.dim() == 4 and wide and not channels_last(x) and not torch.is_autocast_enabled(x.device.type)
@@ -90,14 +90,14 @@ class MultiDomainMixer(reference.MultiDomainMixer):
     attention_type = ChannelAttention
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.fusible and _fusible(x)):
+        if not (self.fusible and foldable(x)):
             return super().forward(x)
         return self.mix(x, *conv_parameters(self.conv_in), None, None)
 
     @property
     def fusible(self) -> bool:
-        known = _as_defined(nn.Conv2d, self.conv_in, self.conv_out) and _as_defined(ChannelAttention, self.attention)
-        return known and _as_defined(FourierBranch, self.fourier) and self.canonical
+        known = as_defined(nn.Conv2d, self.conv_in, self.conv_out) and as_defined(ChannelAttention, self.attention)
+        return known and as_defined(FourierBranch, self.fourier) and self.canonical
 
     def mix(self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
         """`residual + scale * forward(x)` with the parameters of `conv_in` given.
@@ -116,7 +116,8 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         frequencies = functional.fourier_mix(x, *arguments)
         branches = (self.spatial(parts[0]), self.wavelet(parts[1]), frequencies)
         w1, b1, w2, b2 = self.attention.arguments()
-        means = [branch.mean((2, 3)) for branch in branches]
+        # Unlike mean's, the gradient of a sum is a view that takes no memory.
+        means = [branch.sum((2, 3)) / (x.shape[2] * x.shape[3]) for branch in branches]
         means[2] = torch.addmm(last_bias, means[2], last_weight.t())
         hidden = torch.addmm(b1, torch.cat(means, dim=1), w1.flatten(1).t()).relu()
         attention = torch.addmm(b2, hidden, w2.flatten(1).t()).sigmoid()
@@ -145,10 +146,10 @@ class SWFormerBlock(reference.SWFormerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         mixer, ffn = cast(MultiDomainMixer, self.mixer), self.ffn
-        known = _as_defined(MultiDomainMixer, mixer) and mixer.fusible
-        known = known and _as_defined(MultiScaleFFN, ffn) and _as_defined(nn.Conv2d, ffn.conv_in)
-        known = known and _as_defined(nn.BatchNorm2d, self.norm1, self.norm2) and self.canonical
-        if not (known and _fusible(x)):
+        known = as_defined(MultiDomainMixer, mixer) and mixer.fusible
+        known = known and as_defined(MultiScaleFFN, ffn) and as_defined(nn.Conv2d, ffn.conv_in)
+        known = known and as_defined(nn.BatchNorm2d, self.norm1, self.norm2) and self.canonical
+        if not (known and foldable(x)):
             return super().forward(x)
         x = mixer.mix(*_normalised(x, self.norm1, *conv_parameters(mixer.conv_in)), self.beta, x)
         _, _, dw_weights, dw_biases, out_weight, out_bias = ffn.arguments()

@@ -16,7 +16,7 @@ FAST_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(reference, name): getattr(modules, name)
     for name in reference.__all__
     if isinstance(getattr(modules, name, None), type)
-} | {reference.SWFormer: fast_model.SWFormer}
+} | {reference.SWFormer: fast_model.SWFormer, reference.network.Merge: fast_model.Merge}
 FAST_NAMES = {kind.__name__ for kind in FAST_TYPES}
 
 

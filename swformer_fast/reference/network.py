@@ -94,12 +94,13 @@ class SWFormer(nn.Module):
         skip: how the encoder's maps join the decoder, "concat" with a 1x1 convolution or "add".
         block_options: of every `SWFormerBlock`.
 
-    Subclasses choose other parts by the class attributes `block_type` and `dwt_type`. Source: architecture figure of
-    arXiv 2505.05504, whose authors published no code: a reconstruction of matching size and cost.
+    Subclasses choose other parts by the class attributes `block_type`, `dwt_type` and `merge_type`. Source: architecture
+    figure of arXiv 2505.05504, whose authors published no code: a reconstruction of matching size and cost.
     """
 
     block_type: type[SWFormerBlock] = SWFormerBlock
     dwt_type: type[HaarDWT2d] = HaarDWT2d
+    merge_type: type[Merge] = Merge
 
     def __init__(
         self,
@@ -142,11 +143,11 @@ class SWFormer(nn.Module):
             nn.Sequential(nn.Conv2d(source, target // 4, 1), PixelUnshuffle(2))
             for source, target in ((d1, d2), (d2, d3))
         )
-        self.fusions = nn.ModuleList(Merge(width, fusion) for width in (d2, d3))
+        self.fusions = nn.ModuleList(self.merge_type(width, fusion) for width in (d2, d3))
         self.ups = nn.ModuleList(
             nn.Sequential(nn.Conv2d(source, 4 * target, 1), PixelShuffle(2)) for source, target in ((d3, d2), (d2, d1))
         )
-        self.skips = nn.ModuleList(Merge(width, skip) for width in (d2, d1))
+        self.skips = nn.ModuleList(self.merge_type(width, skip) for width in (d2, d1))
         self.heads = nn.ModuleList(
             nn.Conv2d(width, channels, 3, padding=1) for channels, width in zip(image_channels, widths, strict=True)
         )
