@@ -2,6 +2,10 @@
 // below when enough is free), and fresh pages cost more than most operators' arithmetic on them.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -10,7 +14,7 @@
 
 namespace pool {
 
-constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 28;
+constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 28, kHugePage = size_t{1} << 21;
 
 class Pool {
  public:
@@ -25,8 +29,11 @@ class Pool {
           kept_ -= bytes;
           return memory;
         }
-    void* memory = std::aligned_alloc(64, bytes);
+    void* memory = std::aligned_alloc(kHugePage, bytes);
     if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+    madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
     return memory;
   }
 
@@ -55,7 +62,7 @@ class Pool {
 
   // To an eighth of the next power of two, so that results of almost one size share blocks.
   static size_t rounded(size_t bytes) {
-    size_t step = 64;
+    size_t step = kHugePage;
     while (step * 8 < bytes) step *= 2;
     return (bytes + step - 1) / step * step;
   }
