@@ -110,7 +110,7 @@ def _wavelet(make: Make, shape: Shape) -> Iterator[Launch]:
         for name, dtype, last in IMAGES:
             x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
             label = f"{size}x{size} {name}"
-            main, width = label == "3x3 fp32", 128 if size == 3 else 64
+            main, width = label == "3x3 fp32", 128 if size == 3 else 16 * x.element_size()
             width = 8 * x.element_size() if last else width
             yield Launch(f"wavelet_mix {label}", wavelet.wavelet_mix, (x, *parameters), main, width)
             backward, back = (grad, x, *parameters, True), wavelet.wavelet_mix_backward

@@ -283,11 +283,11 @@ def plot_roofline(document: Mapping[str, Any], path: Path) -> None:
         ys = [y + (i - (len(DEVICES) - 1) / 2) * height for y in range(len(pairs))]
         axes[2].barh(ys, ratios, height, label=device.name, color=COLOURS[i])
     axes[2].axvline(1, color="black", linewidth=0.8)
-    axes[2].set_xlabel("ESTIMATED time of PyTorch over ours, fp32, from counts and data sheets")
+    axes[2].set_xlabel("time of PyTorch over ours, fp32 (ESTIMATED)")
     axes[2].legend(fontsize=8)
     axes[0].set_yticks(range(len(pairs)), list(pairs), fontsize=8)
     axes[0].invert_yaxis()
-    figure.suptitle("Estimates, not measurements")
+    figure.suptitle("Counted bytes and launches; times estimated from them and data sheets, not measured")
     _save(figure, path)
 
 

@@ -323,8 +323,9 @@ def _check(x: Tensor, weight: Tensor) -> int:
 def _plan(x: Tensor, tensors: list[Tensor], radius: int) -> Plan:
     if is_channels_last(x):
         return plan(x, tensors, 4, halo=2 * radius, unit=2, reach=radius, bands=4)
-    # Two rows of pixels over 64 threads make 16 bytes a thread; a larger convolution needs the registers of 128.
-    vector, threads = 16 // x.element_size(), 64 if radius == 1 else 128
+    # Two rows of pixels over 64 threads make 16 bytes a thread; a larger convolution needs the registers of 128, and
+    # with more than four columns a lane still spills.
+    vector, threads = (16 // x.element_size(), 64) if radius == 1 else (4, 128)
     return plan(x, tensors, vector, halo=2 * radius, unit=2, reach=radius, bands=4, threads=threads)
 
 
