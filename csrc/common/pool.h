@@ -18,7 +18,7 @@ constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 28, kHugePage
 
 class Pool {
  public:
-  // At least `bytes` bytes, aligned to 64; to be given back with `give(memory, bytes)`.
+  // At least `bytes` bytes, in huge pages where the system gives them; to be given back with `give(memory, bytes)`.
   void* take(size_t bytes) {
     bytes = rounded(bytes);
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock)

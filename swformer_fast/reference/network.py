@@ -94,8 +94,10 @@ class SWFormer(nn.Module):
         skip: how the encoder's maps join the decoder, "concat" with a 1x1 convolution or "add".
         block_options: of every `SWFormerBlock`.
 
-    Subclasses choose other parts by the class attributes `block_type`, `dwt_type` and `merge_type`. Source:
-    architecture figure of arXiv 2505.05504, whose authors published no code: a reconstruction of matching size and cost.
+    Subclasses choose other parts by the class attributes `block_type`, `dwt_type` and `merge_type`.
+
+    Source: architecture figure of arXiv 2505.05504, whose authors published no code: a reconstruction of matching size
+    and cost.
     """
 
     block_type: type[SWFormerBlock] = SWFormerBlock
