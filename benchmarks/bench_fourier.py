@@ -73,6 +73,9 @@ def stages(shape: tuple[int, ...]) -> Work:
     spectrum, matrix, out_matrix = _fourier.spectrum(x), compose(), out_weight.flatten(1).contiguous()
     mixed = kernels.spectrum_mix(spectrum, matrix, out_matrix, width)
 
+    frequencies = spectrum.shape[0] * spectrum.shape[2] * spectrum.shape[3]
+    columns, products = torch.randn(matrix.shape[1], frequencies), torch.randn(out_matrix.shape[1], 2 * frequencies)
+
     def part(run: Callable[[], Any], note: str) -> Variant:
         def without_gradient() -> Any:
             with torch.no_grad():
@@ -86,6 +89,7 @@ def stages(shape: tuple[int, ...]) -> Work:
             "compose": part(compose, "parameters to one matrix"),
             "rfft2": part(lambda: _fourier.spectrum(x), "transform"),
             "mix": part(lambda: kernels.spectrum_mix(spectrum, matrix, out_matrix, width), "matrix, gate, last conv"),
+            "products": part(lambda: (matrix @ columns, out_matrix @ products), "mix's matrix products by sgemm alone"),
             "irfft2": part(lambda: _fourier.image(kernels, mixed, out_bias, x, shape[1]), "packed inverse transform"),
         }
     )
