@@ -116,18 +116,19 @@ struct Network {
     return value < 0 ? 0.0 : value;  // NaN stays NaN
   }
   void run() {
+    std::vector<double> after_relu(hidden);
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t r = 0; r < hidden; ++r) {
-        double value = b1[r];
-        for (int64_t c = 0; c < channels; ++c) value += w1[r * channels + c] * mean[b * channels + c];
-        before_relu[b * hidden + r] = value;
+        before_relu[b * hidden + r] = b1[r] + dot(channels, &w1[r * channels], &mean[b * channels]);
+        after_relu[r] = relu(b, r);
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        double value = b2[c];
-        for (int64_t r = 0; r < hidden; ++r) value += w2[c * hidden + r] * relu(b, r);
-        scale[b * channels + c] = 1 / (1 + std::exp(-value));
-      }
+      for (int64_t c = 0; c < channels; ++c)
+        scale[b * channels + c] = 1 / (1 + std::exp(-b2[c] - dot(hidden, &w2[c * hidden], after_relu.data())));
     }
+  }
+
+  static double dot(int64_t n, const double* p, const double* q) {
+    return sum_run<double>(n, [=](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
   }
 };
 
@@ -148,7 +149,9 @@ Tensor channel_attention(const Tensor& x, const Tensor& w1, const Tensor& b1, co
     using T = std::remove_pointer_t<decltype(tag)>;
     for_each_plane(x, [&](int64_t plane) { net.mean[plane] = sum(input<T>(dense, plane)) / area; });
     net.run();
-    for_each_plane(x, [&](int64_t plane) {
+    const int64_t last = x.size(0) * x.size(1) - 1;
+    for_each_plane(x, [&](int64_t i) {
+      const int64_t plane = last - i;  // those that were summed last are in the cache
       affine(input<T>(dense, plane), static_cast<Acc<T>>(net.scale[plane]), Acc<T>(0), output<T>(y, plane));
     });
   });
@@ -192,7 +195,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
       }
     }
     if (!need_x) return;
-    for_each_plane(x, [&](int64_t plane) {
+    const int64_t last = x.size(0) * channels - 1;
+    for_each_plane(x, [&](int64_t i) {
+      const int64_t plane = last - i;
       affine(
           input<T>(dense_grad, plane), static_cast<Acc<T>>(net.scale[plane]), static_cast<Acc<T>>(grad_mean[plane] / area),
           output<T>(grad_x, plane));
