@@ -167,6 +167,21 @@ def _attention(make: Make, shape: Shape) -> Iterator[Launch]:
         )
 
 
+def _ffn(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import ffn
+
+    dim = shape[1]
+    depthwise = (make(*size) for _ in range(3) for size in ((dim, 1, 3, 3), (dim,)))
+    parameters = (make(3 * dim, dim, 1, 1), make(3 * dim), *depthwise, make(dim, 3 * dim, 1, 1), make(dim))
+    for name, dtype, last in IMAGES:
+        x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
+        main = name == "fp32"
+        # Neighbouring columns, and samples of the other scales, are not aligned.
+        yield Launch(f"multiscale_ffn {name}", ffn.multiscale_ffn, (x, *parameters), main, 32, True)
+        backward = (grad, x, *parameters, True, True)
+        yield Launch(f"multiscale_ffn_backward {name}", ffn.multiscale_ffn_backward, backward, main, 32, True)
+
+
 LAUNCHES: dict[str, Family] = {
     "haar": Family(_haar, compiled=((2, 40, 256, 256), (1, 16, 256, 256))),
     "spatial": Family(_spatial, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.35),
@@ -183,6 +198,12 @@ LAUNCHES: dict[str, Family] = {
         traffic=None,
     ),
     "attention": Family(_attention, compiled=((2, 120, 256, 256), (2, 192, 64, 64)), traffic=1.6),
+    "ffn": Family(
+        _ffn,
+        compiled=tuple((2, dim, 256, 256) for dim in (40, 16, 96)),
+        interpreted=((1, 4, 16, 32), (1, 3, 7, 9)),
+        traffic=None,
+    ),
     "fourier": Family(
         _fourier,
         compiled=tuple((2, dim, 256, 256) for dim in (40, 64, 96)),

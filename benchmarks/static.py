@@ -493,7 +493,10 @@ def main(argv: Sequence[str]) -> int:
             return advance
 
         def save(suite: str, rows: Sequence[dict[str, Any]], complete: bool) -> None:
-            records.save(args.out, suite, "cpu", rows, complete)
+            # What has not been reached yet keeps its earlier rows.
+            reached = {(row.get("target"), row["launch"]) for row in rows}
+            rest = [r for r in before.get(suite, ()) if (r.get("target"), r["launch"]) not in reached]
+            records.save(args.out, suite, "cpu", [*rows, *([] if complete else rest)], complete)
 
         rows = list(kept)
         kernels = [family for family in wanted if family in LAUNCHES]

@@ -107,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         before, clean = degrade(before, args.task, args.degrade), before
 
     try:
-        after = sf.restore_tiled(load_model(weights), before, tile=args.tile).clamp(0, 1)
+        after = sf.restore_tiled(load_model(weights), before, tile=args.tile, overlap=min(32, args.tile // 4)).clamp(
+            0, 1
+        )
     except ValueError as error:
         parser.error(str(error))
     comparison = out.with_name(f"{out.stem}_comparison.png")

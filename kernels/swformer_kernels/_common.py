@@ -172,7 +172,7 @@ def matrix_options(x: Tensor) -> dict[str, int | bool]:
     target = architecture(x.device)
     if target.startswith("gfx"):
         options["num_warps"] = 4
-    elif target in ("sm_86", "sm_89"):
+    elif target.startswith("sm_"):
         # Left alone, ptxas spills a few registers to fit one more program on a multiprocessor.
         options["maxnreg"] = 255
     return options

@@ -220,7 +220,14 @@ def _tile(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
         columns = min(_TILE, max(16, triton.next_power_of_2(pixels)))
         block, align = min(_TILE // columns, triton.next_power_of_2(channels)), alignment(pixels, 2, tensors)
     wave = 64 if architecture(x.device).startswith("gfx") else 32
-    return {"BC": block, "N": columns, "ALIGN": align, "CHANNELS_LAST": channels_last, "num_warps": 128 // wave}
+    return {
+        "BC": block,
+        "N": columns,
+        "ALIGN": align,
+        "CHANNELS_LAST": channels_last,
+        "num_warps": 128 // wave,
+        "enable_fp_fusion": True,
+    }
 
 
 def _sum(x: Tensor, flat: list[Tensor]) -> Tensor:
@@ -253,6 +260,7 @@ def _blocks(hidden: int, channels: int, parts: int) -> dict[str, int]:
         "BC": max(1, min(64, _WEIGHTS // rows, triton.next_power_of_2(channels))),
         "BR": rows,
         "PARTS": min(32, triton.next_power_of_2(parts)),
+        "enable_fp_fusion": True,
     }
 
 
@@ -310,7 +318,17 @@ def channel_attention_backward(
             )  # fmt: skip
             if need_params:
                 attention_parameters_kernel[(triton.cdiv(channels, 32), triton.cdiv(hidden, 32))](
-                    mean, grad_logits, hiddens[0], hiddens[1], *grads, batch, channels, hidden, BC=32, BR=32
+                    mean,
+                    grad_logits,
+                    hiddens[0],
+                    hiddens[1],
+                    *grads,
+                    batch,
+                    channels,
+                    hidden,
+                    BC=32,
+                    BR=32,
+                    enable_fp_fusion=True,
                 )
             if need_x:
                 _apply(x, flat[1], scale, shift, out)

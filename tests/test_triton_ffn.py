@@ -1,0 +1,227 @@
+"""The Triton kernels of the multi-scale FFN against the reference in fp64, interpreted unless there is a GPU."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, value_and_grads
+from torch import Tensor
+
+import swformer_fast as sf
+from benchmarks.interpret import Session, watch
+from swformer_fast import functional, reference
+
+tl = pytest.importorskip("triton.language", reason="triton is not installed")
+ffn = pytest.importorskip("swformer_kernels.ffn")
+common = pytest.importorskip("swformer_kernels._common")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+Parameters = tuple[Tensor, ...]
+
+
+@pytest.fixture(autouse=True)
+def faster_interpreter() -> Iterator[None]:
+    """Counting patches the interpreter once a launch, not at every call."""
+    if DEVICE == "cuda":
+        yield
+    else:
+        with watch(Session()):
+            yield
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round to bfloat16 as GPUs do; the interpreter cuts off."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert(data, source, target, mode)
+        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def _random(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
+    return LAYOUTS[layout]((torch.randn(shape, device=DEVICE) + 0.5).to(dtype))
+
+
+def _parameters(dim: int, mid: int, out: int, dtype: torch.dtype = torch.float32) -> Parameters:
+    """Weights scaled as a trained network's, so that every GELU sees both sides."""
+
+    def parameter(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, device=DEVICE)).to(dtype)
+
+    depthwise = (t for _ in range(3) for t in (parameter(mid, 1, 3, 3, scale=1 / 3), parameter(mid)))
+    first = parameter(3 * mid, dim, 1, 1, scale=dim**-0.5), parameter(3 * mid)
+    return (*first, *depthwise, parameter(out, 3 * mid, 1, 1, scale=(3 * mid) ** -0.5), parameter(out))
+
+
+def _reference(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> Tensor:
+    *depthwise, out_weight, out_bias = rest
+    return reference.multiscale_ffn(x, in_weight, in_bias, depthwise[::2], depthwise[1::2], out_weight, out_bias)
+
+
+def _gradient(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of one sign: sums that cancel are as inexact in PyTorch's own fp32."""
+    return (torch.randint(0, 65, size, device=DEVICE) / 64).to(dtype)
+
+
+def _check(x: Tensor, parameters: Parameters, grad: Tensor | None = None) -> None:
+    if grad is None:
+        grad = _gradient(x.shape[0], len(parameters[-1]), *x.shape[2:], dtype=x.dtype)
+    args = (x, *parameters)
+    inputs = tuple(t.double().contiguous().requires_grad_() for t in args)
+    expected = _reference(*inputs)
+    with poisoned_memory():
+        y = ffn.multiscale_ffn(*args)
+    assert_close(y, expected, what="output")
+    with poisoned_memory():
+        grads = ffn.multiscale_ffn_backward(grad, *args, True, True)
+    assert y.dtype == grads[0].dtype == x.dtype
+    assert_close(grads, torch.autograd.grad(expected, inputs, grad.double()), x.dtype, what="gradient")
+    last = torch.channels_last if common.is_channels_last(x) else torch.contiguous_format
+    assert y.is_contiguous(memory_format=last)
+    assert grads[0].is_contiguous(memory_format=last)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (6, 34)])
+def test_sizes(size: tuple[int, int]) -> None:
+    _check(_random((1, 3, *size)), _parameters(3, 2, 5))
+
+
+@pytest.mark.parametrize(("dim", "mid", "out"), [(17, 18, 5), pytest.param(5, 33, 66, marks=pytest.mark.slow)])
+def test_widths(dim: int, mid: int, out: int) -> None:
+    _check(_random((1, dim, 3, 6)), _parameters(dim, mid, out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(63, 64), (65, 96), (30, 131)])
+def test_large_sizes(size: tuple[int, int]) -> None:
+    _check(_random((2, 3, *size)), _parameters(3, 5, 7))
+
+
+@pytest.mark.slow
+def test_many_channels() -> None:
+    _check(_random((1, 70, 6, 10)), _parameters(70, 70, 70))
+
+
+def test_several_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn, "_PIXELS_A_PARTIAL", 64)
+    _check(_random((1, 2, 5, 34)), _parameters(2, 2, 3))
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", torch.float16), ("channels_last", torch.bfloat16)])
+def test_half_precision(layout: str, dtype: torch.dtype) -> None:
+    _check(_random((1, 3, 6, 9), layout, dtype), _parameters(3, 2, 5))
+
+
+@pytest.mark.parametrize(
+    "layout", ["channels_last", *(pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS if n != "channels_last")]
+)
+def test_layouts(layout: str) -> None:
+    parameters = _parameters(4, 2, 4)
+    _check(_random((2, 4, 4, 9), layout), parameters, LAYOUTS[layout](_gradient(2, 4, 4, 9)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_gradient_of_another_layout(layout: str) -> None:
+    other = "contiguous" if layout == "channels_last" else "channels_last"
+    _check(_random((1, 4, 4, 8), layout), _parameters(4, 2, 4), LAYOUTS[other](_gradient(1, 4, 4, 8)))
+
+
+def test_half_parameters_and_transposed_weight() -> None:
+    x, parameters = _random((1, 4, 4, 8), dtype=torch.bfloat16), list(_parameters(4, 2, 3, torch.bfloat16))
+    parameters[0] = torch.randn(4, 6, 1, 1, device=DEVICE).bfloat16().transpose(0, 1)
+    grads = ffn.multiscale_ffn_backward(_gradient(1, 3, 4, 8, dtype=x.dtype), x, *parameters, True, True)
+    assert {g.dtype for g in grads} == {torch.bfloat16}
+    _check(x, tuple(parameters))
+
+
+def test_empty_batch() -> None:
+    x, parameters = _random((0, 3, 4, 5)), _parameters(3, 2, 5)
+    assert ffn.multiscale_ffn(x, *parameters).shape == (0, 5, 4, 5)
+    grads = ffn.multiscale_ffn_backward(_gradient(0, 5, 4, 5), x, *parameters, True, True)
+    assert grads[0].shape == x.shape
+    assert_close(grads[1:], tuple(torch.zeros_like(p) for p in parameters))
+
+
+def test_only_what_is_needed_and_repeats_bitwise() -> None:
+    x, parameters, grad = _random((1, 3, 5, 9)), _parameters(3, 2, 5), _gradient(1, 5, 5, 9)
+    full = ffn.multiscale_ffn_backward(grad, x, *parameters, True, True)
+    only_x = ffn.multiscale_ffn_backward(grad, x, *parameters, True, False)
+    only_parameters = ffn.multiscale_ffn_backward(grad, x, *parameters, False, True)
+    assert torch.equal(only_x[0], full[0])
+    assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
+    assert [g.numel() for g in only_x[1:]] == [0] * 10
+    assert only_parameters[0].numel() == 0
+    assert [g.numel() for g in ffn.multiscale_ffn_backward(grad, x, *parameters, False, False)] == [0] * 11
+
+
+def test_nan_stays_where_it_belongs() -> None:
+    """A NaN reaches what its pixel reaches through windows, convolutions and interpolation, and nothing else."""
+    x, parameters = _random((2, 2, 17, 30)), _parameters(2, 2, 3)
+    x[0, 1, 3, 4] = float("nan")
+    y, expected = ffn.multiscale_ffn(x, *parameters), _reference(x, *parameters)
+    assert torch.equal(y.isnan(), expected.isnan())
+
+
+def test_what_is_refused() -> None:
+    x, parameters = _random((1, 3, 4, 5)), list(_parameters(3, 2, 5))
+    with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
+        ffn.multiscale_ffn(x.double(), *parameters)
+    parameters[2] = torch.randn(2, 1, 5, 5)
+    with pytest.raises(ValueError, match="must be 3 x 3"):
+        ffn.multiscale_ffn(x, *parameters)
+    with sf.use_backend("triton"), pytest.raises(RuntimeError, match="3 x 3"):
+        torch.ops.swformer_fast.multiscale_ffn(x, *parameters)
+
+
+@pytest.mark.parametrize("layout", ["contiguous"])
+def test_through_the_op(layout: str) -> None:
+    x, parameters = _random((1, 3, 6, 9), layout), _parameters(3, 2, 5)
+    in_weight, in_bias, *depthwise, out_weight, out_bias = (t.requires_grad_() for t in parameters)
+    args = (x.requires_grad_(), in_weight, in_bias, tuple(depthwise[::2]), tuple(depthwise[1::2]), out_weight, out_bias)
+    grad = _gradient(1, 5, 6, 9)
+    with sf.use_backend("triton"):
+        actual = value_and_grads(functional.multiscale_ffn, args, grad)
+    assert_close(actual, value_and_grads(reference.multiscale_ffn, fp64(args), grad))
+
+
+class _Zeroing:
+    """A kernel after which one of its outputs is zero."""
+
+    def __init__(self, kernel: Any, output: int) -> None:
+        self.kernel, self.output = kernel, output
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            self.kernel[grid](*args, **kwargs)
+            args[self.output].zero_()
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("kernel", "output"),
+    [
+        ("ffn_in_kernel", 4),
+        ("ffn_low_kernel", 1),
+        ("ffn_out_kernel", 7),
+        *(("ffn_out_backward_kernel", output) for output in (8, 9, 10)),
+        ("ffn_downsample_kernel", 1),
+        *(("ffn_depthwise_backward_kernel", output) for output in (2, 5)),
+        ("ffn_in_backward_kernel", 3),
+        ("ffn_in_parameters_kernel", 4),
+    ],
+)
+def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn, kernel, _Zeroing(getattr(ffn, kernel), output))
+    with pytest.raises(AssertionError):
+        _check(_random((1, 2, 3, 5)), _parameters(2, 2, 3))
