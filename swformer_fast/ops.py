@@ -80,6 +80,34 @@ def _cast_input_under_autocast(name: str) -> None:
         _LIB.impl(name, kernel(device), f"Autocast{device.upper()}")
 
 
+def _register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """As torch.library.register_autograd; its generality takes longer than the kernels on small images."""
+    op = getattr(torch.ops.swformer_fast, name).default
+    below, any_requires_grad = torch._C._after_autograd_keyset, torch._C._any_requires_grad
+
+    def redispatch(keyset: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, *args)
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            output = redispatch(keyset, args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            return None, *backward(ctx, *grads)
+
+    def dispatch(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any_requires_grad(*args):
+            return Gradient.apply(keyset, *args)
+        return redispatch(keyset, args)
+
+    _LIB.impl(name, dispatch, "Autograd", with_keyset=True)
+
+
 @contextmanager
 def _autograd() -> Iterator[None]:
     """Kernels of ops run below autograd; inside, autograd records."""
@@ -179,7 +207,7 @@ def _define_differentiable(
         return inputs
 
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
         saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
         grads = backward_op(grad, *saved[: len(kept)], *restore(ctx, saved[len(kept) :]), *flags)
@@ -219,10 +247,8 @@ def _define_differentiable(
             result[1 + len(kept) + i] = g
         return tuple(result)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_LIB)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}_backward", double_backward, setup_context=save_backward, lib=_LIB
-    )
+    _register_gradient(name, backward, save)
+    _register_gradient(f"{name}_backward", double_backward, save_backward)
     _cast_input_under_autocast(name)
 
 
