@@ -18,9 +18,12 @@ TARGETS = {"reference": 3.5, "compile": 3.0}
 
 
 def photograph(side: int) -> Tensor:
-    """The top left square of china.jpg: (1, 3, side, side) in [0, 1]."""
-    pixels = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
-    return (pixels[None, :, :side, :side].float() / 255).contiguous()
+    """The top left square of china.jpg, mirrored where it ends: (1, 3, side, side) in [0, 1]."""
+    image = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None].float() / 255
+    for dim in (2, 3):
+        while image.shape[dim] < side:
+            image = torch.cat((image, image.flip(dim)), dim)
+    return image[:, :, :side, :side].contiguous()
 
 
 def randomise(model: nn.Module, size: float) -> None:

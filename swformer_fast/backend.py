@@ -138,7 +138,7 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
 def empty_cache() -> None:
     """Give back the memory that the C++ kernels keep for their next large results.
 
-    Results of more than 32 MiB come from a pool that keeps at most 256 MiB of what was freed: fresh pages would cost
+    Results of 4 MiB and more come from a pool that keeps at most 128 MiB of what was freed: fresh pages would cost
     more than most operators' arithmetic. (torch 2.10 lacks the means for it; there nothing is kept.)
     """
     if _extension() is None:

@@ -107,14 +107,16 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         """
         op, dim = torch.ops.swformer_fast.pointwise, self.conv_in.in_channels
         weight = weight.flatten(1)
-        parts = op(x, None, None, weight[: 2 * dim][None], bias[: 2 * dim], None).split(dim, dim=1)
         arguments = self.fourier.arguments()
         first_weight, last_weight, last_bias = arguments[0].flatten(1), arguments[8].flatten(1), arguments[9]
         first_bias = torch.addmv(arguments[1], first_weight, bias[2 * dim :])
         first_weight = (first_weight @ weight[2 * dim :])[..., None, None]
         arguments = (first_weight, first_bias, *arguments[2:8], None, None, *arguments[10:])
+        # The Fourier branch needs most memory: it goes first, before the others' inputs exist.
         frequencies = functional.fourier_mix(x, *arguments)
+        parts = op(x, None, None, weight[: 2 * dim][None], bias[: 2 * dim], None).split(dim, dim=1)
         branches = (self.spatial(parts[0]), self.wavelet(parts[1]), frequencies)
+        del parts
         w1, b1, w2, b2 = self.attention.arguments()
         # Unlike mean's, the gradient of a sum is a view that takes no memory.
         means = [branch.sum((2, 3)) / (x.shape[2] * x.shape[3]) for branch in branches]

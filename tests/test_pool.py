@@ -82,7 +82,7 @@ def test_memory_is_bounded_and_given_back() -> None:
     results = [sf.functional.haar_dwt2d(image) for _ in range(12)]
     assert resident() - before > 450 << 20
     del results
-    assert 200 << 20 < resident() - before < 260 << 20
+    assert 100 << 20 < resident() - before < 140 << 20
     sf.empty_cache()
     assert resident() - before < 20 << 20
 

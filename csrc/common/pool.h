@@ -14,7 +14,7 @@
 
 namespace pool {
 
-constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 28, kHugePage = size_t{1} << 21;
+constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 27, kHugePage = size_t{1} << 21;
 
 class Pool {
  public:
