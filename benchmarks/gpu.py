@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -128,25 +129,24 @@ class Footprint(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: set[int] = set()
-        self.kept: list[Any] = []
-        self.read: dict[int, int] = {}
+        # Weak references: they keep an address from being given to another storage, but no memory.
+        self.made: set[StorageWeakRef] = set()
+        self.read: dict[StorageWeakRef, int] = {}
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and tensor.numel():
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.made:
-                    self.read[storage._cdata] = max(self.read.get(storage._cdata, 0), tensor.nbytes)
-                    self.kept.append(storage)
+                storage = StorageWeakRef(tensor.untyped_storage())
+                if storage not in self.made:
+                    self.read[storage] = max(self.read.get(storage, 0), tensor.nbytes)
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.read:
-                self.made.add(tensor.untyped_storage()._cdata)
-                # So that no other tensor gets this address.
-                self.kept.append(tensor.untyped_storage())
+            if isinstance(tensor, Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                if storage not in self.read:
+                    self.made.add(storage)
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         return result

@@ -42,12 +42,24 @@ machine() {
   "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "HIP", torch.version.hip)'
 }
 
+# Fills the compiler's cache, a process for each file of kernels.
+compile() {
+  local family pids= status=0
+  for family in $("$python" -m benchmarks.launches --list); do
+    "$python" -m benchmarks.launches "${dry:---real}" "$family" &
+    pids="$pids $!"
+    if [ -n "$dry" ]; then break; fi
+  done
+  for pid in $pids; do wait "$pid" || status=1; done
+  return $status
+}
+
 # sanitize TOOL: every launch once, under compute-sanitizer.
 sanitize() {
   local tool
   tool=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
   if [ -n "$dry" ]; then
-    "$python" -m benchmarks.launches --dry-run
+    "$python" -m benchmarks.launches --dry-run haar
   elif [ -z "$tool" ]; then
     echo "not run: no compute-sanitizer"
     return 3
@@ -90,17 +102,18 @@ records() {
   ls "$folder"
 }
 
-export -f machine sanitize tests kernel_tests timings tuning records
+export -f machine compile sanitize tests kernel_tests timings tuning records
 export dry folder python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_MODULE_LOADING=LAZY
 
 step machine 20 bash -c machine
-step tests 110 bash -c tests
-step kernel-tests 70 bash -c kernel_tests
-step timings 150 bash -c timings
-step memcheck 50 bash -c 'sanitize memcheck'
-step racecheck 50 bash -c 'sanitize racecheck'
+step compile 60 bash -c compile
+step tests 100 bash -c tests
+step kernel-tests 60 bash -c kernel_tests
+step timings 130 bash -c timings
+step memcheck 45 bash -c 'sanitize memcheck'
+step racecheck 45 bash -c 'sanitize racecheck'
 step tuning 40 bash -c tuning
-step records 30 bash -c records
+step records 20 bash -c records
 echo "$((SECONDS - begin)) s, $failures failed; logs and records: $folder" | tee -a "$summary"
 [ "$failures" -eq 0 ]

@@ -242,7 +242,8 @@ def add_graphs(
 ) -> None:
     """Beside each variant that runs, its CUDA graph, which pays for no launch."""
     for name, run in list(running.items()):
-        if name.startswith("compile"):
+        on_gpu = (isinstance(leaf, Tensor) and leaf.device.type == gpu.device for leaf in tree_leaves(run()))
+        if name.startswith("compile") or not any(on_gpu):
             continue
         original, graph = work.variants[name], name + GRAPH
         try:

@@ -6,8 +6,8 @@ once, for tensors of any kind: on the meta device it is compiled, on the CPU it 
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -215,21 +215,29 @@ LAUNCHES: dict[str, Family] = {
 
 
 def main() -> None:
-    """Every main launch once on the GPU, at its small odd shape; --dry-run: those of one family, interpreted."""
-    dry = "--dry-run" in sys.argv[1:]
-    if dry:
+    """Launch on the GPU: every main launch of the families given, or of all, once."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=main.__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"{', '.join(LAUNCHES)} (default: all)")
+    parser.add_argument("--real", action="store_true", help="at the size of real images, not at a small odd one")
+    parser.add_argument("--dry-run", action="store_true", help="interpreted on the CPU")
+    parser.add_argument("--list", action="store_true", help="name the families and stop")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(LAUNCHES))
+        return
+    if args.dry_run:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
     def make(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
         made = random(*size, dtype=dtype, channels_last=channels_last)
-        return made if dry else made.cuda()
+        return made if args.dry_run else made.cuda()
 
-    for name, family in LAUNCHES.items():
-        for launch in family.launches(make, family.interpreted[1]) if not dry or name == "haar" else ():
+    for family in [LAUNCHES[name] for name in args.families or LAUNCHES]:
+        for launch in family.launches(make, family.compiled[0] if args.real else family.interpreted[1]):
             if launch.main:
                 launch.launcher(*launch.args)
                 print(launch.name, flush=True)
-    if not dry:
+    if not args.dry_run:
         torch.cuda.synchronize()
 
 

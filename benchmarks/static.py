@@ -415,18 +415,14 @@ def _traffic_key(family: str, name: str) -> str:
 
 def traffic_rows(
     families: Sequence[str],
-    everything: bool,
     known: Mapping[str, list[dict[str, Any]]],
     progress: Callable[[int, str], None] = lambda total, description: None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """For each main launch one row a kernel: bytes and arithmetic, counted by the interpreter on some programs.
-
-    everything: at two shapes, not one.
-    """
+    """For each main launch at two sizes one row a kernel: bytes and arithmetic, interpreted on some programs."""
     from .interpret import count_traffic
     from .launches import LAUNCHES, Launch, Make, meta, random
 
-    shapes = [(family, shape) for family in families for shape in LAUNCHES[family].compiled[: 2 if everything else 1]]
+    shapes = [(family, shape) for family in families for shape in LAUNCHES[family].compiled[:2]]
 
     def launches(make: Make) -> Iterator[tuple[str, str, Launch]]:
         for family, shape in shapes:
@@ -513,7 +509,7 @@ def main(argv: Sequence[str]) -> int:
                     last = time.monotonic()
             save("static", [asdict(r) for r in rows], True)
             moved = list(kept_traffic)
-            for found in traffic_rows(kernels, not args.quick, counted, progress_of("counting")):
+            for found in traffic_rows(kernels, counted, progress_of("counting")):
                 moved += found
                 save("traffic", moved, False)
             save("traffic", moved, True)

@@ -1,4 +1,4 @@
-"""Train a small SWFormer to undo one of the ten degradations: a quarter of an hour on one core.
+"""Train a small SWFormer to undo one of the ten degradations: about ten minutes on one core.
 
     python examples/train_restore.py --task rain_streaks
 

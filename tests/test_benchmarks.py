@@ -189,6 +189,12 @@ def test_a_run_that_cannot_be_captured_says_so() -> None:
     assert not harness.failed(rows)
 
 
+def test_what_runs_beside_the_gpu_is_not_captured() -> None:
+    options = Options(quick=True, budget=0.01, gpu=gpu.Rehearsal(), peaks=gpu.Rehearsal().peaks())
+    rows = harness.measure(case(numpy=Variant(lambda: [1.0], compared=False)), options)
+    assert [r["variant"] for r in rows] == ["reference", "numpy", "reference, CUDA graph"]
+
+
 def test_captured_runs_pass_the_gate() -> None:
     class Wrong(gpu.Rehearsal):
         def capture(self, run: gpu.Run) -> gpu.Run:

@@ -225,3 +225,42 @@ def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(ffn, kernel, _Zeroing(getattr(ffn, kernel), output))
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 3, 5)), _parameters(2, 2, 3))
+
+
+class _Touched(Session):
+    """Bytes of maps that each kernel touches: once a program, whose cache holds its tile, and once altogether."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, tuple[int, int]] = {}
+
+    def begin(self, kernel: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        maps = (t for n, t in arguments.items() if isinstance(t, Tensor) and not n.endswith(("weight", "bias")))
+        self.ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in maps]
+        self.kernel, self.touched, self.program, self.once = kernel, 0, [], []
+        return arguments
+
+    def access(self, kind: str, addresses: Any, itemsize: int) -> None:
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for begin, end in self.ranges:
+            inside |= (addresses >= begin) & (addresses < end)
+        self.program.append(np.unique(addresses[inside].astype(np.int64)) * 8 + itemsize)
+
+    def end_program(self, program: Any) -> None:
+        different = np.unique(np.concatenate(self.program))
+        self.touched += int((different % 8).sum())
+        self.once.append(different)
+        self.program = []
+
+    def end(self) -> None:
+        self.bytes[self.kernel] = self.touched, int((np.unique(np.concatenate(self.once)) % 8).sum())
+
+
+@interpreted
+@pytest.mark.slow
+def test_traffic() -> None:
+    x, parameters = _random((1, 4, 32, 64)), _parameters(4, 4, 4)
+    with watch(touched := _Touched()):
+        y = ffn.multiscale_ffn(x, *parameters)
+        ffn.multiscale_ffn_backward(y, x, *parameters, True, True)
+    for kernel, (bytes_of_programs, once) in touched.bytes.items():
+        assert bytes_of_programs <= 1.35 * once, kernel

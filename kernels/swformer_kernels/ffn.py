@@ -33,7 +33,7 @@ _COLUMNS = 32
 # Rows of a tile: of the 1x1 convolutions around the pyramid (those of a sample of the last level), of the planes' part
 # forward and backward, and of the kernels of single levels.
 _BAND = 4
-_OUT_ROWS = 4
+_OUT_ROWS, _OUT_COLUMNS = 8, 16
 _OUT_BACKWARD_ROWS = 1
 _LEVEL_ROWS = 8
 # Channels that a program takes: of the first convolution and its gradients, after and before the last one, of a level.
@@ -613,10 +613,10 @@ def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor)
         with torch.cuda.device_of(x):
             hidden, _, mixed, mixed_starts = _forward_pyramids(net, x)
             block = channel_block(net.outputs, _OUT_CHANNELS)
-            ffn_out_kernel[(net.tiles(_OUT_ROWS), triton.cdiv(net.outputs, block))](
+            ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), triton.cdiv(net.outputs, block))](
                 hidden, mixed, mixed_starts, net.dw_weight, net.dw_bias, net.out_weight, net.out_bias,
                 y, y.stride(), size, net.levels, net.mid,
-                BC=16, BE=block, ROWS=_OUT_ROWS, COLS=_COLUMNS, LEVEL_ALIGN=net.align,
+                BC=16, BE=block, ROWS=_OUT_ROWS, COLS=_OUT_COLUMNS, LEVEL_ALIGN=net.align,
                 PRECISION=input_precision(x, exact="tf32x3"), **_layout(y, [y]), **matrix_options(x),
             )  # fmt: skip
     return y
