@@ -27,12 +27,24 @@ from torch import Tensor
 
 CHUNK_BYTES = 4 << 20
 """The inverse transform runs on so many bytes at a time: its results stay in the cache until they are unpacked."""
+LARGE_BYTES = 16 << 20
+"""Beyond so many, the forward transform goes by chunks too: fresh memory for its temporaries would cost more."""
 
 
-def spectrum(x: Tensor) -> Tensor:
+def spectrum(x: Tensor, kernels: Any = None) -> Tensor:
     """(B, D, H, W) -> (B, D, H, W // 2 + 1, 2), contiguous, of at least fp32."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return torch.view_as_real(torch.fft.rfft2(x.contiguous(), norm="ortho")).contiguous()
+    batch, dim, height, width = x.shape
+    if not hasattr(kernels, "empty_images") or x.nbytes <= LARGE_BYTES:
+        return torch.view_as_real(torch.fft.rfft2(x.contiguous(), norm="ortho")).contiguous()
+    shape = (batch, dim, height, width // 2 + 1, 2)
+    maps = kernels.empty_images(x, -(-dim * shape[3] * 2 // width))
+    z = maps.flatten()[: math.prod(shape)].view(shape)
+    step = max(1, CHUNK_BYTES // (4 * batch * height * width))
+    for first in range(0, dim, step):
+        part = x[:, first : first + step].contiguous()
+        z[:, first : first + step] = torch.view_as_real(torch.fft.rfft2(part, norm="ortho"))
+    return z
 
 
 def image(kernels: Any, mixed: Tensor, bias: Tensor | None, like: Tensor, channels: int) -> Tensor:
@@ -161,7 +173,7 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     channels = output_channels(parameters)
     if batch == 0:
         return x.new_empty(0, channels, height, width), *no_statistics(x, parameters)
-    z = spectrum(x)
+    z = spectrum(x, kernels)
     count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
     moments = kernels.spectrum_moments(z) if own_statistics else None
     zero = z[:, :, 0, 0, 0].double() if own_statistics else None
@@ -201,7 +213,7 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
         return x.new_empty(x.shape if need_x else (0,)), *zeros
     x, grad = x.detach(), grad.detach()
     height, width = x.shape[2:]
-    z, grad_mixed = spectrum(x), spectrum(grad)
+    z, grad_mixed = spectrum(x, kernels), spectrum(grad, kernels)
     count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
     terms = in_fp32(parameters[:-2])
     leaves = [terms[i] for i in places[:-2]]

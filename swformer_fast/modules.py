@@ -112,11 +112,13 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         first_bias = torch.addmv(arguments[1], first_weight, bias[2 * dim :])
         first_weight = (first_weight @ weight[2 * dim :])[..., None, None]
         arguments = (first_weight, first_bias, *arguments[2:8], None, None, *arguments[10:])
-        # The Fourier branch needs most memory: it goes first, before the others' inputs exist.
+        # One after the other, the one that needs most memory first: no two branches' inputs exist at a time.
         frequencies = functional.fourier_mix(x, *arguments)
-        parts = op(x, None, None, weight[: 2 * dim][None], bias[: 2 * dim], None).split(dim, dim=1)
-        branches = (self.spatial(parts[0]), self.wavelet(parts[1]), frequencies)
-        del parts
+        spatial, wavelet = (
+            branch(op(x, None, None, weight[first : first + dim][None], bias[first : first + dim], None))
+            for first, branch in ((0, self.spatial), (dim, self.wavelet))
+        )
+        branches = (spatial, wavelet, frequencies)
         w1, b1, w2, b2 = self.attention.arguments()
         # Unlike mean's, the gradient of a sum is a view that takes no memory.
         means = [branch.sum((2, 3)) / (x.shape[2] * x.shape[3]) for branch in branches]

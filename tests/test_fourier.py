@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import swformer_fast as sf
-from swformer_fast import functional, reference
+from swformer_fast import _fourier, functional, reference
 from swformer_fast.modules import FourierBranch
 
 BACKENDS = [name for name in ("reference", "cpp") if sf.backends()[name] == "available"]
@@ -88,6 +88,13 @@ def test_widths(kernels: str, dims: tuple[int, int, int], training: bool) -> Non
     if training and dims[1] == 1:
         pytest.skip("normalisation cancels the gradients of a single channel's weights down to rounding errors")
     check(image(2, dims[0], 14, 23), parameters(*dims), training=training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_transforms_by_chunks(kernels: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fourier, "LARGE_BYTES", 0)
+    monkeypatch.setattr(_fourier, "CHUNK_BYTES", 2 * 4 * 2 * 14 * 23)
+    check(image(2, 5, 14, 23), parameters(5, 7, 3), training=training)
 
 
 @pytest.mark.parametrize("training", [False, True])
