@@ -59,6 +59,21 @@ class FusedSolver(Solver):
         self.recurrences = clipped_recurrences(solver) if clips(solver) else recurrences(solver)
         self.depth = max((j for r in self.recurrences.values() for j in (*r.states, *r.outputs)), default=0)
 
+    @property
+    def affine(self) -> bool:
+        return all(rule.clip is None for rule in self.recurrences.values())
+
+    def derivatives(self, s: int | None) -> tuple[float, float, float]:
+        """d x_s / d x_start, d x_n / d x_start and d x_n / d eps_s; 0 for those of no step. Affine schedulers only."""
+        of_state, of_output = {self.start: 1.0}, {self.start: 0.0}
+        for i in self.steps:
+            rule = self.recurrences[i]
+            for values in (of_state, of_output):
+                values[i + 1] = rule.a * values[i] + sum(k * values[i - j] for j, k in rule.states.items())
+            if s is not None:
+                of_output[i + 1] += rule.b if i == s else rule.outputs.get(i - s, 0.0)
+        return 0.0 if s is None else of_state[s], of_state[len(self)], of_output[len(self)]
+
     def begin(self, generator: torch.Generator | None = None) -> FusedSolver:
         solver = copy.copy(self)
         solver._states, solver._outputs = {}, {}
@@ -83,16 +98,15 @@ class FusedSolver(Solver):
         clipping = (rule.c, rule.pred_x, rule.pred_eps, rule.clip)
         arguments = (x, cond, uncond, guidance or 0.0, rule.a, rule.b, terms, scales, *clipping)
         self._outputs.pop(i - self.depth, None)
-        spare = self._spare(i)
-        if spare is None:
+        if torch.is_grad_enabled():
             return ops.step(*arguments)
-        torch.ops.sdo_fast.sampler_step_out.default(*arguments, spare)
-        return spare
+        spare = self._spare(i)
+        return ops.step_alone(torch.empty_like(x) if spare is None else spare, *arguments)
 
     def _spare(self, i: int) -> Tensor | None:
         """A state that this pass made, that no later step reads and nobody else holds: memory for x_{i+1}."""
         old, alone = self._states.pop(i - self.depth - 1, None), object()
-        if old is None or i - self.depth - 1 == self.start or torch.is_grad_enabled():
+        if old is None or i - self.depth - 1 == self.start:
             return None
         # A hook may have kept the state, or a view of it.
         kept = sys.getrefcount(old) > sys.getrefcount(alone)

@@ -102,6 +102,16 @@ def step(x: Tensor, cond: Tensor, uncond: Tensor | None, *args: Any) -> Tensor:
     return out
 
 
+def step_alone(out: Tensor, x: Tensor, *args: Any) -> Tensor:
+    """`sampler_step` into `out` without autograd or autocast, past the dispatcher where nobody listens to it."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor
+    if watched or torch._C._functorch.peek_interpreter_stack() is not None:
+        torch.ops.sdo_fast.sampler_step_out.default(x, *args, out)
+    else:
+        run(STEP, (x, *args, out))
+    return out
+
+
 def _keep_the_state_under_autocast(name: str) -> None:
     """Under autocast every tensor is cast to the dtype of x: a sampler's state keeps its precision."""
     op = getattr(torch.ops.sdo_fast, name)

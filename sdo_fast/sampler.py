@@ -241,16 +241,28 @@ class ShortcutSampler:
         planned: Container[int | None] = (),
     ) -> Tensor:
         """The state after `steps`; with a cache, only the planned ones call the model."""
-        times = solver.timesteps.to(x.device)
-        for i in steps:
-            if reuse is not None and i not in planned:
-                x = solver.step(reuse.estimate(i, x), i, x)
-                continue
-            outputs = self.evaluate(eps, solver.scale_input(x, i), times[i], i == grad_step)
-            if reuse is not None:
-                reuse.store(i, x, eps.combine(*outputs))
-            x = self.advance(solver, eps, outputs, i, x)
-        return x
+        times, latents = solver.timesteps.to(x.device), x
+        kept: tuple[Tensor, ...] = ()
+        slopes = None
+        # Those of an affine solver are known; only a tensor's guidance needs the graph of every step.
+        if isinstance(solver, FusedSolver) and solver.affine and not isinstance(eps.guidance_scale, Tensor):
+            slopes = solver.derivatives(grad_step) if torch.is_grad_enabled() else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and slopes is None):
+            for i in steps:
+                if reuse is not None and i not in planned:
+                    x = solver.step(reuse.estimate(i, x), i, x)
+                    continue
+                if slopes is not None and i == grad_step:
+                    with torch.enable_grad():
+                        seen = x if x is latents else Slopes.apply(x, latents, slopes[0], 0.0, None)
+                        kept = self.evaluate(eps, solver.scale_input(seen, i), times[i], True)
+                    outputs = tuple(output.detach() for output in kept)
+                else:
+                    outputs = self.evaluate(eps, solver.scale_input(x, i), times[i], i == grad_step)
+                if reuse is not None:
+                    reuse.store(i, x, eps.combine(*outputs))
+                x = self.advance(solver, eps, outputs, i, x)
+        return x if slopes is None else Slopes.apply(x, latents, *slopes[1:], eps.guidance_scale, *kept)
 
     @torch.no_grad()
     def refresh(self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, planned: set[int]) -> None:
@@ -315,6 +327,30 @@ class ShortcutSampler:
     def _counted(self, eps: GuidedModel, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         self.model_calls += eps.evaluations
         return eps.evaluate(x, t)
+
+
+class Slopes(torch.autograd.Function):
+    """`value`, with the derivative of a x + b eps, where eps is the guided combination of a model's outputs."""
+
+    @staticmethod
+    def forward(value: Tensor, x: Tensor, a: float, b: float, guidance: float | None, *outputs: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.factors = inputs[2:5]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, guidance = ctx.factors
+        needs = ctx.needs_input_grad[1], *reversed(ctx.needs_input_grad[5:]), False, False
+        # (x, cond, uncond), where the outputs are (uncond, cond) or the one of a model without guidance.
+        none = (None, None, None, 0.0, 0.0, 0.0, None)
+        weight = 1.0 if guidance is None else guidance
+        grads = torch.ops.sdo_fast.shortcut_backward(grad, a, b, weight, *none, *needs[:3])
+        by_x, *by_outputs = (g if need else None for g, need in zip(grads, needs, strict=False))
+        count = len(ctx.needs_input_grad) - 5
+        return None, by_x, None, None, None, *reversed(by_outputs[:count])
 
 
 class ScaleGradient(torch.autograd.Function):

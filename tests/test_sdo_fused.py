@@ -12,6 +12,7 @@ from sdo_models import ConvModel, gradients
 from torch import Tensor
 
 from sdo_fast import ShortcutSampler, TrajectoryCache, ops
+from sdo_fast import fused as fused_module
 from sdo_fast.fused import FusedSolver
 from sdo_fast.reference import Solver
 
@@ -75,21 +76,24 @@ def test_recurrences_equal_the_scheduler(name: str) -> None:
 
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", AFFINE)
-def test_sampler_agrees_with_the_scheduler(name: str, guidance: float | None, start: int) -> None:
+def test_sampler_agrees_with_the_scheduler(name: str, late: bool, guidance: float | None, start: int) -> None:
     """Value and gradients of latents, condition and parameters, in float64."""
-    model = ConvModel().double()
+    model = ConvModel(scale=0.15).double()
     x, cond, uncond = (torch.randn(2, *s, dtype=torch.float64, requires_grad=True) for s in ((3, 6, 5), (5,), (5,)))
     inputs = [x, cond, *model.parameters(), *([uncond] if guidance else [])]
     results = []
     for fused in (False, True):
-        step = start + 1 if name == "kdpm2" else "first"  # its first stages do not reach x_0
+        step: Any = start + 1 + 2 * late if late or name == "kdpm2" else "first"  # its first stages do not reach x_0
         sampler = ShortcutSampler(model, scheduler(name), 6, start, step, guidance_scale=guidance, fused=fused)
         assert sampler.why_not() == ("sampler_step runs" if fused else "the scheduler runs (fused=False was asked for)")
         image = sampler(x, {"cond": cond}, {"cond": uncond} if guidance else None)
         results.append((image, *gradients(image, *inputs)))
+    # Some schedulers round their state to float32 at every step, and a steep model would amplify that.
+    limit = 1e-9 if fused_module._tolerance(Solver(scheduler(name), 6)) == fused_module.TOLERANCE else 5e-6
     for theirs, ours in zip(*results, strict=True):
-        assert rel_rms(ours, theirs) <= 1e-6
+        assert rel_rms(ours, theirs) <= limit
 
 
 @pytest.mark.parametrize("clipped_output", [False, True])
@@ -160,8 +164,9 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_one_call_per_step_and_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = ShortcutSampler(ConvModel(), scheduler("ddim"), 7, guidance_scale=2.0, fused=True)
     calls = []
-    step: Any = ops.step
-    monkeypatch.setattr(ops, "step", lambda *args: calls.append(1) or step(*args))
+    for name in ("step", "step_alone"):
+        step: Any = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, step=step: calls.append(1) or step(*args))
     monkeypatch.setattr(type(sampler.solver.scheduler), "step", None)
     sampler(torch.randn(1, 3, 4, 4), {}, {})
     assert len(calls) == 7
@@ -209,7 +214,7 @@ def test_with_reuse_normalize_and_warm_up() -> None:
         assert rel_rms(images[1], images[0]) <= 1e-5
         assert rel_rms(gradients(images[1], x)[0], gradients(images[0], x)[0]) <= 1e-5
     late = [ShortcutSampler(model, scheduler("ddim"), 6, start=3, fused=f) for f in (False, True)]
-    assert torch.equal(*(sampler.warm_up(x.detach()) for sampler in late))
+    torch.testing.assert_close(*(sampler.warm_up(x.detach()) for sampler in late), rtol=1e-5, atol=1e-5)
     assert fused.with_steps(3).why_not() == "sampler_step runs"
 
 

@@ -95,7 +95,8 @@ def test_sizes(size: tuple[int, int]) -> None:
     _check(_random((1, 3, *size)), _parameters(3, 2, 5))
 
 
-@pytest.mark.parametrize(("dim", "mid", "out"), [(17, 18, 5), pytest.param(5, 33, 66, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "mid", "out"), [(17, 18, 5), (5, 33, 66)])
 def test_widths(dim: int, mid: int, out: int) -> None:
     _check(_random((1, dim, 3, 6)), _parameters(dim, mid, out))
 
@@ -214,10 +215,10 @@ class _Zeroing:
         ("ffn_in_kernel", 4),
         ("ffn_low_kernel", 1),
         ("ffn_out_kernel", 7),
-        *(("ffn_out_backward_kernel", output) for output in (8, 9, 10)),
+        *(pytest.param("ffn_out_backward_kernel", output, marks=pytest.mark.slow) for output in (8, 9, 10)),
         ("ffn_downsample_kernel", 1),
-        *(("ffn_depthwise_backward_kernel", output) for output in (2, 5)),
-        ("ffn_in_backward_kernel", 3),
+        *(pytest.param("ffn_depthwise_backward_kernel", output, marks=pytest.mark.slow) for output in (2, 5)),
+        pytest.param("ffn_in_backward_kernel", 3, marks=pytest.mark.slow),
         ("ffn_in_parameters_kernel", 4),
     ],
 )
