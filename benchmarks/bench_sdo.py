@@ -59,7 +59,7 @@ def digits(batch: int, device: str) -> Task:
 def latent_space(device: str) -> Task:
     """The style of a decoded image: UNet of 24 M parameters, decoder and critic, of random weights.
 
-    Decoder and critic together keep about as much for backward as one call of the UNet, as in Stable Diffusion.
+    Decoder and critic together keep about half as much for backward as one call of the UNet.
     """
     import diffusers
 

@@ -102,6 +102,11 @@ def test_block_layouts_and_dtypes(layout: str, dtype: torch.dtype) -> None:
     assert_close(output, expected.eval()(x.double()), torch.float32)
 
 
+def test_block_on_the_meta_device() -> None:
+    block = sf.SWFormerBlock(8).to("meta")
+    assert block(torch.randn(1, 8, 20, 24, device="meta")).shape == (1, 8, 20, 24)
+
+
 def test_block_under_autocast() -> None:
     block = sf.SWFormerBlock(8)
     with torch.autocast("cpu", torch.bfloat16):
