@@ -84,7 +84,7 @@ class TrajectoryCache:
     def warm(self, latents: Tensor, conditions: Mapping[str, Any]) -> bool:
         """Whether there is a whole trajectory for these arguments; drops one for others."""
         conditions = {**conditions, "like": (tuple(latents.shape), latents.dtype, latents.device)}
-        if self._conditions is None or not _same(self._conditions, conditions):
+        if self._conditions is None or not same(self._conditions, conditions):
             self.clear()
             self._conditions = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), conditions)
         return self._complete
@@ -126,13 +126,14 @@ class TrajectoryCache:
             )
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees hold equal tensors and plain values, and otherwise the very same objects."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and type(a) is type(b):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return a is b or (
         type(a) is type(b) and isinstance(a, (bool, int, float, str, torch.dtype, torch.device)) and a == b
     )

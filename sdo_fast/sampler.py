@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ._progress import bar
 from .fused import FusedSolver
+from .graphs import CapturedModel
 from .reference.loops import draw_step, grad_step_choices
 from .reference.model import GuidedModel
 from .reference.solver import Solver
 from .reuse import TrajectoryCache
-from .schedulers import refuse_not_affine, refuse_vanishing, sensitivities
+from .schedulers import refuse_not_affine, refuse_stochastic, refuse_vanishing, sensitivities
 
 
 class ShortcutSampler:
@@ -70,10 +71,24 @@ class ShortcutSampler:
         inference_mode: call the model under `torch.inference_mode` where no graph is kept, which costs small models
             less than `torch.no_grad` does. Not for models that keep tensors from one call to the next (caches of
             position embeddings, FSDP), which autograd could not use afterwards.
+        cuda_graph: capture the model call of the steps that keep no graph once as a CUDA graph, and replay it at each
+            of them, so that the host no longer launches the model's kernels one by one: o_i = graph(x_i, t_i, k) for
+            i != s, with x_i, t_i and the keyword arguments' tensors k copied into the graph's own buffers. The step of
+            the gradient, the scheduler's arithmetic and the batched refresh of `reuse` run as without it. For CUDA
+            tensors and deterministic schedulers. Captured anew where shapes, dtypes, the structure or plain values of
+            the keyword arguments, autocast, train or eval mode, or the addresses of a module's parameters and buffers
+            change (values may change in place; for a model that is a plain function, keep all addresses). Timesteps
+            are an input, so a schedule is not part of it. What no capture can hold: reading values back to the host
+            (`.item()`), branches on them, copies from the CPU, `torch.compile(mode="reduce-overhead")`. Hooks and
+            other Python of the model do not run in a replay: after changing what they do, make a new sampler. A capture
+            calls the model four times, which `model_calls` leaves out, but statistics of batch normalisation and
+            dropout's generator in train mode do not. The graph keeps the memory of one model call without a gradient
+            while the sampler lives. Tested on the CPU with a stand-in for the capture; not yet run on a GPU.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the gradient asked for is exactly zero (sample prediction
             before the last step; the last step of PNDM; first-stage calls of KDPM2): the message names the way out.
+            With `cuda_graph` also a scheduler that adds fresh noise, and, at the call, tensors that are not on a GPU.
         NotAffineError: `normalize` or `reuse` with a scheduler that clips, thresholds or reads a learned variance.
 
     Source: "You Only Look One Step: Accelerating Backpropagation in Diffusion Sampling with Gradient Shortcuts", arXiv
@@ -96,6 +111,7 @@ class ShortcutSampler:
         reuse: TrajectoryCache | None = None,
         fused: bool = True,
         inference_mode: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got {type(model).__name__}, a callable model(x, t, **kwargs) is needed")
@@ -126,6 +142,13 @@ class ShortcutSampler:
         if reuse is not None:
             reuse.attach(self.solver)
         self.inference_mode = inference_mode
+        self.cuda_graph = cuda_graph
+        if cuda_graph:
+            try:
+                refuse_stochastic(self.solver)
+            except ValueError as reason:
+                raise ValueError(f"cuda_graph: {reason}") from None
+        self._captured = CapturedModel() if cuda_graph else None
         self.fused = fused
         self._why_not = "fused=False was asked for"
         self._stepper = self.arithmetic(self.solver)
@@ -176,6 +199,7 @@ class ShortcutSampler:
             schedule_kwargs=self.solver.schedule_kwargs,
             fused=self.fused,
             inference_mode=self.inference_mode,
+            cuda_graph=self.cuda_graph,
         )
         return other
 
@@ -309,11 +333,18 @@ class ShortcutSampler:
     ) -> GuidedModel:
         """The model with its guidance and arguments, as the steps call it."""
         variance = self.solver.learned_variance
-        return GuidedModel(self.model, len(latents), self.guidance_scale, model_kwargs, uncond_kwargs, variance)
+        eps = GuidedModel(self.model, len(latents), self.guidance_scale, model_kwargs, uncond_kwargs, variance)
+        if self._captured is not None:
+            self._captured.check(latents, eps)
+        return eps
 
     def evaluate(self, eps: GuidedModel, x: Tensor, t: Tensor, gradient: bool = False) -> tuple[Tensor, ...]:
         """The model's outputs before guidance, as constants unless `gradient`."""
         if not (gradient and torch.is_grad_enabled()):
+            # A refresh of several steps, each sample at its own, has another batch.
+            if self._captured is not None and t.ndim == 0:
+                self.model_calls += eps.evaluations
+                return self._captured(eps, x, t)
             if not self.inference_mode:
                 with torch.no_grad():
                     return self._counted(eps, x, t)
