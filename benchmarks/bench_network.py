@@ -95,7 +95,7 @@ def network(side: int, options: Options) -> Work:
 
 
 def train_step(batch: int, side: int, options: Options) -> Work:
-    """Forward with the Charbonnier loss of every scale (L1's gradient would jump with rounding), and all gradients."""
+    """Forward with the squared error of every scale, whose gradient rounding cannot flip, and all gradients."""
     reference, fast = (model.train() for model in models(options.device))
     crops = photograph(side * batch)[..., :side].reshape(1, 3, batch, side, side)[0].transpose(0, 1).contiguous()
     target = crops.to(options.device)
@@ -106,7 +106,7 @@ def train_step(batch: int, side: int, options: Options) -> Work:
 
         def run() -> tuple[Tensor, ...]:
             outputs, targets = model(image, all_scales=True), model.image_pyramid(target)
-            loss = sum(((o - t).square() + 1e-6).sqrt().mean() for o, t in zip(outputs, targets, strict=True))
+            loss = sum((o - t).square().mean() for o, t in zip(outputs, targets, strict=True))
             grads = torch.autograd.grad(loss, parameters)
             return outputs[0].detach() - image, torch.cat([g.flatten() for g in grads])
 
