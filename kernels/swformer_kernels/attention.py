@@ -15,6 +15,7 @@ from torch import Tensor
 from ._common import alignment, architecture, check_dtype, empty, is_channels_last, multiple
 
 _TILE = 2048
+_TILE_OF_HALVES = 1024  # with twice as many LLVM's vectoriser fails on the sums of products
 _CHANNELS_OF_CHANNELS_LAST = 64
 # Tiles that a program adds up before the second stage.
 _TILES_A_PARTIAL = 8
@@ -212,13 +213,13 @@ def _flat(t: Tensor, x: Tensor) -> Tensor:
 def _tile(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
     """Constants of the kernels that go over the pixels; the tensors are (B, C, H * W)."""
     _, channels, pixels = tensors[0].shape
-    channels_last = is_channels_last(x)
+    channels_last, tile = is_channels_last(x), _TILE if x.element_size() == 4 else _TILE_OF_HALVES
     if channels_last:
         block = min(_CHANNELS_OF_CHANNELS_LAST, triton.next_power_of_2(channels))
-        columns, align = _TILE // block, alignment(channels, 1, tensors)
+        columns, align = tile // block, alignment(channels, 1, tensors)
     else:
-        columns = min(_TILE, max(16, triton.next_power_of_2(pixels)))
-        block, align = min(_TILE // columns, triton.next_power_of_2(channels)), alignment(pixels, 2, tensors)
+        columns = min(tile, max(16, triton.next_power_of_2(pixels)))
+        block, align = min(tile // columns, triton.next_power_of_2(channels)), alignment(pixels, 2, tensors)
     wave = 64 if architecture(x.device).startswith("gfx") else 32
     return {
         "BC": block,
