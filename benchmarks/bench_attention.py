@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import swformer_fast as sf
 
-from .families import family_cases
-from .harness import Case, Options, Variant
+from .families import copy_floor, family_cases
+from .harness import Case, Options
 
 SHAPES = [(1, 120, 256, 256), (1, 192, 128, 128), (1, 384, 64, 64), (4, 120, 128, 128), (2, 72, 63, 65)]
 
 
 def make_args(shape: tuple[int, ...]) -> Sequence[Any]:
     return torch.randn(shape, requires_grad=True), *sf.reference.ChannelAttention(shape[1]).arguments()
-
-
-def floor(args: Sequence[Any]) -> Mapping[str, Variant]:
-    x = args[0].detach()
-    return {"clone (bandwidth floor)": Variant(lambda: x.clone(), note="copies x only", compared=False)}
 
 
 def cases(options: Options) -> list[Case]:
@@ -34,5 +29,5 @@ def cases(options: Options) -> list[Case]:
         [(2, 72, 63, 65)] if options.quick else SHAPES,
         options,
         lambda kind, shape: {},
-        floor,
+        copy_floor,
     )

@@ -87,7 +87,7 @@ def stages(shape: tuple[int, ...]) -> Work:
         {
             "branch": part(lambda: sf.functional.fourier_mix(x, *arguments), "all stages"),
             "compose": part(compose, "parameters to one matrix"),
-            "rfft2": part(lambda: _fourier.spectrum(x), "transform"),
+            "rfft2": part(lambda: _fourier.spectrum(x, kernels), "transform"),
             "mix": part(lambda: kernels.spectrum_mix(spectrum, matrix, out_matrix, width), "matrix, gate, last conv"),
             "products": part(lambda: (matrix @ columns, out_matrix @ products), "mix's matrix products by sgemm alone"),
             "irfft2": part(lambda: _fourier.image(kernels, mixed, out_bias, x, shape[1]), "packed inverse transform"),

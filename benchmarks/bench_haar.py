@@ -9,7 +9,7 @@ import torch
 
 import swformer_fast as sf
 
-from .families import family_cases
+from .families import copy_floor, family_cases
 from .harness import Case, Options, Variant
 
 SHAPES = [
@@ -51,7 +51,7 @@ def peers(args: Sequence[Any]) -> Mapping[str, Variant]:
     """Other libraries' transforms, whose filters are fixed and values not compared; and a plain copy as the floor."""
     x = args[0].detach()
     note = "fixed filters, values not compared"
-    variants = {"clone (bandwidth floor)": Variant(lambda: x.clone(), note="copies x only", compared=False)}
+    variants = copy_floor(args)
     try:
         import ptwt
 

@@ -45,7 +45,7 @@ def models(device: str) -> tuple[nn.Module, nn.Module]:
     return reference.to(device), fast.to(device)
 
 
-def peak_bytes(model: nn.Module, side: int) -> int | None:
+def resident_peak(model: nn.Module, side: int) -> int | None:
     """Memory that one evaluation needs beyond what is there before it, in a process of its own; Linux."""
     kind = "sf.SWFormer" if isinstance(model, sf.SWFormer) else "sf.reference.SWFormer"
     program = f"""
@@ -82,7 +82,7 @@ def network(side: int, options: Options) -> Work:
         return call(wide, image.double())
 
     def metrics(model: nn.Module) -> dict[str, int]:
-        peak = peak_bytes(model, side) if options.device == "cpu" else None
+        peak = resident_peak(model, side) if options.device == "cpu" else None
         return {} if peak is None else {"peak_bytes": peak}
 
     variants = {"reference": Variant(lambda: call(reference), metrics=metrics(reference))}

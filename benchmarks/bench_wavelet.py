@@ -9,8 +9,8 @@ import torch
 
 import swformer_fast as sf
 
-from .families import family_cases
-from .harness import Case, Options, Variant
+from .families import copy_floor, family_cases
+from .harness import Case, Options
 
 SHAPES = [
     (1, 32, 256, 256),
@@ -32,12 +32,6 @@ def arguments(shape: tuple[int, ...]) -> Sequence[Any]:
     return torch.randn(shape, requires_grad=True), *parameters
 
 
-def peers(args: Sequence[Any]) -> Mapping[str, Variant]:
-    """A plain copy as the floor."""
-    x = args[0].detach()
-    return {"clone (bandwidth floor)": Variant(lambda: x.clone(), note="copies x only", compared=False)}
-
-
 def cases(options: Options) -> list[Case]:
     return family_cases(
         "wavelet",
@@ -48,6 +42,6 @@ def cases(options: Options) -> list[Case]:
         [(2, 24, 63, 65)] if options.quick else SHAPES,
         options,
         targets,
-        peers,
+        copy_floor,
         compile_shapes=[(1, 32, 256, 256), (1, 128, 64, 64)],
     )

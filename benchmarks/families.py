@@ -64,6 +64,12 @@ def backend_variants(run: Run, op: str, args: Sequence[Any], metrics: Mapping[st
     return variants
 
 
+def copy_floor(args: Sequence[Any]) -> dict[str, Variant]:
+    """A plain copy of the image: what memory alone takes."""
+    x = args[0].detach()
+    return {"clone (bandwidth floor)": Variant(lambda: x.clone(), note="copies x only", compared=False)}
+
+
 def family_cases(
     name: str,
     op: str,

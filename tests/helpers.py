@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+import swformer_fast as sf
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 """Largest relative RMS error, by the dtype under test, against the reference run in fp64."""
@@ -164,3 +167,30 @@ def tf32(x: Tensor) -> Tensor:
     """fp32 numbers rounded to tf32's ten bits of mantissa."""
     bits = x.view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+class Zeroing:
+    """In the place of a Triton kernel: zeroes the arguments, or tuples of them, at `outputs`, after `kernel` if given."""
+
+    def __init__(self, *outputs: int, kernel: Any = None) -> None:
+        self.outputs, self.kernel = outputs, kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            if self.kernel is not None:
+                self.kernel[grid](*args, **kwargs)
+            for i in self.outputs:
+                for tensor in args[i] if isinstance(args[i], tuple) else (args[i],):
+                    tensor.zero_()
+
+        return launch
+
+
+def zero_op(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Every op of swformer_fast runs on the reference, and op `name` returns zeros."""
+
+    def zeroed(*args: object) -> object:
+        result = sf.backend.OPS[name].reference(*args)
+        return torch.zeros_like(result) if isinstance(result, Tensor) else tuple(map(torch.zeros_like, result))
+
+    monkeypatch.setattr(sf.backend, "_implementation", lambda op, backend: zeroed if op.name == name else op.reference)

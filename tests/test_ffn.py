@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, zero_op
 from torch import Tensor
 
 import swformer_fast as sf
@@ -233,12 +233,7 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
 @pytest.mark.parametrize("op", [OP, f"{OP}_backward"])
 def test_a_zeroed_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """The comparison above must fail for a kernel that writes zeros: it measures something."""
-
-    def zeroed(*args: object) -> object:
-        result = sf.backend.OPS[op].reference(*args)
-        return torch.zeros_like(result) if isinstance(result, Tensor) else tuple(map(torch.zeros_like, result))
-
-    monkeypatch.setattr(sf.backend, "_implementation", lambda o, b: zeroed if o.name == op else o.reference)
+    zero_op(monkeypatch, op)
     with pytest.raises(AssertionError):
         check(arguments((1, 3, 5, 6)))
 

@@ -1,11 +1,8 @@
 """The Triton kernels of channel attention against the reference in fp64, interpreted unless there is a GPU."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, value_and_grads
 from torch import Tensor
 
 import swformer_fast as sf
@@ -135,20 +132,6 @@ def test_through_the_op(layout: str) -> None:
     assert_close(actual, value_and_grads(reference.channel_attention, fp64(inputs)))
 
 
-class _Zeroing:
-    """A kernel after which one of its outputs is zero."""
-
-    def __init__(self, kernel: Any, output: int) -> None:
-        self.kernel, self.output = kernel, output
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def run(*args: Any, **kwargs: Any) -> None:
-            self.kernel[grid](*args, **kwargs)
-            args[self.output].zero_()
-
-        return run
-
-
 @pytest.mark.parametrize(
     ("kernel", "output"),
     [
@@ -160,7 +143,7 @@ class _Zeroing:
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, kernel, _Zeroing(getattr(attention, kernel), output))
+    monkeypatch.setattr(attention, kernel, Zeroing(output, kernel=getattr(attention, kernel)))
     with pytest.raises(AssertionError):
         _check(_random((2, 6, 3, 4)), 4)
 

@@ -1,12 +1,12 @@
 """The Triton kernels of the multi-scale FFN against the reference in fp64, interpreted unless there is a GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, value_and_grads
 from torch import Tensor
 
 import swformer_fast as sf
@@ -195,20 +195,6 @@ def test_through_the_op(layout: str) -> None:
     assert_close(actual, value_and_grads(reference.multiscale_ffn, fp64(args), grad))
 
 
-class _Zeroing:
-    """A kernel after which one of its outputs is zero."""
-
-    def __init__(self, kernel: Any, output: int) -> None:
-        self.kernel, self.output = kernel, output
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def run(*args: Any, **kwargs: Any) -> None:
-            self.kernel[grid](*args, **kwargs)
-            args[self.output].zero_()
-
-        return run
-
-
 @pytest.mark.parametrize(
     ("kernel", "output"),
     [
@@ -223,7 +209,7 @@ class _Zeroing:
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn, kernel, _Zeroing(getattr(ffn, kernel), output))
+    monkeypatch.setattr(ffn, kernel, Zeroing(output, kernel=getattr(ffn, kernel)))
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 3, 5)), _parameters(2, 2, 3))
 

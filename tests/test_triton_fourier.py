@@ -1,12 +1,11 @@
 """The Triton kernels of the Fourier branch against plain PyTorch in fp64, interpreted unless there is a GPU."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads
+from helpers import Zeroing, assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads
 from torch import Tensor
 
 import swformer_fast as sf
@@ -179,16 +178,6 @@ def test_whole_branch(dtype: torch.dtype, training: bool) -> None:
     assert_close(actual, value_and_grads(reference.fourier_mix, theirs, training=training), dtype)
 
 
-class _Zeroing:
-    """A kernel that writes zeros into what it should compute."""
-
-    def __init__(self, output: int) -> None:
-        self.output = output
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: args[self.output].zero_()
-
-
 @pytest.mark.parametrize(
     ("kernel", "output", "check"),
     [
@@ -203,6 +192,6 @@ class _Zeroing:
 def test_zeroed_kernel_fails(
     kernel: str, output: int, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fourier if hasattr(fourier, kernel) else common, kernel, _Zeroing(output))
+    monkeypatch.setattr(fourier if hasattr(fourier, kernel) else common, kernel, Zeroing(output))
     with pytest.raises(AssertionError):
         check()

@@ -1,11 +1,8 @@
 """The Triton kernels of the pointwise convolution against the reference in fp64, interpreted unless there is a GPU."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, tf32, value_and_grads
+from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, tf32, value_and_grads
 from torch import Tensor
 
 import swformer_fast as sf
@@ -160,26 +157,11 @@ def test_half_precision_maps_are_exact_intf32(dtype: torch.dtype) -> None:
     assert_close((tf32(weight) @ x.float()).to(dtype), weight.double() @ x.double())
 
 
-class _Zeroing:
-    """A kernel that writes zeros into what it should compute."""
-
-    def __init__(self, output: int) -> None:
-        self.output = output
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def zero(*args: Any, **kwargs: Any) -> None:
-            output = args[self.output]
-            for tensor in output if isinstance(output, tuple) else (output,):
-                tensor.zero_()
-
-        return zero
-
-
 @pytest.mark.parametrize(
     ("kernel", "output"), [("pointwise_kernel", 9), ("pointwise_parameters_kernel", 5), ("sum_partials_kernel", 1)]
 )
 def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise if hasattr(pointwise, kernel) else common, kernel, _Zeroing(output))
+    monkeypatch.setattr(pointwise if hasattr(pointwise, kernel) else common, kernel, Zeroing(output))
     with pytest.raises(AssertionError):
         _check(_arguments())
 

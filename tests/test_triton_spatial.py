@@ -1,11 +1,8 @@
 """The Triton kernels of depthwise convolution and GELU against the reference in fp64, interpreted without a GPU."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, SIZES, Zeroing, assert_close, fp64, poisoned_memory, value_and_grads
 from torch import Tensor
 
 import swformer_fast as sf
@@ -145,22 +142,12 @@ def test_through_the_op(layout: str) -> None:
     assert_close(actual, value_and_grads(reference.depthwise_gelu, fp64(inputs)))
 
 
-class _Zeroing:
-    """A kernel that writes zeros into what it should compute."""
-
-    def __init__(self, outputs: tuple[int, ...]) -> None:
-        self.outputs = outputs
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: [args[i].zero_() for i in self.outputs]
-
-
 @pytest.mark.parametrize(
     ("kernel", "outputs"),
     [("depthwise_gelu_kernel", (2,)), ("depthwise_gelu_backward_kernel", (4, 8)), ("sum_weights_kernel", (1, 2))],
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spatial if hasattr(spatial, kernel) else common, kernel, _Zeroing(outputs))
+    monkeypatch.setattr(spatial if hasattr(spatial, kernel) else common, kernel, Zeroing(*outputs))
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 6, 8)))
 
