@@ -170,7 +170,7 @@ def tf32(x: Tensor) -> Tensor:
 
 
 class Zeroing:
-    """In the place of a Triton kernel: zeroes the arguments, or tuples of them, at `outputs`, after `kernel` if given."""
+    """In a Triton kernel's place: zeroes the arguments, or tuples of them, at `outputs`, after `kernel` if given."""
 
     def __init__(self, *outputs: int, kernel: Any = None) -> None:
         self.outputs, self.kernel = outputs, kernel
