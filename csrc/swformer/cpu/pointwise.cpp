@@ -1,16 +1,20 @@
-// 1x1 convolution of up to three maps, as a matrix product over tiles of pixels: the rows of a tile are gathered into a scratch
-// that stays in cache (planes are a power of two apart, where they would evict each other), so the concatenation never exists.
+// 1x1 convolution of up to three maps, as a matrix product over tiles of pixels. Planes are often a power of two apart, where they
+// evict each other from the caches: so the rows of a tile are gathered into a scratch that stays in cache, plane by plane in long
+// runs, and so leaves the result. The concatenation of the maps never exists.
 #include <optional>
 
 #include "gemm.h"
 #include "tensor.h"
+#include "workspace.h"
 
 namespace {
 
 using simd::Acc;
 using tensor::Tensor;
 
-constexpr int64_t kTileVectors = 15;
+constexpr int64_t kTile = 240;                      // pixels: runs of so many are read and written
+constexpr int64_t kScratchBytes = int64_t{1} << 18;  // of a tile's input, where the channels are many
+constexpr int64_t kAhead = 1;                        // planes that a read goes ahead
 
 struct Maps {
   std::vector<Tensor> parts;
@@ -33,16 +37,34 @@ struct Weight {
   A at(int64_t b, int64_t e, int64_t c) const { return values[(std::min(b, batch - 1) * rows + e) * columns + c]; }
 };
 
-// Also asks for the elements `ahead`: the planes are too many for the processor to see that they will be read.
+// n elements from `in` to every `stride`th strip of `width`. Also asks for those at `ahead`, which will be read soon: the planes
+// are too many for the processor to see it.
 template <class T, class A>
-inline void gather(const T* in, A* out, int64_t n, int64_t ahead) {
+inline void gather(const T* in, const T* ahead, int64_t n, A* out, int64_t width, int64_t stride) {
   constexpr int lanes = simd::kLanes<A>;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    __builtin_prefetch(in + i + ahead);
-    simd::store(out + i, simd::load(in + i));
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += line) __builtin_prefetch(ahead + i);
+  for (int64_t first = 0; first < n; first += width, out += stride) {
+    const int64_t end = std::min(width, n - first);
+    int64_t i = 0;
+    for (; i + lanes <= end; i += lanes) simd::store(out + i, simd::load(in + first + i));
+    for (; i < end; ++i) out[i] = static_cast<A>(in[first + i]);
   }
-  for (; i < n; ++i) out[i] = static_cast<A>(in[i]);
+}
+
+// The other way, plus `offset` and, where there is one, `add`.
+template <class T, class A>
+inline void scatter(const A* in, int64_t n, int64_t width, int64_t stride, A offset, const T* add, T* out) {
+  constexpr int lanes = simd::kLanes<A>;
+  for (int64_t first = 0; first < n; first += width, in += stride) {
+    const int64_t end = std::min(width, n - first);
+    int64_t i = 0;
+    for (; i + lanes <= end; i += lanes) {
+      const simd::Vec<A> value = simd::load(in + i) + offset;
+      simd::store(out + first + i, add ? value + simd::load(add + first + i) : value);
+    }
+    for (; i < end; ++i) out[first + i] = static_cast<T>(in[i] + offset + (add ? static_cast<A>(add[first + i]) : A(0)));
+  }
 }
 
 // Where row e of the result lies, over one or more output tensors.
@@ -68,52 +90,41 @@ void product(
     const std::vector<Tensor>& parts, At&& at, const Acc<T>* bias, int64_t bias_stride, const T* residual,
     const std::vector<Tensor>& outputs) {
   using A = Acc<T>;
-  constexpr int64_t lanes = simd::kLanes<A>, tile = kTileVectors * lanes;
+  constexpr int64_t strip = gemm::kVectors * simd::kLanes<A>;
   const Rows<T> out(outputs);
-  const int64_t batch = parts[0].size(0), pixels = parts[0].size(2) * parts[0].size(3), tiles = (pixels + tile - 1) / tile;
-  const int64_t m = out.rows.size();
-  int64_t channels = 0;
-  for (const Tensor& part : parts) channels += part.size(1);
-  const int64_t panel = gemm::packed_size(m, channels);
+  const int64_t batch = parts[0].size(0), pixels = parts[0].size(2) * parts[0].size(3), m = out.rows.size();
+  std::vector<const T*> planes;  // of the first image; those of the next are `image` further
+  std::vector<int64_t> image;
+  for (const Tensor& part : parts)
+    for (int64_t c = 0; c < part.size(1); ++c) {
+      planes.push_back(static_cast<const T*>(part.const_data_ptr()) + c * pixels);
+      image.push_back(part.size(1) * pixels);
+    }
+  const int64_t channels = planes.size(), most = kScratchBytes / (channels * strip * static_cast<int64_t>(sizeof(A)));
+  const int64_t tile = std::clamp<int64_t>(most * strip, strip, gemm::round_up(kTile, strip));
+  const int64_t tiles = (pixels + tile - 1) / tile, panel = gemm::packed_size(m, channels);
   std::vector<A> packed(batch * panel);
   for (int64_t b = 0; b < batch; ++b)
     gemm::pack(m, channels, packed.data() + b * panel, [&](int64_t e, int64_t c) { return at(b, e, c); });
 
   torch::stable::parallel_for(0, batch * tiles, 4, [&](int64_t begin, int64_t end) {
-    thread_local std::vector<A> scratch;
-    scratch.resize(channels * tile);
+    workspace::Frame frame;
+    A* inputs = frame.take<A>(channels * tile);
+    A* products = frame.take<A>(m * tile);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / tiles, first = task % tiles * tile, n = std::min(tile, pixels - first);
-      A* row = scratch.data();
-      for (const Tensor& part : parts) {
-        const T* in = static_cast<const T*>(part.const_data_ptr()) + b * part.size(1) * pixels + first;
-        for (int64_t c = 0; c < part.size(1); ++c, in += pixels, row += tile) gather(in, row, n, tile);
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t next = c + kAhead < channels ? c + kAhead : c;
+        gather(planes[c] + b * image[c] + first, planes[next] + b * image[next] + first, n, inputs + c * strip, strip, channels * strip);
       }
-      gemm::multiply(
-          m, n, channels, packed.data() + b * panel, channels * gemm::kRows, int64_t{gemm::kRows}, scratch.data(), tile,
-          [&](int64_t e, int64_t column, auto& sum) __attribute__((always_inline)) {
-            constexpr int vectors = sizeof(sum[0]) / sizeof(sum[0][0]);
-            const int64_t left = n - column;
-            // Unrolled, so that the sums stay in registers.
-#pragma GCC unroll 8
-            for (int i = 0; i < gemm::kRows; ++i) {
-              if (e + i >= m) break;
-              T* to = out.rows[e + i].data + b * out.rows[e + i].batch_stride + first + column;
-              const T* add = residual ? residual + (b * m + e + i) * pixels + first + column : nullptr;
-              const simd::Vec<A> offset = simd::broadcast(bias ? bias[b * bias_stride + e + i] : A(0));
-#pragma GCC unroll 3
-              for (int v = 0; v < vectors; ++v) {
-                const int64_t at = v * lanes;
-                const simd::Vec<A> value = sum[i][v] + offset;
-                if (left >= at + lanes)
-                  simd::store(to + at, add ? value + simd::load(add + at) : value);
-                else if (left > at)
-                  simd::store_partial(
-                      to + at, add ? value + simd::load_partial(add + at, static_cast<int>(left - at)) : value,
-                      static_cast<int>(left - at));
-              }
-            }
-          });
+      for (int64_t column = 0; column < n; column += strip)
+        gemm::multiply(
+            m, std::min(strip, n - column), channels, packed.data() + b * panel, channels * gemm::kRows, int64_t{gemm::kRows},
+            inputs + column * channels, strip, gemm::into<false>(products + column * m, strip, m));
+      for (int64_t e = 0; e < m; ++e)
+        scatter(
+            products + e * strip, n, strip, m * strip, bias ? bias[b * bias_stride + e] : A(0),
+            residual ? residual + (b * m + e) * pixels + first : nullptr, out.rows[e].data + b * out.rows[e].batch_stride + first);
     }
   });
 }
