@@ -153,12 +153,12 @@ inline void load_row(const L& line, const T* row, A* padded) {
   });
 }
 
-// The pixels kSide beside those at p, which is aligned to a vector: never a load across two cache lines, nor one that must wait
-// until two stores have left the store buffer.
+// The pixels kSide beside those at p, which is aligned to a vector: by shuffles where half of the loads would cross cache lines or
+// more. With AVX2 it is less, and a shuffle across the register's halves takes two instructions.
 template <int kSide, int64_t kStep, class A>
 inline Vec<A> beside(const A* p) {
   constexpr int n = simd::kLanes<A>;
-  if constexpr (kStep != 1 || kSide == 0)
+  if constexpr (kStep != 1 || kSide == 0 || simd::kBytes == 32)
     return simd::load(p + kSide * kStep);
   else if constexpr (kSide < 0)
     return simd::window<n + kSide>(simd::load(p - n), simd::load(p));
