@@ -18,34 +18,43 @@ constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 27, kHugePage
 
 class Pool {
  public:
-  // At least `bytes` bytes, in huge pages where the system gives them; to be given back with `give(memory, bytes)`.
-  void* take(size_t bytes) {
+  struct Block {
+    void* memory;
+    size_t bytes;
+  };
+
+  // At least `bytes` bytes, in huge pages where the system gives them; to be given back.
+  Block take(size_t bytes) {
     bytes = rounded(bytes);
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock)
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      size_t best = idle_.size();
       for (size_t i = idle_.size(); i-- > 0;)
-        if (idle_[i].bytes == bytes) {
-          void* memory = idle_[i].memory;
-          idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(i));
-          kept_ -= bytes;
-          return memory;
-        }
+        if (idle_[i].bytes >= bytes && idle_[i].bytes - bytes <= bytes / 4 && (best == idle_.size() || idle_[i].bytes < idle_[best].bytes))
+          best = i;
+      if (best < idle_.size()) {
+        const Block block = idle_[best];
+        idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(best));
+        kept_ -= block.bytes;
+        return block;
+      }
+      release_beyond(kept_ > bytes ? kept_ - bytes : 0);  // they are of sizes for which there is no use now
+    }
     void* memory = std::aligned_alloc(kHugePage, bytes);
     if (!memory) throw std::bad_alloc();
 #if defined(__linux__)
     madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
-    return memory;
+    return {memory, bytes};
   }
 
-  void give(void* memory, size_t bytes) {
-    bytes = rounded(bytes);
+  void give(Block block) {
     // A child of fork() may find the lock taken by a thread that it does not have.
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && bytes <= kKept) {
-      idle_.push_back({memory, bytes});
-      kept_ += bytes;
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && block.bytes <= kKept) {
+      idle_.push_back(block);
+      kept_ += block.bytes;
       release_beyond(kKept);
     } else {
-      std::free(memory);
+      std::free(block.memory);
     }
   }
 
@@ -55,11 +64,6 @@ class Pool {
   }
 
  private:
-  struct Block {
-    void* memory;
-    size_t bytes;
-  };
-
   // To an eighth of the next power of two, so that results of almost one size share blocks.
   static size_t rounded(size_t bytes) {
     size_t step = kHugePage;

@@ -79,11 +79,12 @@ inline Tensor empty(
   AtenTensorHandle handle;
   const size_t bytes = static_cast<size_t>(numel) * size_of(type);
   if (torch_from_blob && bytes >= pool::kSmallest) {
+    const pool::Pool::Block block = pool::instance().take(bytes);
     const auto error = torch_from_blob(
-        pool::instance().take(bytes), rank, size.data(), strides.data(), 0, dtype_code, device_type, device.index(), &handle,
+        block.memory, rank, size.data(), strides.data(), 0, dtype_code, device_type, device.index(), &handle,
         aoti_torch_layout_strided(), nullptr, 0,
-        [](void* memory, void* context) { pool::instance().give(memory, reinterpret_cast<size_t>(context)); },
-        reinterpret_cast<void*>(bytes));
+        [](void* memory, void* context) { pool::instance().give({memory, reinterpret_cast<size_t>(context)}); },
+        reinterpret_cast<void*>(block.bytes));
     STD_TORCH_CHECK(error == 0, "torch_from_blob failed");
   } else {
     const auto error =

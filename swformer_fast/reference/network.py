@@ -181,11 +181,11 @@ class SWFormer(nn.Module):
             ValueError: for another rank, number of channels, or a side below 16.
         """
         p0, p1, p2 = self._transforms(self._pad(image))
-        x1 = self.stages[0](self.embeddings[0](p0))
-        x2 = self.stages[1](self.fusions[0](self.downs[0](x1), self.embeddings[1](p1)))
-        x3 = self.stages[2](self.fusions[1](self.downs[1](x2), self.embeddings[2](p2)))
-        x4 = self.stages[3](self.skips[0](self.ups[0](x3), x2))
-        x5 = self.stages[4](self.skips[1](self.ups[1](x4), x1))
+        encoded = [self.stages[0](self.embeddings[0](p0))]  # popped where they are merged: no map outlives its use
+        encoded.append(self.stages[1](self.fusions[0](self.downs[0](encoded[0]), self.embeddings[1](p1))))
+        x3 = self.stages[2](self.fusions[1](self.downs[1](encoded[1]), self.embeddings[2](p2)))
+        x4 = self.stages[3](self.skips[0](self.ups[0](x3), encoded.pop()))
+        x5 = self.stages[4](self.skips[1](self.ups[1](x4), encoded.pop()))
         restored = self.heads[0](x5) + p0
         if not all_scales:
             return restored[..., : image.shape[2], : image.shape[3]]
