@@ -70,7 +70,7 @@ constexpr Table<kDegree> make_table(F f, double end) {
   table.coefficient[0][kCells - 1] = 0.5f;
   return table;
 }
-constexpr auto kNormalHalf = make_table<kGeluDegree>(normal_half, 5.3);
+constexpr auto kNormalHalf = make_table<kGeluDegree>(normal_half, 5.5);
 constexpr auto kGeluSlopeHalf = make_table<kSlopeDegree>(gelu_slope_half, 5.5);
 
 // row[index's low bits], lane by lane.
