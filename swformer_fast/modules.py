@@ -29,13 +29,31 @@ def foldable(x: Tensor) -> bool:
     return x.dim() == 4 and wide and not channels_last(x) and not autocasts
 
 
+def _batch_statistics(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the batch; in training the running statistics take them in, as in `norm(x)`."""
+    mean, variance = torch.ops.swformer_fast.channel_statistics(x)[0].unbind()
+    if norm.training and norm.running_mean is not None and norm.running_var is not None:
+        with torch.no_grad():
+            momentum = norm.momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                momentum = 1 / float(norm.num_batches_tracked) if momentum is None else momentum
+            count = x.numel() // x.shape[1]
+            for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
+                running.lerp_(batch.to(running.dtype), 0.0 if momentum is None else momentum)
+    return mean, variance
+
+
 def _normalised(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, weight, bias) of the 1x1 convolution of norm(x): running statistics are folded into its parameters."""
-    if norm.training or norm.running_mean is None or norm.running_var is None:
-        return norm(x), weight, bias
-    scale = (norm.running_var + norm.eps).rsqrt()
+    """(x, weight, bias) of the 1x1 convolution of norm(x): the statistics are folded into its parameters."""
+    mean, variance = norm.running_mean, norm.running_var
+    if norm.training or mean is None or variance is None:
+        if x.numel() <= x.shape[1]:
+            return norm(x), weight, bias  # which refuses a single value
+        mean, variance = _batch_statistics(x, norm)
+    scale = (variance + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean * scale
+    shift = -mean * scale
     shift = shift if norm.bias is None else shift + norm.bias
     return x, weight * scale[:, None, None], bias + weight.flatten(1) @ shift
 

@@ -48,6 +48,11 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _returned(tensors: tuple[Tensor, ...]) -> Any:
+    """What an op returns whose schema says so many."""
+    return tensors if len(tensors) > 1 else tensors[0]
+
+
 def _define(
     schema: str,
     family: str,
@@ -148,22 +153,23 @@ def _define_differentiable(
         )
         return {i: torch.zeros_like(t) if g is None else g for i, t, g in zip(wanted, tensors, grads, strict=True)}
 
-    def reference_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def reference_backward(grad: Tensor, *args: Any) -> Any:
         args = args[len(kept) :]
         flags = args[count:]
         wanted = [i for i in places if flags[groups[i]] and args[i] is not None]
         with _autograd():
             inputs = [args[i].detach().requires_grad_() if i in wanted else args[i] for i in range(count)]
             grads = gradients(grad, inputs, wanted, False) if wanted else {}
-        return tuple(_format(args[i], grads[i]) if i in grads else grad.new_empty(0) for i in places)
+        return _returned(tuple(_format(args[i], grads[i]) if i in grads else grad.new_empty(0) for i in places))
 
-    def fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def fake_backward(grad: Tensor, *args: Any) -> Any:
         args = args[len(kept) :]
         flags = args[count:]
-        return tuple(
+        empty = (
             _empty(args[i], *args[i].shape) if flags[groups[i]] and args[i] is not None else grad.new_empty(0)
             for i in places
         )
+        return _returned(tuple(empty))
 
     def formatted(implementation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -211,6 +217,7 @@ def _define_differentiable(
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
         saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
         grads = backward_op(grad, *saved[: len(kept)], *restore(ctx, saved[len(kept) :]), *flags)
+        grads = grads if isinstance(grads, tuple) else (grads,)
         result: list[Any] = [None] * count
         for i, g in zip(places, grads, strict=True):
             result[i] = g if needs[i] else None
@@ -294,6 +301,25 @@ _define_differentiable(
     lambda x0, x1, x2, weight, bias, residual: _empty(x0, x0.shape[0], weight.shape[1], *x0.shape[2:]),
     _pointwise_limits,
     groups=(0, 0, 0, 1, 1, 2),
+)
+
+# norm -----------------------------------------------------------------------------------------------------------------
+
+
+def _statistics_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((2, x.shape[1]), dtype=dtype), x.new_empty(x.shape[1], dtype=torch.float64)
+
+
+_define_differentiable(
+    "channel_statistics(Tensor x) -> (Tensor statistics, Tensor mean)",
+    "bool need_x",
+    "norm",
+    reference.channel_statistics,
+    _statistics_fake,
+    _pointwise_limits,
+    groups=(0,),
+    kept=("mean",),
 )
 
 # fourier --------------------------------------------------------------------------------------------------------------

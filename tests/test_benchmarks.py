@@ -208,7 +208,7 @@ def test_captured_runs_pass_the_gate() -> None:
     assert harness.failed(rows)
 
 
-@pytest.mark.parametrize("suite", ["attention", "ffn", "spatial", "step", "wavelet"])
+@pytest.mark.parametrize("suite", ["attention", "ffn", "norm", "spatial", "step", "wavelet"])
 def test_suites_keep_their_tensors_on_the_device(suite: str) -> None:
     """On the meta device, where nothing is computed, a tensor left on the CPU is an error as it is on a GPU."""
     module = importlib.import_module(f"benchmarks.bench_{suite}")

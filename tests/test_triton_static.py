@@ -15,13 +15,14 @@ PARTIAL_SUMS = (
     "spectrum_parameters_kernel",
     "spectrum_moments_kernel",
     "pointwise_parameters_kernel",
+    "statistics_kernel",
     "attention_sums_kernel",
     "ffn_in_parameters_kernel",
 )
 """Kernels that write nothing but partial sums."""
 NO_PRODUCTS = ("ffn_low_kernel", "ffn_downsample_kernel", "ffn_depthwise_backward_kernel")
 """Kernels without matrix products, of launches that have some."""
-SMALL = ("sum_", "attention_network", "attention_parameters")
+SMALL = ("sum_", "merge_", "attention_network", "attention_parameters")
 """Kernels of partial sums, and of the few numbers that channel attention makes of an image."""
 
 
@@ -37,8 +38,8 @@ def _check(result: Resources) -> None:
     if result.target.startswith("sm_"):
         needs = result.needs_tensor_core and result.kernel not in NO_PRODUCTS
         assert (result.tensor_core > 0) == needs, result
-    if result.width == 128 and not result.kernel.startswith("spectrum_"):
-        # What is narrower are parameters and partial sums; those of the Fourier branch are matrices.
+    if result.width == 128 and not result.kernel.startswith(("spectrum_", "statistics_backward_")):
+        # What is narrower are parameters and partial sums; the Fourier branch's are matrices, a mean is in fp64.
         assert set(result.loads) <= {32, 128}, result
         assert set(result.stores) <= {32, 128}, result
 

@@ -6,6 +6,7 @@ from .ffn import MultiScaleFFN, multiscale_ffn
 from .fourier import FourierBranch, fourier_mix
 from .haar import HaarDWT2d, HaarIDWT2d, haar_dwt2d, haar_idwt2d
 from .network import PRESETS, SWFormer
+from .norm import channel_statistics
 from .pointwise import pointwise
 from .spatial import SpatialBranch, depthwise_gelu
 from .wavelet import WaveletBranch, wavelet_mix
@@ -23,6 +24,7 @@ __all__ = [
     "SpatialBranch",
     "WaveletBranch",
     "channel_attention",
+    "channel_statistics",
     "depthwise_gelu",
     "fourier_mix",
     "haar_dwt2d",

@@ -1,0 +1,141 @@
+"""The statistics of batch normalisation against the reference in fp64, and the blocks' use of them."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, randomise, value_and_grads, zero_op
+from torch import Tensor, nn
+
+import swformer_fast as sf
+from swformer_fast import reference
+
+pytestmark = pytest.mark.skipif(sf.backends()["cpp"] != "available", reason="the extension is not built")
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def kernel() -> Iterator[None]:
+    with sf.use_backend("cpp"):
+        yield
+
+
+def statistics(x: Tensor) -> Tensor:
+    return torch.ops.swformer_fast.channel_statistics(x)[0]
+
+
+def check(x: Tensor) -> None:
+    with poisoned_memory():
+        actual, mean = value_and_grads(statistics, (x,)), torch.ops.swformer_fast.channel_statistics(x)[1]
+    expected = value_and_grads(lambda x: reference.channel_statistics(x)[0], fp64((x,)))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    assert actual[0].dtype == wide
+    assert mean.dtype == torch.float64
+    for row, wanted in zip((*actual[0], mean), (*expected[0], expected[0][0]), strict=True):
+        assert_close(row, wanted, wide)
+    assert_close(actual[1], expected[1], x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 1, 1, 5), (2, 5, 7, 9), (3, 4, 33, 40), (1, 2, 64, 65)])
+def test_matches_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    check((torch.randn(shape) + 0.3).to(dtype).requires_grad_())
+
+
+def test_large_mean() -> None:
+    """The variance of numbers around 1,000 is as exact as that of numbers around 0."""
+    check((0.5 * torch.randn(2, 3, 40, 41) + 1000).requires_grad_())
+    constant = statistics(torch.full((2, 3, 40, 41), 0.1))
+    assert (constant[1] < 1e-15).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(2, 4, 9, 20)).requires_grad_()
+    with sf.use_backend("auto"):
+        check(x)
+
+
+def test_edges() -> None:
+    empty = torch.randn(0, 3, 4, 5, requires_grad=True)
+    output, (grad,) = value_and_grads(statistics, (empty,))
+    assert output.isnan().all()
+    assert grad.shape == empty.shape
+    single = statistics(torch.randn(1, 3, 1, 1))
+    assert (single[1] == 0).all()
+    bad = torch.randn(2, 3, 4, 5)
+    bad[1, 2, 3, 4] = float("nan")
+    assert statistics(bad).isnan().tolist() == [[False, False, True]] * 2
+
+
+def test_repeats_bitwise() -> None:
+    x = torch.randn(3, 5, 40, 41, requires_grad=True)
+    (a, (grad_a,)), (b, (grad_b,)) = (value_and_grads(statistics, (x,)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert torch.equal(grad_a, grad_b)
+
+
+def test_opcheck_and_double_backward() -> None:
+    torch.library.opcheck(torch.ops.swformer_fast.channel_statistics, (torch.randn(2, 3, 4, 5, requires_grad=True),))
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(statistics, x)
+    assert torch.autograd.gradgradcheck(statistics, x)
+
+
+def test_zeroed_op_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    for name in ("channel_statistics", "channel_statistics_backward"):
+        zero_op(monkeypatch, name)
+        with pytest.raises(AssertionError):
+            check(x)
+
+
+def blocks(dim: int, **norm: object) -> tuple[nn.Module, nn.Module]:
+    """A reference and a fast block in training, equal, with norms made with these arguments."""
+    torch.manual_seed(0)
+    pair = sf.reference.SWFormerBlock(dim), sf.SWFormerBlock(dim)
+    for block in pair:
+        for name in ("norm1", "norm2"):
+            setattr(block, name, nn.BatchNorm2d(dim, **norm))
+    randomise(pair[0])
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair[0].double().train(), pair[1].train()
+
+
+@pytest.mark.parametrize(
+    "norm", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.3, "eps": 1e-2}]
+)
+def test_blocks_fold_the_statistics(norm: dict[str, object]) -> None:
+    expected, fast = blocks(8, **norm)
+    for _ in range(2):
+        x = torch.randn(2, 8, 12, 10, requires_grad=True)
+        wide = x.detach().double().requires_grad_()
+        grad = torch.randn(2, 8, 12, 10)
+        y, wanted = fast(x), expected(wide)
+        assert_close(y, wanted)
+        grads = torch.autograd.grad(y, [x, *fast.parameters()], grad)
+        assert_close(grads, torch.autograd.grad(wanted, [wide, *expected.parameters()], grad.double()))
+    for (name, a), b in zip(fast.named_buffers(), expected.buffers(), strict=True):
+        assert_close(a, b, torch.float32, name)
+
+
+def test_a_block_keeps_no_normalised_map() -> None:
+    _, fast = blocks(8)
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = fast(x)
+    # x, the inputs and outputs of the spatial and wavelet branches, the Fourier branch's output, the FFN's input.
+    assert sum(n >= x.nbytes for n in kept.values()) <= 7
+    assert y.shape == x.shape
+
+
+def test_a_single_value_is_refused() -> None:
+    _, fast = blocks(8)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fast(torch.randn(1, 8, 1, 1))
