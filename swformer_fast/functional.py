@@ -362,7 +362,7 @@ def multiscale_ffn(
     _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide, 1, 1), x)
     _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
     depthwise = (t for pair in zip(dw_weights, dw_biases, strict=True) for t in pair)
-    return torch.ops.swformer_fast.multiscale_ffn(x, in_weight, in_bias, *depthwise, out_weight, out_bias)
+    return torch.ops.swformer_fast.multiscale_ffn(x, in_weight, in_bias, *depthwise, out_weight, out_bias, None)
 
 
 def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

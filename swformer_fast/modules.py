@@ -178,6 +178,6 @@ class SWFormerBlock(reference.SWFormerBlock):
         _, _, dw_weights, dw_biases, out_weight, out_bias = ffn.arguments()
         normalised, in_weight, in_bias = _normalised(x, self.norm2, *conv_parameters(ffn.conv_in))
         gamma = self.gamma.view(-1)
-        out_weight, out_bias = out_weight * gamma[:, None, None, None], out_bias * gamma
-        y = functional.multiscale_ffn(normalised, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias)
-        return x + y if y.requires_grad else y.add_(x)
+        depthwise = (t for pair in zip(dw_weights, dw_biases, strict=True) for t in pair)
+        scaled = (out_weight * gamma[:, None, None, None], out_bias * gamma)
+        return torch.ops.swformer_fast.multiscale_ffn(normalised, in_weight, in_bias, *depthwise, *scaled, x)

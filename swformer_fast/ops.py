@@ -130,6 +130,7 @@ def _define_differentiable(
     limits: Callable[..., str | None],
     groups: Sequence[int],
     kept: Sequence[str] = (),
+    residual: bool = False,
     kernels: tuple[str, Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> None:
     """An op, its op `NAME_backward(grad, *kept, *inputs, *flags)` and the gradients of both.
@@ -137,11 +138,12 @@ def _define_differentiable(
     groups: for each input the flag (its place among `backward_arguments`) that asks for the gradient, -1 for inputs
     that have none. The backward op returns one gradient for each differentiable input, in order; what its flag does
     not ask for is empty. Only the first of several outputs is differentiable; `kept` names those after it that the
-    backward op takes. kernels: the name of a kernel that a backend must have, and the two ops composed of its kernels,
+    backward op takes. residual: whether there is one more input, the last and optional one, which is added to the output:
+    the output's gradient is its own, and the backward op knows nothing of it. kernels: the name of a kernel that a backend must have, and the two ops composed of its kernels,
     called as (kernels, *arguments), the backward where autograd records; by default the ops are kernels themselves.
     """
     name, rest = schema.split("(", 1)
-    inputs_schema = rest.rsplit(") ->", 1)[0]
+    inputs_schema = rest.rsplit(") ->", 1)[0].removesuffix(", Tensor? residual")
     count = len(groups)
     places = [i for i, group in enumerate(groups) if group >= 0]
 
@@ -173,7 +175,7 @@ def _define_differentiable(
 
     def formatted(implementation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            result, like = implementation(*args), args[-count]
+            result, like = implementation(*args), args[-count - residual]
             return (_format(like, result[0]), *result[1:]) if isinstance(result, tuple) else _format(like, result)
 
         return call
@@ -216,9 +218,11 @@ def _define_differentiable(
         needs = ctx.needs_input_grad[1:]
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
         saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
+        result: list[Any] = [None] * count + [grad if needs[-1] else None] * residual
+        if not any(flags):
+            return tuple(result)
         grads = backward_op(grad, *saved[: len(kept)], *restore(ctx, saved[len(kept) :]), *flags)
         grads = grads if isinstance(grads, tuple) else (grads,)
-        result: list[Any] = [None] * count
         for i, g in zip(places, grads, strict=True):
             result[i] = g if needs[i] else None
         return tuple(result)
@@ -295,12 +299,13 @@ def _pointwise_limits(backend: str, *maps: Any) -> str | None:
 
 _define_differentiable(
     "pointwise(Tensor x0, Tensor? x1, Tensor? x2, Tensor weight, Tensor bias, Tensor? residual) -> Tensor",
-    "bool need_x, bool need_params, bool need_residual",
+    "bool need_x, bool need_params",
     "pointwise",
     reference.pointwise,
     lambda x0, x1, x2, weight, bias, residual: _empty(x0, x0.shape[0], weight.shape[1], *x0.shape[2:]),
     _pointwise_limits,
-    groups=(0, 0, 0, 1, 1, 2),
+    groups=(0, 0, 0, 1, 1),
+    residual=True,
 )
 
 # norm -----------------------------------------------------------------------------------------------------------------
@@ -424,9 +429,10 @@ _define_differentiable(
 # ffn ------------------------------------------------------------------------------------------------------------------
 
 
-def _multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> Tensor:
-    *depthwise, out_weight, out_bias = rest
-    return reference.multiscale_ffn(x, in_weight, in_bias, depthwise[::2], depthwise[1::2], out_weight, out_bias)
+def _multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Any) -> Tensor:
+    depthwise, out_weight, out_bias, residual = rest[:6], rest[6], rest[7], rest[8] if len(rest) > 8 else None
+    y = reference.multiscale_ffn(x, in_weight, in_bias, depthwise[::2], depthwise[1::2], out_weight, out_bias)
+    return y if residual is None else y + residual
 
 
 def _ffn_limits(backend: str, x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> str | None:
@@ -438,13 +444,14 @@ def _ffn_limits(backend: str, x: Tensor, in_weight: Tensor, in_bias: Tensor, *re
 
 _define_differentiable(
     "multiscale_ffn(Tensor x, Tensor in_weight, Tensor in_bias, Tensor dw_weight1, Tensor dw_bias1, Tensor dw_weight2, "
-    "Tensor dw_bias2, Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias) -> Tensor",
+    "Tensor dw_bias2, Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias, Tensor? residual) -> Tensor",
     "bool need_x, bool need_params",
     "ffn",
     _multiscale_ffn,
-    lambda x, *parameters: _empty(x, x.shape[0], parameters[-1].shape[0], x.shape[2], x.shape[3]),
+    lambda x, *rest: _empty(x, x.shape[0], rest[9].shape[0], x.shape[2], x.shape[3]),
     _ffn_limits,
     groups=(0, *[1] * 10),
+    residual=True,
 )
 
 # attention ------------------------------------------------------------------------------------------------------------

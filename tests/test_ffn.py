@@ -194,7 +194,7 @@ def test_bitwise_repeatable(cpp: object, threads: int) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(backend: str, layout: str) -> None:
     args = flat(arguments((2, 4, 9, 10), layout=layout))
-    torch.library.opcheck(torch.ops.swformer_fast.multiscale_ffn, args)
+    torch.library.opcheck(torch.ops.swformer_fast.multiscale_ffn, (*args, None))
     torch.library.opcheck(
         torch.ops.swformer_fast.multiscale_ffn_backward,
         (torch.randn(2, 7, 9, 10), *args, True, True),
@@ -205,8 +205,32 @@ def test_opcheck(backend: str, layout: str) -> None:
 def test_gradcheck_twice() -> None:
     args = flat(arguments((1, 2, 5, 3), torch.float64, mid=1, out=2))
     op = torch.ops.swformer_fast.multiscale_ffn
+    args += (torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True),)
     assert torch.autograd.gradcheck(op, args)
     assert torch.autograd.gradgradcheck(op, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("residual_layout", LAYOUTS)
+def test_residual(cpp: object, layout: str, residual_layout: str, dtype: torch.dtype) -> None:
+    args = flat(arguments((2, 4, 9, 20), dtype, layout=layout))
+    args += (LAYOUTS[residual_layout](torch.randn(2, 7, 9, 20, dtype=dtype)).requires_grad_(),)
+    with poisoned_memory():
+        actual = value_and_grads(torch.ops.swformer_fast.multiscale_ffn, args)
+    expected = value_and_grads(sf.backend.OPS["multiscale_ffn"].reference, fp64(args))
+    assert_close(actual, expected, dtype)
+    only = args[:-1], args[-1].detach()
+    without = value_and_grads(torch.ops.swformer_fast.multiscale_ffn, (*only[0], only[1]))
+    assert all(torch.equal(a, b) for a, b in zip(without[1], actual[1], strict=False))
+
+
+def test_gradient_of_the_residual_alone(cpp: object) -> None:
+    args = [t.detach() for t in flat(arguments((1, 4, 6, 5)))]
+    residual = torch.randn(1, 7, 6, 5, requires_grad=True)
+    grad = torch.randn(1, 7, 6, 5)
+    y = torch.ops.swformer_fast.multiscale_ffn(*args, residual)
+    assert torch.equal(torch.autograd.grad(y, residual, grad)[0], grad)
 
 
 def test_double_backward(cpp: object) -> None:

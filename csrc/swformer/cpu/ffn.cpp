@@ -8,6 +8,7 @@
 // The backward pass recomputes the forward and takes two passes over the strips: the first has every full-resolution gradient and the
 // gradient of each low-resolution map (strip by strip, boundary rows in parts); the second takes those to the input and the weights.
 #include <cmath>
+#include <optional>
 
 #include "gelu.h"
 #include "gemm.h"
@@ -278,17 +279,26 @@ void pool_row(const Image<const T>& x, const Grid& grid, int64_t u, float* line,
   }
 }
 
+// Row i of y = the planar row, plus that of `add` where there is one.
 template <class T>
-void store_row(const float* planar, int64_t pitch, const Image<T>& y, int64_t i) {
+void store_row(const float* planar, int64_t pitch, const Image<T>& y, int64_t i, const Image<const T>* add = nullptr) {
   T* row = y.row(i);
-  if (y.dense()) {
+  const T* added = add ? add->row(i) : nullptr;
+  if (y.dense() && (!add || add->dense())) {
     for (int64_t c = 0; c < y.channels; ++c)
-      for (int64_t j = 0; j < y.width; j += kLanes)
-        store_part(row + c * y.strides.c + j, simd::load(planar + c * pitch + j), y.width - j);
+      for (int64_t j = 0; j < y.width; j += kLanes) {
+        const VecF value = simd::load(planar + c * pitch + j);
+        store_part(
+            row + c * y.strides.c + j, add ? value + load_part(added + c * add->strides.c + j, y.width - j) : value, y.width - j);
+      }
     return;
   }
   for (int64_t j = 0; j < y.width; ++j)
-    for (int64_t c = 0; c < y.channels; ++c) row[c * y.strides.c + j * y.strides.w] = static_cast<T>(planar[c * pitch + j]);
+    for (int64_t c = 0; c < y.channels; ++c) {
+      const float value = planar[c * pitch + j];
+      row[c * y.strides.c + j * y.strides.w] =
+          static_cast<T>(add ? value + static_cast<float>(added[c * add->strides.c + j * add->strides.w]) : value);
+    }
 }
 
 // The last `slots` planar rows of a map, zero at first.
@@ -445,7 +455,8 @@ inline void before_gelu(
 }
 
 template <class T>
-void forward_strip(const Net& net, const Image<const T>& x, const Image<T>& y, int64_t begin, int64_t end) {
+void forward_strip(
+    const Net& net, const Image<const T>& x, const Image<const T>* residual, const Image<T>& y, int64_t begin, int64_t end) {
   Frame frame;
   const Grid& full = net.grid[0];
   const float* zeros = zero_row(frame, full);
@@ -467,14 +478,14 @@ void forward_strip(const Net& net, const Image<const T>& x, const Image<T>& y, i
         simd::store(row + c * full.pitch + j, v + net.out_bias[c]);
       });
     }
-    store_row(result[i], full.pitch, y, i);
+    store_row(result[i], full.pitch, y, i, residual);
   }
 }
 
 Tensor multiscale_ffn(
     const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& dw_weight1, const Tensor& dw_bias1,
     const Tensor& dw_weight2, const Tensor& dw_bias2, const Tensor& dw_weight4, const Tensor& dw_bias4, const Tensor& out_weight,
-    const Tensor& out_bias) {
+    const Tensor& out_bias, const std::optional<Tensor>& residual) {
   Tensor y = tensor::empty(x, {x.size(0), out_weight.size(0), x.size(2), x.size(3)}, tensor::is_channels_last(x));
   if (x.size(0) == 0) return y;
   const Net net(
@@ -485,7 +496,9 @@ Tensor multiscale_ffn(
     torch::stable::parallel_for(0, net.batch * strips, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t begin = task % strips * rows, b = task / strips;
-        forward_strip(net, input<T>(x, b), output<T>(y, b), begin, std::min(net.height, begin + rows));
+        std::optional<Image<const T>> add;
+        if (residual) add = input<T>(*residual, b);
+        forward_strip(net, input<T>(x, b), add ? &*add : nullptr, output<T>(y, b), begin, std::min(net.height, begin + rows));
       }
     });
   });
@@ -945,7 +958,7 @@ Gradients multiscale_ffn_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def(
       "multiscale_ffn(Tensor x, Tensor in_weight, Tensor in_bias, Tensor dw_weight1, Tensor dw_bias1, Tensor dw_weight2, Tensor dw_bias2,"
-      " Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias) -> Tensor");
+      " Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias, Tensor? residual) -> Tensor");
   m.def(
       "multiscale_ffn_backward(Tensor grad, Tensor x, Tensor in_weight, Tensor in_bias, Tensor dw_weight1, Tensor dw_bias1,"
       " Tensor dw_weight2, Tensor dw_bias2, Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias, bool need_x,"

@@ -232,9 +232,9 @@ Tensor pointwise(
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
     const Tensor& grad, const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const Tensor& weight,
-    const Tensor& bias, const std::optional<Tensor>& residual, bool need_x, bool need_params, bool need_residual) {
+    const Tensor& bias, bool need_x, bool need_params) {
   const Maps maps(x0, x1, x2);
   const Tensor dense = torch::stable::contiguous(grad);
   const int64_t batch = x0.size(0), outputs = weight.size(1), channels = maps.channels;
@@ -297,8 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
       grads[1],
       grads[2],
       need_params ? tensor::write(weight, weight_sums.data()) : tensor::empty(weight, {0}),
-      need_params ? tensor::write(bias, bias_sums.data()) : tensor::empty(bias, {0}),
-      need_residual && residual ? torch::stable::clone(dense) : tensor::empty(grad, {0})};
+      need_params ? tensor::write(bias, bias_sums.data()) : tensor::empty(bias, {0})};
 }
 
 }  // namespace
@@ -306,8 +305,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("pointwise(Tensor x0, Tensor? x1, Tensor? x2, Tensor weight, Tensor bias, Tensor? residual) -> Tensor");
   m.def(
-      "pointwise_backward(Tensor grad, Tensor x0, Tensor? x1, Tensor? x2, Tensor weight, Tensor bias, Tensor? residual, bool need_x,"
-      " bool need_params, bool need_residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "pointwise_backward(Tensor grad, Tensor x0, Tensor? x1, Tensor? x2, Tensor weight, Tensor bias, bool need_x, bool need_params)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
