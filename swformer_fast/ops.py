@@ -199,6 +199,7 @@ def _define_differentiable(
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(output[1 + i] for i in range(len(kept))), *(inputs[i] for i in places))
         ctx.constants = [None if i in places else inputs[i] for i in range(count)]
+        ctx.set_materialize_grads(False)  # the outputs after the first have none
 
     def restore(ctx: Any, saved: Sequence[Any]) -> list[Any]:
         inputs = list(ctx.constants)
@@ -206,7 +207,9 @@ def _define_differentiable(
             inputs[i] = tensor
         return inputs
 
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * count
         needs = ctx.needs_input_grad[1:]
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
         saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look

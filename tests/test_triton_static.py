@@ -21,8 +21,8 @@ PARTIAL_SUMS = (
 """Kernels that write nothing but partial sums."""
 NO_PRODUCTS = ("ffn_low_kernel", "ffn_downsample_kernel", "ffn_depthwise_backward_kernel")
 """Kernels without matrix products, of launches that have some."""
-SMALL = ("sum_", "attention_network", "attention_parameters")
-"""Kernels of partial sums, and of the few numbers that channel attention makes of an image."""
+SMALL = ("sum_", "attention_network", "attention_parameters", "compose", "batch_statistics")
+"""Kernels of partial sums, of the few numbers that channel attention makes of an image, and of parameters alone."""
 
 
 def _check(result: Resources) -> None:

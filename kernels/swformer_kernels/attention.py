@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import alignment, architecture, check_dtype, empty, is_channels_last, multiple
+from ._common import alignment, architecture, check_dtype, empty, is_channels_last, multiple, parameter_gradients
 
 _TILE = 2048
 _TILE_OF_HALVES = 1024  # with twice as many LLVM's vectoriser fails on the sums of products
@@ -299,10 +299,9 @@ def channel_attention_backward(
     The attention is recomputed. `grad` may have any strides; it is copied where its layout is not that of `x`.
     """
     check_dtype("x", x)
-    nothing = x.new_empty(0)
-    out = empty(x, *x.shape) if need_x else nothing
+    out = empty(x, *x.shape) if need_x else x.new_empty(0)
     parameters = (w1, b1, w2, b2)
-    grads = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) if need_params else nothing for p in parameters]
+    grads = parameter_gradients(x, parameters, need_params)
     if x.numel() and (need_x or need_params):
         batch, channels, hidden = x.shape[0], x.shape[1], len(b1)
         flat = [_flat(x, x), _flat(grad, x)]
