@@ -25,7 +25,7 @@ SMALL = ("sum_", "attention_network", "attention_parameters", "compose", "batch_
 """Kernels of partial sums, of the few numbers that channel attention makes of an image, and of parameters alone."""
 
 SPILLS = {("sm_100", "wavelet_mix_backward 5x5 bf16 channels_last 2x40x256x256"): 24}
-"""Most accesses to spilled registers where there are any: two columns a lane would spare them and double the traffic."""
+"""Accesses to spilled registers, where there are any: two columns a lane would spare them and double the traffic."""
 
 
 def _check(result: Resources) -> None:
