@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Shape = tuple[int, int, int, int]
 """Batch, channels, height, width of the images."""
@@ -118,6 +119,10 @@ def _wavelet(make: Make, shape: Shape) -> Iterator[Launch]:
             yield Launch(f"wavelet_mix_backward {label} x", back, (*backward, False), False, width)
 
 
+def _only_tensors(launcher: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    return lambda *arguments: [t for t in tree_leaves(launcher(*arguments)) if isinstance(t, Tensor)]
+
+
 def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
     from swformer_kernels import fourier
 
@@ -154,8 +159,9 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
         return (make(wide, dim), make(wide), *factors[0], *factors[1])
 
     moments = make(2, dim, dim + 1, dtype=double)
-    yield Launch("compose", fourier.compose, (1e-5, area, parameters(torch.float32), spectrum))
-    yield Launch("compose batch", fourier.compose, (1e-5, area, parameters(torch.float32), spectrum, moments, True))
+    compose, back = _only_tensors(fourier.compose), _only_tensors(fourier.compose_backward)
+    yield Launch("compose", compose, (1e-5, area, parameters(torch.float32), spectrum))
+    yield Launch("compose batch", compose, (1e-5, area, parameters(torch.float32), spectrum, moments, True))
     for name, dtype, kept in (
         ("compose_backward", torch.float32, ()),
         ("compose_backward batch", double, (make(2, wide, dim, dtype=double), make(batch, wide, dtype=double))),
@@ -163,7 +169,7 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
         given = parameters(dtype)
         composed = fourier.Composed(matrix, None, (given[2:8], given[8:]), *(kept or (None, None)))
         arguments = (matrix, composed, 1e-5, area, given, spectrum, moments if kept else None)
-        yield Launch(name, fourier.compose_backward, arguments)
+        yield Launch(name, back, arguments)
 
 
 def _pointwise(make: Make, shape: Shape) -> Iterator[Launch]:
