@@ -19,6 +19,8 @@ PARTIAL_SUMS = (
     "ffn_in_parameters_kernel",
 )
 """Kernels that write nothing but partial sums."""
+PRODUCTS = ("pointwise", "ffn", "fourier")
+"""Families of matrix products."""
 NO_PRODUCTS = ("ffn_low_kernel", "ffn_downsample_kernel", "ffn_depthwise_backward_kernel")
 """Kernels without matrix products, of launches that have some."""
 SMALL = ("sum_", "attention_network", "attention_parameters", "compose", "batch_statistics")
@@ -37,9 +39,9 @@ def _check(result: Resources) -> None:
     assert max(result.loads) >= result.width, result
     if result.kernel not in PARTIAL_SUMS:
         assert max(result.stores) >= result.width, result
-    if result.target.startswith("sm_"):
-        needs = result.needs_tensor_core and result.kernel not in NO_PRODUCTS
-        assert (result.tensor_core > 0) == needs, result
+    # Those of AMD take fp32 numbers as they are.
+    products = result.needs_tensor_core if result.target.startswith("sm_") else result.family in PRODUCTS
+    assert (result.tensor_core > 0) == (products and result.kernel not in NO_PRODUCTS), result
     if result.width == 128 and not result.kernel.startswith("spectrum_"):
         # What is narrower are parameters and partial sums; those of the Fourier branch are matrices.
         assert set(result.loads) <= {32, 128}, result
