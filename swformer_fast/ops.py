@@ -132,7 +132,7 @@ def _define_differentiable(
     groups: for each input the flag (its place among `backward_arguments`) that asks for the gradient, -1 for inputs
     that have none. The backward op returns one gradient for each differentiable input, in order; what its flag does
     not ask for is empty. Only the first of several outputs is differentiable; `kept` names those after it that the
-    backward op takes. kernels: the name of a kernel that a backend must have, and the two ops composed of its kernels,
+    backward op takes. kernels: the name of a C++ kernel that must be there, and the two ops composed of C++ kernels,
     called as (kernels, *arguments), the backward where autograd records; by default the ops are kernels themselves.
     """
     name, rest = schema.split("(", 1)
