@@ -94,7 +94,7 @@ timings() {
 }
 
 tuning() {
-  "$python" -m benchmarks tune ${dry:+haar --dry-run} --seconds 25
+  "$python" -m benchmarks tune ${dry:+pointwise --dry-run} --seconds 25
 }
 
 records() {

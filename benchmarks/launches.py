@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Shape = tuple[int, int, int, int]
 """Batch, channels, height, width of the images."""
@@ -118,21 +119,57 @@ def _wavelet(make: Make, shape: Shape) -> Iterator[Launch]:
             yield Launch(f"wavelet_mix_backward {label} x", back, (*backward, False), False, width)
 
 
+def _only_tensors(launcher: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    return lambda *arguments: [t for t in tree_leaves(launcher(*arguments)) if isinstance(t, Tensor)]
+
+
 def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
     from swformer_kernels import fourier
 
     batch, dim, height, width = shape
+    wide, area, double = 2 * dim, height * width, torch.float64
     spectrum, grad = (make(batch, dim, height, width // 2 + 1, 2) for _ in range(2))
-    mixing = (spectrum, make(4 * dim, 2 * dim + 2), make(dim, dim), width)
-    backward = (grad, *mixing, False, True, True)
+    matrix = make(2 * wide, 2 * dim + 2)
+    mixing = (spectrum, matrix, make(dim, dim), make(dim), width, 1.0)
     for precision in ("ieee", "tf32x3", "tf32"):
-        wanted, matrix = precision != "tf32x3", precision != "ieee"
-        yield Launch(f"spectrum_mix {precision}", fourier.spectrum_mix, (*mixing, precision), wanted, 128, matrix)
-        back = fourier.spectrum_mix_backward
-        yield Launch(f"spectrum_mix_backward {precision}", back, (*backward, precision), not matrix, 64, matrix)
+        wanted, products = precision != "tf32x3", precision != "ieee"
+        yield Launch(f"spectrum_mix {precision}", fourier.spectrum_mix, (*mixing, precision), wanted, 128, products)
+        back, flags = fourier.spectrum_mix_backward, (True, True, precision)
+        yield Launch(f"spectrum_mix_backward {precision}", back, (grad, *mixing, *flags), not products, 64, products)
+    # As in a block, which folds the last convolution into another one.
+    alone = (spectrum, matrix, None, None, width, 1.0)
+    yield Launch("spectrum_mix alone", fourier.spectrum_mix, alone)
+    yield Launch("spectrum_mix_backward alone", back, (grad, *alone, True, True), False, 64)
     yield Launch("spectrum_moments", fourier.spectrum_moments, (spectrum,))
-    moments = (grad, spectrum, make(2, dim, dim + 1), width)
-    yield Launch("spectrum_moments_backward", fourier.spectrum_moments_backward, moments)
+    through = (grad, spectrum, make(dim, 2 * (dim + 1) + batch), width)
+    yield Launch("spectrum_moments_backward", fourier.spectrum_moments_backward, through)
+
+    def parameters(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        factors = [
+            (
+                make(wide, dtype=dtype),
+                make(wide, dtype=dtype).abs(),
+                make(wide),
+                make(wide),
+                make(wide, wide),
+                make(wide),
+            )
+            for _ in range(2)
+        ]
+        return (make(wide, dim), make(wide), *factors[0], *factors[1])
+
+    moments = make(2, dim, dim + 1, dtype=double)
+    compose, back = _only_tensors(fourier.compose), _only_tensors(fourier.compose_backward)
+    yield Launch("compose", compose, (1e-5, area, parameters(torch.float32), spectrum))
+    yield Launch("compose batch", compose, (1e-5, area, parameters(torch.float32), spectrum, moments, True))
+    for name, dtype, kept in (
+        ("compose_backward", torch.float32, ()),
+        ("compose_backward batch", double, (make(2, wide, dim, dtype=double), make(batch, wide, dtype=double))),
+    ):
+        given = parameters(dtype)
+        composed = fourier.Composed(matrix, None, (given[2:8], given[8:]), *(kept or (None, None)))
+        arguments = (matrix, composed, 1e-5, area, given, spectrum, moments if kept else None)
+        yield Launch(name, back, arguments)
 
 
 def _pointwise(make: Make, shape: Shape) -> Iterator[Launch]:
@@ -188,9 +225,10 @@ def _ffn(make: Make, shape: Shape) -> Iterator[Launch]:
         x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
         main = name == "fp32"
         # Neighbouring columns, and samples of the other scales, are not aligned.
-        yield Launch(f"multiscale_ffn {name}", ffn.multiscale_ffn, (x, *parameters), main, 32, True)
+        width = 8 * x.element_size()
+        yield Launch(f"multiscale_ffn {name}", ffn.multiscale_ffn, (x, *parameters), main, width, True)
         backward = (grad, x, *parameters, True, True)
-        yield Launch(f"multiscale_ffn_backward {name}", ffn.multiscale_ffn_backward, backward, main, 32, True)
+        yield Launch(f"multiscale_ffn_backward {name}", ffn.multiscale_ffn_backward, backward, main, width, True)
 
 
 LAUNCHES: dict[str, Family] = {

@@ -63,7 +63,8 @@ ASSUMPTIONS = (
     ("an operator of PyTorch", "reads its inputs and writes its outputs once, in one launch, but for the next rows"),
     (
         "2-D FFT",
-        "a launch and a pass over memory for each dimension, one for the scale; the inverse copies its input first",
+        "a launch and a pass over memory for each dimension, one for the scale if there is one; the inverse copies its "
+        "input first",
     ),
     ("batch norm, training", "reads its input twice, backward input and gradient twice; two launches"),
     ("convolution, backward", "one launch for each gradient; a bias costs one more"),
@@ -114,14 +115,14 @@ def _is_view(func: Any) -> bool:
 
 
 def _fft_passes(name: str, args: Sequence[Any], source: int, result: int) -> tuple[int, float, float]:
-    """Launches, bytes and FLOP of a transform over some dimensions, scaled."""
+    """Launches, bytes and FLOP of a transform over some dimensions."""
     x, dims = args[0], args[1]
     complex_bytes = max(source, result)
     count = math.prod(x.shape[d] for d in dims) or 1
     flops = 5 * x.numel() * math.log2(max(count, 2)) / (1 if x.is_complex() else 2)
-    copies = 1 if name == "_fft_c2r" else 0
+    copies, scales = name == "_fft_c2r", args[2] != 0
     passes = source + result + 2 * complex_bytes * (len(dims) - 1)
-    return len(dims) + 1 + copies, passes + 2 * result + copies * 2 * source, flops
+    return len(dims) + copies + scales, passes + copies * 2 * source + scales * 2 * result, flops
 
 
 def aten_entry(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Entry | None:

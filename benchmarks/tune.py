@@ -7,12 +7,14 @@ prints the new table; nobody's files are changed.
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -39,11 +41,18 @@ class Table:
     use: Callable[[Any], None]
     """Puts a candidate in force."""
     launches: tuple[str, ...] = ()
-    """Beginnings of the names of the launches it concerns; all if none."""
+    """Names of the launches it concerns; the main ones if none."""
 
 
-def _attribute(module: ModuleType, name: str) -> Callable[[Any], None]:
-    return lambda value: setattr(module, name, value)
+def _attributes(module: ModuleType, names: Sequence[str]) -> tuple[Any, Callable[[Any], None]]:
+    """The value of one name or the tuple of several, and what sets it."""
+
+    def use(value: Any) -> None:
+        for name, part in zip(names, value if len(names) > 1 else (value,), strict=True):
+            setattr(module, name, part)
+
+    values = tuple(getattr(module, name) for name in names)
+    return values if len(names) > 1 else values[0], use
 
 
 def _haar(device: torch.device) -> Iterator[Table]:
@@ -63,38 +72,94 @@ def _haar(device: torch.device) -> Iterator[Table]:
         yield Table(name, "haar", (shape,), rows[i][1:], candidates, use)
 
 
+SHAPES: tuple[Shape, ...] = ((1, 40, 256, 256), (4, 40, 128, 128))
+WIDE: tuple[Shape, ...] = tuple((batch, 3 * dim, height, width) for batch, dim, height, width in SHAPES)
+"""What channel attention sees in a block."""
+
+FORWARD, BACKWARD, PARTIALS = "multiscale_ffn fp32", "multiscale_ffn_backward fp32", (512, 1024, 2048, 4096)
+Constants = tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...]
+"""Names of a file's constants, candidates, and the launches concerned; the main ones if none."""
+
+CONSTANTS: dict[str, tuple[tuple[Shape, ...], Constants]] = {
+    "pointwise": (
+        SHAPES,
+        (
+            ("_BYTES _CHANNELS", tuple(product((128, 256, 512), (32, 64, 128))), ("pointwise 3 maps fp32",)),
+            (
+                "_PARAMETER_CHANNELS _PARAMETER_PIXELS",
+                tuple(product((32, 64, 128), (16, 32, 64))),
+                ("pointwise_backward 3 maps fp32",),
+            ),
+            ("_PIXELS_A_PARTIAL", PARTIALS, ("pointwise_backward 3 maps fp32",)),
+        ),
+    ),
+    "ffn": (
+        SHAPES,
+        (
+            ("_BAND _HIDDEN_CHANNELS", tuple(product((4, 8), (32, 64, 128))), (FORWARD,)),
+            ("_OUT_ROWS _OUT_COLUMNS", ((8, 16), (4, 32), (4, 16), (8, 32)), (FORWARD,)),
+            ("_OUT_CHANNELS", (32, 64, 128), (FORWARD, BACKWARD)),
+            ("_LEVEL_ROWS _LEVEL_CHANNELS", tuple(product((4, 8, 16), (2, 4, 8))), (FORWARD, BACKWARD)),
+            ("_OUT_BACKWARD_ROWS _OUT_BACKWARD_CHANNELS", tuple(product((1, 2), (16, 32, 64))), (BACKWARD,)),
+            ("_INPUT_CHANNELS _PARAMETER_CHANNELS", tuple(product((32, 64), (16, 32, 64))), (BACKWARD,)),
+            ("_PIXELS_A_PARTIAL", PARTIALS, (BACKWARD,)),
+        ),
+    ),
+    "attention": (
+        WIDE,
+        (
+            ("_TILE _TILES_A_PARTIAL", tuple(product((1024, 2048, 4096), (4, 8, 16))), ()),
+            ("_WEIGHTS", (1024, 2048, 4096), ()),
+        ),
+    ),
+}
+
+
+def _constants(family: str, device: torch.device) -> Iterator[Table]:
+    module = importlib.import_module(f"swformer_kernels.{family}")
+    shapes, rows = CONSTANTS[family]
+    for names, candidates, launches in rows:
+        current, use = _attributes(module, names.split())
+        yield Table(f"{family}.{names.replace(' ', ', ')}", family, shapes, current, candidates, use, launches)
+
+
 def _stream(device: torch.device) -> Iterator[Table]:
     from swformer_kernels import _stream
 
     strips = ((64, 32, 16), (32, 16), (16,), (128, 64, 32, 16), (64, 32, 16, 8))
-    shapes: tuple[Shape, ...] = ((1, 40, 256, 256), (4, 40, 128, 128))
-    for family in ("spatial", "wavelet"):
+    for family, op in (("spatial", "depthwise_gelu{} fp32"), ("wavelet", "wavelet_mix{} 3x3 fp32")):
+        launches = (op.format(""), op.format("_backward"))
         for name, candidates in (("_STRIP_ROWS", strips), ("_ENOUGH_PROGRAMS", (256, 512, 1024, 2048))):
-            current = getattr(_stream, name)
-            yield Table(f"_stream.{name} for {family}", family, shapes, current, candidates, _attribute(_stream, name))
+            current, use = _attributes(_stream, [name])
+            yield Table(f"_stream.{name} for {family}", family, SHAPES, current, candidates, use, launches)
 
 
 def _fourier(device: torch.device) -> Iterator[Table]:
     from swformer_kernels import fourier
 
-    for name, launch, candidates in (
-        ("_GRADIENT_FREQUENCIES", "spectrum_mix_backward", (16, 32, 64)),
-        ("_PARAMETER_CHANNELS", "spectrum_mix_backward", (16, 32, 64)),
-    ):
+    shapes: tuple[Shape, ...] = ((1, 40, 256, 256), (1, 64, 128, 128))
+    for name in ("_GRADIENT_FREQUENCIES", "_PARAMETER_CHANNELS"):
         table = getattr(fourier, name)
         for precision in table:
 
             def use(value: Any, table: dict[str, int] = table, precision: str = precision) -> None:
                 table[precision] = value
 
-            shapes: tuple[Shape, ...] = ((1, 40, 256, 256), (1, 64, 128, 128))
-            launches = (f"{launch} {precision}",)
-            yield Table(
-                f'fourier.{name}["{precision}"]', "fourier", shapes, table[precision], candidates, use, launches
-            )
+            launches = (f"spectrum_mix_backward {precision}",)
+            label = f'fourier.{name}["{precision}"]'
+            yield Table(label, "fourier", shapes, table[precision], (16, 32, 64), use, launches)
+    launches = ("spectrum_mix_backward ieee", "spectrum_moments")
+    current, use = _attributes(fourier, ["_FREQUENCIES_A_PARTIAL"])
+    yield Table("fourier._FREQUENCIES_A_PARTIAL", "fourier", shapes, current, PARTIALS, use, launches)
 
 
-TABLES: dict[str, Callable[[torch.device], Iterator[Table]]] = {"haar": _haar, "stream": _stream, "fourier": _fourier}
+TABLES: dict[str, Callable[[torch.device], Iterator[Table]]] = {
+    "fourier": _fourier,
+    **{family: partial(_constants, family) for family in CONSTANTS},
+    "haar": _haar,
+    "stream": _stream,
+}
+"""In the order in which they are searched: those that take longest to compile at the end."""
 
 
 @dataclass
@@ -111,8 +176,8 @@ def _work(table: Table, shapes: Sequence[Shape], gpu: Gpu) -> list[Launch]:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return torch.randn(size, device=gpu.device).to(dtype).contiguous(memory_format=layout)
 
-    launches = [launch for shape in shapes for launch in LAUNCHES[table.family].launches(make, shape) if launch.main]
-    return [launch for launch in launches if not table.launches or launch.name in table.launches]
+    launches = (launch for shape in shapes for launch in LAUNCHES[table.family].launches(make, shape))
+    return [launch for launch in launches if (launch.name in table.launches if table.launches else launch.main)]
 
 
 def _seconds(launches: Sequence[Launch], gpu: Gpu, repeats: int) -> float:
@@ -183,17 +248,20 @@ def main(argv: Sequence[str]) -> int:
     tables = [table for name in args.tables or TABLES for table in TABLES[name](torch.device(gpu.device))]
     shown = RichTable("table", "now", "best", "times as fast", "tried", "did not run", title_justify="left")
     shown.title = "REHEARSAL ON THE CPU, no figures of a GPU" if args.dry_run else torch.cuda.get_device_name()
-    found = []
+    found, begin, status = [], time.perf_counter(), 0
     with Progress(transient=True) as progress:
         bar = progress.add_task("tuning", total=len(tables))
         try:
-            for table in tables:
+            for place, table in enumerate(tables):
+                budget = (begin + args.seconds - time.perf_counter()) / (len(tables) - place)
+                if budget < 0:
+                    break
                 progress.update(bar, description=table.name)
                 shapes = table.shapes
                 if args.dry_run:
                     table = replace(table, candidates=table.candidates[:2])
                     shapes = LAUNCHES[table.family].interpreted[1:]
-                trials = search(table, gpu, shapes, args.seconds / len(tables))
+                trials = search(table, gpu, shapes, budget)
                 best, failures = min(trials, key=lambda t: t.seconds), [t for t in trials if t.problem]
                 found.append(f"{table.name} = {best.candidate}")
                 gain = trials[0].seconds / best.seconds
@@ -203,7 +271,10 @@ def main(argv: Sequence[str]) -> int:
                 progress.advance(bar)
         except KeyboardInterrupt:
             print("\ninterrupted: the finished tables are below", file=sys.stderr)
+            status = 130
     console = Console()
     (console if console.is_terminal else Console(width=180)).print(shown)
     print("\n".join(found))
-    return 0 if len(found) == len(tables) else 130
+    if len(found) < len(tables):
+        print(f"not reached in {args.seconds:g} s: {', '.join(table.name for table in tables[len(found) :])}")
+    return status

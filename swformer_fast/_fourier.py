@@ -1,4 +1,4 @@
-"""The Fourier branch on kernels that mix spectra: transforms, algebra of the parameters, order of the steps.
+"""The Fourier branch on the C++ kernels: transforms, algebra of the parameters, order of the steps.
 
 The first convolution, the normalisations and the second convolutions are linear up to the non-linearities, so they are
 one matrix on the spectrum of x itself; the last convolution commutes with the inverse transform. The kernels' matrix is
@@ -6,14 +6,9 @@ one matrix on the spectrum of x itself; the last convolution commutes with the i
 input; at channel D of the input stand the constant (part 0) and what the zero frequency receives beside (part 1): a
 bias of the first convolution is a constant image.
 
-The transforms are torch.fft's (MKL, cuFFT). A direct DFT by matrix products inside the mixing kernel would spare 16 of
-24 bytes a number, but of an N x N image it takes 6 N multiply-adds a number, beside the mixing's 5 D: at N = 64, 39 ps
-in an A100's exact fp32 and 15 ps as three tf32 products against 11 ps for the bytes. It also needs every channel's
-whole plane, 4 D N^2 bytes, in shared memory: 655 KB at D = 40, N = 64; it fits 99 KiB up to N = 24, where launches
-cost more than either.
-
 Statistics of a batch follow from the second moments of x's spectrum, in fp64. The zero frequency, far larger than the
-others unless x has mean 0, is kept out of the moments and enters by itself.
+others unless x has mean 0, is kept out of the moments and enters by itself. `compose` is also the definition that the
+Triton kernels of this algebra are tested against.
 """
 
 from __future__ import annotations
@@ -35,7 +30,7 @@ def spectrum(x: Tensor, kernels: Any = None) -> Tensor:
     """(B, D, H, W) -> (B, D, H, W // 2 + 1, 2), contiguous, of at least fp32."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     batch, dim, height, width = x.shape
-    if not hasattr(kernels, "empty_images") or x.nbytes <= LARGE_BYTES:
+    if kernels is None or x.nbytes <= LARGE_BYTES:
         return torch.view_as_real(torch.fft.rfft2(x.contiguous(), norm="ortho")).contiguous()
     shape = (batch, dim, height, width // 2 + 1, 2)
     maps = kernels.empty_images(x, -(-dim * shape[3] * 2 // width))
@@ -51,9 +46,6 @@ def image(kernels: Any, mixed: Tensor, bias: Tensor | None, like: Tensor, channe
     """The inverse transform of what the kernels return, (B, channels, H, W), plus `bias`, in the dtype of `like`."""
     batch, height, width = like.shape[0], like.shape[2], like.shape[3]
     mixed = torch.view_as_complex(mixed)
-    if not hasattr(kernels, "unpack_pairs"):
-        y = torch.fft.irfft2(mixed, s=(height, width), norm="ortho")
-        return (y if bias is None else y + bias.view(-1, 1, 1)).to(like.dtype)
     y = kernels.empty_images(like, channels)
     step = max(1, CHUNK_BYTES // (8 * batch * height * width))
     for first in range(0, mixed.shape[1], step):
@@ -165,7 +157,7 @@ def _last_weight(x: Tensor, out_weight: Tensor | None) -> Tensor:
 
 
 def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `fourier_mix` on a backend's `spectrum_mix` and `spectrum_moments`."""
+    """The op `fourier_mix`."""
     *parameters, eps = arguments
     batch, _, height, width = x.shape
     own_statistics = parameters[2] is None
@@ -198,7 +190,7 @@ def no_statistics(x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]
 
 
 def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The op `fourier_mix_backward` on a backend's kernels; call it where autograd records.
+    """The op `fourier_mix_backward`; call it where autograd records.
 
     Recomputed from x: its spectrum and, in the kernel, the tiles of pre-activations.
     """

@@ -32,9 +32,9 @@ class Op:
     limits: Callable[..., str | None]
     """limits(backend, *args): why that backend cannot take these arguments, or None."""
     kernel: str = ""
-    """What the backends' kernel is called, where not like the op."""
+    """What the C++ kernel is called, where not like the op."""
     compose: Callable[..., Any] | None = None
-    """compose(kernels, *args): the op on a backend's kernels, where these are not the op itself."""
+    """compose(kernels, *args): the op on the C++ kernels, where these are not the op itself."""
 
 
 OPS: dict[str, Op] = {}
@@ -82,7 +82,9 @@ def _kernels(family: str) -> ModuleType:
 def _implementation(op: Op, backend: str) -> Callable[..., Any]:
     if backend == "reference":
         return op.reference
-    kernels = torch.ops._swformer_fast if backend == "cpp" else _kernels(op.family)
+    if backend == "triton":
+        return getattr(_kernels(op.family), op.name)
+    kernels = torch.ops._swformer_fast
     return getattr(kernels, op.name) if op.compose is None else partial(op.compose, kernels)
 
 

@@ -138,8 +138,8 @@ def _define_differentiable(
     groups: for each input the flag (its place among `backward_arguments`) that asks for the gradient, -1 for inputs
     that have none. The backward op returns one gradient for each differentiable input, in order; what its flag does
     not ask for is empty. Only the first of several outputs is differentiable; `kept` names those after it that the
-    backward op takes. residual: whether there is one more input, the last and optional one, which is added to the output:
-    the output's gradient is its own, and the backward op knows nothing of it. kernels: the name of a kernel that a backend must have, and the two ops composed of its kernels,
+    backward op takes. residual: whether one more input, the last and optional, is added to the output; the output's
+    gradient is its own. kernels: the name of a C++ kernel that must be there, and the two ops composed of C++ kernels,
     called as (kernels, *arguments), the backward where autograd records; by default the ops are kernels themselves.
     """
     name, rest = schema.split("(", 1)
@@ -207,6 +207,7 @@ def _define_differentiable(
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(output[1 + i] for i in range(len(kept))), *(inputs[i] for i in places))
         ctx.constants = [None if i in places else inputs[i] for i in range(count)]
+        ctx.set_materialize_grads(False)  # the outputs after the first have none
 
     def restore(ctx: Any, saved: Sequence[Any]) -> list[Any]:
         inputs = list(ctx.constants)
@@ -214,7 +215,9 @@ def _define_differentiable(
             inputs[i] = tensor
         return inputs
 
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * count
         needs = ctx.needs_input_grad[1:]
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
         saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
@@ -444,7 +447,8 @@ def _ffn_limits(backend: str, x: Tensor, in_weight: Tensor, in_bias: Tensor, *re
 
 _define_differentiable(
     "multiscale_ffn(Tensor x, Tensor in_weight, Tensor in_bias, Tensor dw_weight1, Tensor dw_bias1, Tensor dw_weight2, "
-    "Tensor dw_bias2, Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias, Tensor? residual) -> Tensor",
+    "Tensor dw_bias2, Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias, Tensor? residual) "
+    "-> Tensor",
     "bool need_x, bool need_params",
     "ffn",
     _multiscale_ffn,

@@ -84,10 +84,46 @@ def test_tables_name_launches_that_exist() -> None:
 
     for make in tune.TABLES.values():
         for table in make(torch.device("cpu")):
-            names = {launch.name for launch in LAUNCHES[table.family].launches(meta, table.shapes[0])}
-            assert set(table.launches) <= names, table.name
-            assert table.candidates
+            launches = list(LAUNCHES[table.family].launches(meta, table.shapes[0]))
+            assert set(table.launches) <= {launch.name for launch in launches}, table.name
+            assert table.launches or any(launch.main for launch in launches), table.name
+            assert table.current in table.candidates, table.name
             table.use(table.current)
+
+
+def test_every_family_has_a_table() -> None:
+    from benchmarks.launches import LAUNCHES
+
+    tables = [table for make in tune.TABLES.values() for table in make(torch.device("cpu"))]
+    assert {table.family for table in tables} == set(LAUNCHES)
+    assert len({table.name for table in tables}) == len(tables)
+
+
+@rehearsed
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("attention", "pointwise") else pytest.param(name, marks=pytest.mark.slow)
+        for name in tune.TABLES
+    ],
+)
+def test_dry_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every table is searched: its candidates run and give the same results, and the new table is printed."""
+    tables = list(tune.TABLES[name](torch.device("cpu")))
+    assert tune.main([name, "--dry-run", "--seconds", "3600"]) == 0
+    text = capsys.readouterr().out
+    assert "REHEARSAL ON THE CPU" in text
+    assert "Error" not in text
+    assert "wrong result" not in text
+    for table in tables:
+        assert f"{table.name} = " in text
+    assert [t.current for t in tune.TABLES[name](torch.device("cpu"))] == [t.current for t in tables]
+
+
+@rehearsed
+def test_tuner_says_what_it_had_no_time_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["attention", "--dry-run", "--seconds", "-1"]) == 0
+    assert "not reached in -1 s: attention._TILE, _TILES_A_PARTIAL, attention._WEIGHTS" in capsys.readouterr().out
 
 
 @rehearsed

@@ -1,21 +1,24 @@
 """The Triton kernels of the Fourier branch against plain PyTorch in fp64, interpreted unless there is a GPU."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Zeroing, assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads
+from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import swformer_fast as sf
-from swformer_fast import functional, reference
+from swformer_fast import _fourier, functional, reference
 
 fourier = pytest.importorskip("swformer_kernels.fourier", reason="triton is not installed")
 common = pytest.importorskip("swformer_kernels._common")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DIMS = [(5, 4, 3), (1, 1, 1), (17, 33, 9), (40, 40, 40)]
+DIMS = [(5, 4, 3), (1, 1, 1), (17, 33, 9), (40, 40, 40), (6, 19, 0)]
 
 
 def _spectrum(batch: int, channels: int, height: int, width: int) -> Tensor:
@@ -23,20 +26,31 @@ def _spectrum(batch: int, channels: int, height: int, width: int) -> Tensor:
     return torch.view_as_real(torch.fft.rfft2(x, norm="ortho")).contiguous()
 
 
-def _parameters(dim: int, inner: int, outputs: int) -> tuple[Tensor, Tensor]:
+Parameters = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _parameters(dim: int, inner: int, outputs: int) -> Parameters:
+    """Matrix, last weight and its bias; neither of these two where there are 0 outputs."""
     matrix = torch.randn(4 * inner, 2 * (dim + 1), device=DEVICE) / (2 * dim) ** 0.5
-    return matrix, torch.randn(outputs, inner, device=DEVICE) / inner**0.5
+    if not outputs:
+        return matrix, None, None
+    return matrix, torch.randn(outputs, inner, device=DEVICE) / inner**0.5, torch.randn(outputs, device=DEVICE)
 
 
-def _mix(spectrum: Tensor, matrix: Tensor, weight: Tensor) -> Tensor:
+def _mix(spectrum: Tensor, matrix: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float = 1.0) -> Tensor:
     """The definition in the docstring of `spectrum_mix`."""
     parts = spectrum.movedim(-1, 1)
     constants = torch.zeros_like(parts[:, :, :1])
     constants[:, 0], constants[:, 1, :, 0, 0] = 1, 1
     columns = torch.cat((parts, constants), 2).flatten(1, 2)
     gate, value = torch.einsum("ij,bjhw->bihw", matrix, columns).chunk(2, 1)
-    y = (torch.sigmoid(gate) * F.gelu(value)).unflatten(1, (2, -1))
-    return torch.einsum("ec,brchw->behwr", weight, y)
+    y = scale * (torch.sigmoid(gate) * F.gelu(value)).unflatten(1, (2, -1))
+    if weight is None or bias is None:
+        return torch.einsum("brchw->bchwr", y)
+    y = torch.einsum("ec,brchw->behwr", weight, y)
+    at_zero = torch.zeros_like(y)
+    at_zero[:, :, 0, 0, 0] = 1
+    return y + bias[:, None, None, None] * at_zero
 
 
 def _image_of(spectrum: Tensor, height: int, width: int) -> Tensor:
@@ -48,17 +62,17 @@ def _image_of(spectrum: Tensor, height: int, width: int) -> Tensor:
 def test_mix(dims: tuple[int, int, int], size: tuple[int, int]) -> None:
     spectrum, parameters = _spectrum(2, dims[0], *size), _parameters(*dims)
     with poisoned_memory():
-        actual = fourier.spectrum_mix(spectrum, *parameters, size[1])
-    assert_close(actual, _mix(*fp64((spectrum, *parameters))))
+        actual = fourier.spectrum_mix(spectrum, *parameters, size[1], 0.3)
+    assert_close(actual, _mix(*fp64((spectrum, *parameters)), 0.3))
 
 
 def test_error_of_tf32() -> None:
     """By emulation, as the interpreter ignores how products are taken: why tf32 is on request only."""
-    spectrum, (matrix, weight) = _spectrum(1, 40, 16, 16), _parameters(40, 40, 40)
-    exact = _mix(*fp64((spectrum, matrix, weight)))
+    tensors = (_spectrum(1, 40, 16, 16), *_parameters(40, 40, 40))
+    exact = _mix(*fp64(tensors))
 
     def error(precision: Callable[[Tensor], Tensor]) -> float:
-        return rel_rms(_mix(*fp64((precision(spectrum), precision(matrix), precision(weight)))), exact)
+        return rel_rms(_mix(*fp64([*map(precision, tensors[:3]), tensors[3]])), exact)
 
     assert 1e-4 < error(tf32) < 1e-3
     assert error(lambda x: tf32(x) + tf32(x - tf32(x))) < 1e-6
@@ -69,38 +83,34 @@ def test_several_tiles() -> None:
     assert_close(fourier.spectrum_mix(spectrum, *parameters, 20), _mix(*fp64((spectrum, *parameters))))
 
 
-def test_no_last_convolution() -> None:
-    spectrum, (matrix, weight) = _spectrum(2, 3, 5, 8), _parameters(3, 4, 5)
-    actual = fourier.spectrum_mix(spectrum, matrix, weight.new_empty(0), 8)
-    assert_close(actual, _mix(*fp64((spectrum, matrix, torch.eye(4, device=DEVICE)))))
-
-
 @pytest.mark.parametrize("dims", DIMS)
 @pytest.mark.parametrize("size", [(5, 8), (6, 7), (1, 2)])
 def test_mix_backward(dims: tuple[int, int, int], size: tuple[int, int]) -> None:
     """Gradients of an image made from an image, through both transforms."""
     x = torch.randn(2, dims[0], *size, device=DEVICE)
-    grad = torch.randn(2, dims[2], *size, device=DEVICE)
     parameters = _parameters(*dims)
+    grad = torch.randn(2, dims[2] or dims[1], *size, device=DEVICE)
 
-    def whole(x: Tensor, matrix: Tensor, weight: Tensor) -> Tensor:
-        return _image_of(_mix(torch.view_as_real(torch.fft.rfft2(x, norm="ortho")), matrix, weight), *size)
+    def whole(x: Tensor, *parameters: Tensor | None) -> Tensor:
+        spectrum = torch.view_as_real(torch.fft.rfft2(x, norm="ortho"))
+        return _image_of(_mix(spectrum, *parameters, 0.3), *size)
 
-    inputs = tuple(t.double().requires_grad_() for t in (x, *parameters))
-    expected = torch.autograd.grad(whole(*inputs), inputs, grad.double())
+    inputs = [None if t is None else t.double().requires_grad_() for t in (x, *parameters)]
+    leaves = [t for t in inputs if t is not None]
+    expected = torch.autograd.grad(whole(*inputs), leaves, grad.double())
     spectrum, grad_spectrum = (torch.view_as_real(torch.fft.rfft2(t, norm="ortho")).contiguous() for t in (x, grad))
     with poisoned_memory():
-        grads = fourier.spectrum_mix_backward(grad_spectrum, spectrum, *parameters, size[1], False, True, True)
-    assert_close((_image_of(grads[0], *size), *grads[1:]), expected, torch.float32)
+        grads = fourier.spectrum_mix_backward(grad_spectrum, spectrum, *parameters, size[1], 0.3, True, True)
+    assert_close((_image_of(grads[0], *size), *(g for g in grads[1:] if g.numel())), expected, torch.float32)
 
 
 def test_only_what_is_needed() -> None:
     spectrum, parameters = _spectrum(1, 3, 4, 6), _parameters(3, 4, 5)
     grad = _spectrum(1, 5, 4, 6)
-    full = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, False, True, True)
-    only_spectrum = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, False, True, False)
-    only_parameters = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, False, False, True)
-    assert [g.numel() for g in only_spectrum[1:]] == [0, 0]
+    full = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, True, True)
+    only_spectrum = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, True, False)
+    only_parameters = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, False, True)
+    assert [g.numel() for g in only_spectrum[1:]] == [0, 0, 0]
     assert only_parameters[0].numel() == 0
     assert torch.equal(only_spectrum[0], full[0])
     assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
@@ -118,22 +128,127 @@ def test_moments(dim: int) -> None:
     spectrum = _spectrum(2, dim, 7, 9)
     spectrum[:, :, 0, 0] *= 1e4
     with poisoned_memory():
-        actual = fourier.spectrum_moments(spectrum)
+        actual = fourier.spectrum_moments(spectrum, 0.3)
     assert actual.dtype == torch.float64
-    assert_close(actual, _moments(spectrum.double()), torch.float32)
+    assert_close(actual, _moments(0.3 * spectrum.double()), torch.float32)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
 def test_moments_backward(size: tuple[int, int]) -> None:
-    x = torch.randn(2, 5, *size, device=DEVICE)
-    grad, grad_moments = torch.randn_like(x), torch.randn(2, 5, 6, dtype=torch.float64, device=DEVICE)
+    """The gradient of an image through quadratic forms in its spectrum, linear ones, and its zero frequency."""
+    x, grad = torch.randn(2, 2, 5, *size, device=DEVICE)
+    product = torch.randn(5, 2 * 6 + 2, device=DEVICE)
+    first, second, at_zero = product.double().split((6, 6, 2), 1)
+    first, second = (torch.cat(((p[:, :5] + p[:, :5].T) / 2, p[:, 5:]), 1) for p in (first, second))
+    product[:, :6], product[:, 6:12] = first, second
     leaf = x.double().requires_grad_()
-    moments = _moments(torch.view_as_real(torch.fft.rfft2(leaf, norm="ortho")))
-    (expected,) = torch.autograd.grad(moments, leaf, grad_moments)
+    spectrum = torch.view_as_real(torch.fft.rfft2(leaf, norm="ortho"))
+    moments, linear = _moments(spectrum), (spectrum[:, :, 0, 0, 0].T * at_zero).sum()
+    for part, form in zip(moments, (first, second), strict=True):
+        linear = linear + (part[:, :5] * form[:, :5]).sum() / 2 + (part[:, 5] * form[:, 5]).sum()
+    (expected,) = torch.autograd.grad(linear, leaf)
     spectrum, grad_spectrum = (torch.view_as_real(torch.fft.rfft2(t, norm="ortho")).contiguous() for t in (x, grad))
     with poisoned_memory():
-        actual = fourier.spectrum_moments_backward(grad_spectrum, spectrum, grad_moments, size[1])
+        actual = fourier.spectrum_moments_backward(grad_spectrum, spectrum, product, size[1])
     assert_close(_image_of(actual, *size), grad.double() + expected, torch.float32)
+
+
+EPS, SIZE = 1e-3, (6, 9)
+
+
+def _factors(dim: int, inner: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """The first fourteen parameters of the op."""
+
+    def norm() -> tuple[Tensor, ...]:
+        statistics = (torch.randn(2 * inner), torch.rand(2 * inner) + 0.5)
+        return (*statistics, torch.randn(2 * inner), torch.randn(2 * inner), torch.randn(2 * inner, 2 * inner))
+
+    parameters = (torch.randn(2 * inner, dim), torch.randn(2 * inner))
+    parameters += (*norm(), torch.randn(2 * inner), *norm(), torch.randn(2 * inner))
+    return tuple(p.to(DEVICE, dtype) for p in parameters)
+
+
+def _statistics_input(dim: int, mean: float) -> tuple[Tensor, Tensor]:
+    """The unscaled spectrum of three images, and the moments of the scaled one."""
+    x = torch.randn(3, dim, *SIZE, device=DEVICE) + mean
+    spectrum = torch.view_as_real(torch.fft.rfft2(x)).contiguous()
+    return spectrum, _moments(spectrum.double() / math.prod(SIZE) ** 0.5)
+
+
+Given = tuple[Tensor, ...]
+
+
+def _defined(parameters: Given, spectrum: Tensor, moments: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Matrix, statistics and the leaves of `_fourier.compose` in fp64: parameters, then moments and zero frequency."""
+    side = math.prod(SIZE) ** 0.5
+    leaves = [p.double().requires_grad_() for p in parameters]
+    given: list[Tensor] = []
+    if moments is not None:
+        given = [moments.clone().requires_grad_(), (spectrum[:, :, 0, 0, 0].double() / side).requires_grad_()]
+    count = spectrum.shape[0] * spectrum.shape[2] * spectrum.shape[3]
+    matrix, statistics = _fourier.compose(EPS, side, count, leaves, *given)
+    scale = torch.full((matrix.shape[1] // 2,), 1 / side, dtype=torch.float64, device=DEVICE)
+    scale[-1] = 1
+    statistics = [s * count / (count - 1) if i % 2 else s for i, s in enumerate(statistics)]
+    return (
+        matrix * torch.cat((scale, scale)),
+        statistics,
+        [p for i, p in enumerate(leaves) if i not in (2, 3, 8, 9)] + given,
+    )
+
+
+def _check_compose(parameters: Given, spectrum: Tensor, moments: Tensor | None, dtype: torch.dtype) -> None:
+    """The matrix, the statistics and every gradient, those of moments and zero frequency included."""
+    area, dim = math.prod(SIZE), spectrum.shape[1]
+    expected, statistics, leaves = _defined(parameters, spectrum, moments)
+    with poisoned_memory():
+        composed = fourier.compose(EPS, area, parameters, spectrum, moments, True)
+    assert_close(composed.matrix, expected)
+    grad = torch.randn_like(composed.matrix)
+    wanted = torch.autograd.grad(expected, leaves, grad.double())
+    with poisoned_memory():
+        grads, product = fourier.compose_backward(grad, composed, EPS, area, parameters, spectrum, moments)
+    assert [g.dtype for g in grads] == [p.dtype for i, p in enumerate(parameters) if i not in (2, 3, 8, 9)]
+    assert_close(list(grads), list(wanted[:10]), dtype, "gradient")
+    if moments is None:
+        assert composed.statistics is None
+        assert product is None
+        return
+    assert_close(composed.statistics.unbind(), statistics, dtype, "statistics")
+    of_moments, of_zero = wanted[10:]
+    symmetric = of_moments[..., :dim] + of_moments[..., :dim].mT
+    parts = [
+        torch.cat((m / area, v[:, None] / area**0.5), 1) for m, v in zip(symmetric, of_moments[..., dim], strict=True)
+    ]
+    assert_close(product.split((dim + 1, dim + 1, 3), 1), [*parts, of_zero.T / area**0.5], torch.float32, "product")
+
+
+@pytest.mark.parametrize("dims", [(5, 4), (2, 1), (17, 33), (40, 40)])
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compose(dims: tuple[int, int], batch_statistics: bool, dtype: torch.dtype) -> None:
+    spectrum, moments = _statistics_input(dims[0], 0.5)
+    _check_compose(_factors(*dims, dtype), spectrum, moments if batch_statistics else None, dtype)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_compose_from_different_dtypes(batch_statistics: bool) -> None:
+    parameters = list(_factors(5, 4))
+    for place in (1, 4, 6, 13):
+        parameters[place] = parameters[place].bfloat16()
+    spectrum, moments = _statistics_input(5, 0.5)
+    _check_compose(tuple(parameters), spectrum, moments if batch_statistics else None, torch.bfloat16)
+
+
+def test_statistics_of_nearly_equal_channels() -> None:
+    """What fp32 sums would lose: the variance of the small differences that the first convolution takes."""
+    parameters = list(_factors(4, 3))
+    parameters[0] = torch.tensor([[1.0, -1, 0, 0], [0, 1, -1, 0], [0, 0, 1, -1]], device=DEVICE).repeat(2, 1)
+    x = torch.randn(3, 1, *SIZE, device=DEVICE) + 1e-4 * torch.randn(3, 4, *SIZE, device=DEVICE) + 100
+    spectrum = torch.view_as_real(torch.fft.rfft2(x)).contiguous()
+    moments = _moments(spectrum.double() / math.prod(SIZE) ** 0.5)
+    statistics = fourier.compose(EPS, math.prod(SIZE), tuple(parameters), spectrum, moments).statistics
+    assert_close(statistics.unbind(), _defined(tuple(parameters), spectrum, moments)[1], torch.float32)
 
 
 def test_repeats_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,13 +256,13 @@ def test_repeats_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
     spectrum, parameters, grad = _spectrum(2, 5, 8, 10), _parameters(5, 6, 7), _spectrum(2, 7, 8, 10)
     first, second = (
         (
-            *fourier.spectrum_mix_backward(grad, spectrum, *parameters, 10, False, True, True),
+            *fourier.spectrum_mix_backward(grad, spectrum, *parameters, 10, 1.0, True, True),
             fourier.spectrum_moments(spectrum),
         )
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert_close(first[3], _moments(spectrum.double()), torch.float32)
+    assert_close(first[4], _moments(spectrum.double()), torch.float32)
 
 
 def test_large_zero_frequency() -> None:
@@ -158,40 +273,120 @@ def test_large_zero_frequency() -> None:
     assert_close(actual, _mix(*fp64((spectrum, *parameters))))
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_whole_branch(dtype: torch.dtype, training: bool) -> None:
-    """The op on this backend, against the reference."""
+def _branch(dim: int, inner: int, outputs: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """The arguments of `fourier_mix` after x; without the last convolution's where there are 0 outputs."""
 
     def parameter(*shape: int) -> Tensor:
-        return (torch.randn(shape, device=DEVICE) * 0.3).requires_grad_()
+        return (torch.randn(shape, device=DEVICE) * 0.3).to(dtype).requires_grad_()
 
     def norm() -> tuple[Tensor, ...]:
-        return torch.randn(8, device=DEVICE), torch.rand(8, device=DEVICE) + 0.5, parameter(8), parameter(8)
+        statistics = torch.randn(wide, device=DEVICE).to(dtype), (torch.rand(wide, device=DEVICE) + 0.5).to(dtype)
+        return *statistics, parameter(wide), parameter(wide)
 
-    arguments = (parameter(8, 5, 1, 1), parameter(8), norm(), parameter(8, 8, 1, 1), parameter(8))
-    arguments += (norm(), parameter(8, 8, 1, 1), parameter(8), parameter(3, 4, 1, 1), parameter(3))
-    x = torch.randn(3, 5, 6, 9, device=DEVICE).to(dtype).requires_grad_()
-    theirs = fp64((x, *arguments))
+    wide = 2 * inner
+    arguments = (parameter(wide, dim, 1, 1), parameter(wide), norm(), parameter(wide, wide, 1, 1), parameter(wide))
+    arguments += (norm(), parameter(wide, wide, 1, 1), parameter(wide))
+    return arguments + ((parameter(outputs, inner, 1, 1), parameter(outputs)) if outputs else (None, None))
+
+
+def _check_branch(x: Tensor, arguments: tuple[Any, ...], training: bool) -> None:
+    """Output, gradients and running statistics of the op on this backend, against the reference."""
+    mine, theirs = (x, *arguments), fp64((x, *arguments))
     with sf.use_backend("triton"), poisoned_memory():
-        actual = value_and_grads(functional.fourier_mix, (x, *arguments), training=training)
-    assert_close(actual, value_and_grads(reference.fourier_mix, theirs, training=training), dtype)
+        actual = value_and_grads(functional.fourier_mix, mine, training=training)
+    assert_close(actual, value_and_grads(reference.fourier_mix, theirs, training=training), x.dtype)
+    for place in (3, 6):
+        assert_close(mine[place][:2], theirs[place][:2], x.dtype, "running statistics")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [3, 0])
+def test_whole_branch(dtype: torch.dtype, training: bool, outputs: int) -> None:
+    x = torch.randn(3, 5, 6, 9, device=DEVICE).to(dtype).requires_grad_()
+    _check_branch(x, _branch(5, 4, outputs), training)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(3, 5, 6, 9, device=DEVICE)).requires_grad_()
+    _check_branch(x, _branch(5, 4, 3), True)
+    with sf.use_backend("triton"):
+        y = functional.fourier_mix(x, *_branch(5, 4, 3))
+    last = layout == "channels_last"
+    assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def test_parameters_of_half_precision() -> None:
+    x = torch.randn(3, 5, 6, 9, device=DEVICE).bfloat16().requires_grad_()
+    _check_branch(x, _branch(5, 4, 3, torch.bfloat16), False)
+
+
+def test_images_of_positive_mean() -> None:
+    """The zero frequency holds nearly all of such an image; moments that include it lose the rest."""
+    _check_branch((torch.rand(1, 4, 24, 24, device=DEVICE) + 0.5).requires_grad_(), _branch(4, 4, 4), True)
+
+
+@pytest.mark.parametrize("needs", [{0}, {1}, {0, 4}, {10}])
+@pytest.mark.parametrize("training", [False, True])
+def test_partial_gradients(needs: set[int], training: bool) -> None:
+    arguments = tree_map(lambda t: t.detach(), (torch.randn(2, 3, 5, 6, device=DEVICE), *_branch(3, 3, 3)))
+    for place in needs:
+        arguments[place].requires_grad_()
+    with sf.use_backend("triton"), poisoned_memory():
+        actual = value_and_grads(functional.fourier_mix, arguments, training=training, momentum=0.0)
+    expected = value_and_grads(reference.fourier_mix, fp64(arguments), training=training, momentum=0.0)
+    assert_close(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_empty_batch(training: bool) -> None:
+    x, arguments = torch.randn(0, 3, 7, 8, device=DEVICE, requires_grad=True), _branch(3, 3, 4)
+    with sf.use_backend("triton"):
+        y, grads = value_and_grads(functional.fourier_mix, (x, *arguments), training=training)
+    assert y.shape == (0, 4, 7, 8)
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_opcheck(training: bool) -> None:
+    """Schema and fake kernels of the op on this backend."""
+    flat = [t.detach() for t in tree_leaves(_branch(2, 2, 2))]
+    if training:
+        for place in (2, 3, 8, 9):
+            flat[place] = None
+    arguments = (torch.randn(2, 2, 4, 5, device=DEVICE), *flat, 1e-5)
+    tests = ("test_schema", "test_faketensor")
+    with sf.use_backend("triton"):
+        torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, arguments, test_utils=tests)
+        y, moments, _ = torch.ops.swformer_fast.fourier_mix(*arguments)
+        for flags in ((True, True), (True, False), (False, True)):
+            backward = (torch.randn_like(y), moments, *arguments, *flags)
+            torch.library.opcheck(torch.ops.swformer_fast.fourier_mix_backward, backward, test_utils=tests)
 
 
 @pytest.mark.parametrize(
     ("kernel", "output", "check"),
     [
-        ("spectrum_mix_kernel", 3, test_several_tiles),
-        ("spectrum_mix_backward_kernel", 4, lambda: test_mix_backward((5, 4, 3), (6, 7))),
-        ("spectrum_parameters_kernel", 4, lambda: test_mix_backward((5, 4, 3), (6, 7))),
-        ("spectrum_moments_kernel", 1, lambda: test_moments(5)),
+        ("spectrum_mix_kernel", 5, test_several_tiles),
+        ("spectrum_mix_backward_kernel", 5, lambda: test_mix_backward((5, 4, 3), (6, 7))),
+        ("spectrum_parameters_kernel", 5, lambda: test_mix_backward((5, 4, 3), (6, 7))),
+        ("spectrum_moments_kernel", 2, lambda: test_moments(5)),
         ("spectrum_moments_backward_kernel", 3, lambda: test_moments_backward((5, 7))),
+        ("batch_statistics_kernel", 4, lambda: test_compose((5, 4), True, torch.float32)),
+        ("batch_statistics_kernel", 5, lambda: test_compose((5, 4), True, torch.float32)),
+        ("batch_statistics_kernel", 6, lambda: test_compose((5, 4), True, torch.float32)),
+        ("batch_statistics_kernel", 7, lambda: test_compose((5, 4), True, torch.float32)),
+        ("compose_kernel", 4, lambda: test_compose((5, 4), False, torch.float32)),
+        *(("compose_backward_kernel", i, lambda: test_compose((5, 4), False, torch.float32)) for i in range(11, 15)),
+        ("compose_backward_kernel", 15, lambda: test_compose((5, 4), True, torch.float32)),
         ("sum_partials_kernel", 1, lambda: test_moments(5)),
     ],
 )
 def test_zeroed_kernel_fails(
     kernel: str, output: int, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fourier if hasattr(fourier, kernel) else common, kernel, Zeroing(output))
+    module = fourier if hasattr(fourier, kernel) else common
+    monkeypatch.setattr(module, kernel, Zeroing(output, kernel=getattr(module, kernel)))
     with pytest.raises(AssertionError):
         check()

@@ -62,6 +62,13 @@ def test_a_weight_for_each_image(dtype: torch.dtype) -> None:
     _check(_arguments(weights=2, dtype=dtype))
 
 
+@pytest.mark.parametrize("weights", [1, 2])
+def test_a_bias_for_each_image(weights: int) -> None:
+    args = list(_arguments(weights=weights))
+    args[4] = torch.randn(2, 5, device=DEVICE)
+    _check(tuple(args))
+
+
 def test_wide() -> None:
     """Several blocks of either side's channels and several partial sums."""
     _check(_arguments((33, 40), out=130, size=(2, 3), batch=1))

@@ -20,14 +20,19 @@ PARTIAL_SUMS = (
     "ffn_in_parameters_kernel",
 )
 """Kernels that write nothing but partial sums."""
+PRODUCTS = ("pointwise", "ffn", "fourier")
+"""Families of matrix products."""
 NO_PRODUCTS = ("ffn_low_kernel", "ffn_downsample_kernel", "ffn_depthwise_backward_kernel")
 """Kernels without matrix products, of launches that have some."""
-SMALL = ("sum_", "merge_", "attention_network", "attention_parameters")
-"""Kernels of partial sums, and of the few numbers that channel attention makes of an image."""
+SMALL = ("sum_", "merge_", "attention_network", "attention_parameters", "compose", "batch_statistics")
+"""Kernels of partial sums, of the few numbers that channel attention makes of an image, and of parameters alone."""
+
+SPILLS = {("sm_100", "wavelet_mix_backward 5x5 bf16 channels_last 2x40x256x256"): 24}
+"""Accesses to spilled registers, where there are any: two columns a lane would spare them and double the traffic."""
 
 
 def _check(result: Resources) -> None:
-    assert result.spills == 0, result
+    assert result.spills <= SPILLS.get((result.target, result.launch), 0), result
     assert result.shared <= SHARED_LIMIT, result
     assert result.occupancy > 0, result
     if result.kernel.startswith(SMALL):
@@ -35,9 +40,9 @@ def _check(result: Resources) -> None:
     assert max(result.loads) >= result.width, result
     if result.kernel not in PARTIAL_SUMS:
         assert max(result.stores) >= result.width, result
-    if result.target.startswith("sm_"):
-        needs = result.needs_tensor_core and result.kernel not in NO_PRODUCTS
-        assert (result.tensor_core > 0) == needs, result
+    # Those of AMD take fp32 numbers as they are.
+    products = result.needs_tensor_core if result.target.startswith("sm_") else result.family in PRODUCTS
+    assert (result.tensor_core > 0) == (products and result.kernel not in NO_PRODUCTS), result
     if result.width == 128 and not result.kernel.startswith(("spectrum_", "statistics_backward_")):
         # What is narrower are parameters and partial sums; the Fourier branch's are matrices, a mean is in fp64.
         assert set(result.loads) <= {32, 128}, result

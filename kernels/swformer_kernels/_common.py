@@ -63,24 +63,23 @@ def split_index(first, ROWS: tl.constexpr, middle, inner):
 
 
 @triton.jit
-def sum_taps_kernel(partials, low, high, count, BLOCK: tl.constexpr):
-    """Row `program_id` of the (4, count) partials, summed into low[0], low[1], high[0] or high[1]."""
+def sum_taps_kernel(partials, taps, count, BLOCK: tl.constexpr):
+    """Row `program_id` of the partials (2 * len(taps), count), summed into element program_id % 2 of its taps."""
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
         total += tl.load(partials + row * count + start + lanes, mask=start + lanes < count, other=0.0)
     tap = tl.sum(total, 0)
-    if row < 2:
-        tl.store(low + row, tap)
-    else:
-        tl.store(high + row - 2, tap)
+    for i in tl.static_range(len(taps)):
+        if row // 2 == i:
+            tl.store(taps[i] + row % 2, tap)
 
 
-def sum_taps(partials: Tensor, low: Tensor, high: Tensor) -> None:
-    """`low`, `high` = the sums of the rows of `partials` (4, n), in a fixed order."""
-    count = partials.shape[1]
-    sum_taps_kernel[(4,)](partials, low, high, count, BLOCK=min(1024, triton.next_power_of_2(count)))
+def sum_taps(partials: Tensor, *taps: Tensor) -> None:
+    """Each of `taps`, two numbers, = the sums of two rows of `partials` (2 * len(taps), n), in a fixed order."""
+    rows, count = partials.shape
+    sum_taps_kernel[(rows,)](partials, taps, count, BLOCK=min(1024, triton.next_power_of_2(count)))
 
 
 @triton.jit
@@ -114,9 +113,9 @@ def sum_weights(partials: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 @triton.jit
 def load_matrix(matrix, row, exists, column, columns, ld):
-    """Elements of a row-major matrix with rows of `ld`, (len(row), len(column)), zero outside."""
+    """Elements of a row-major matrix with rows of `ld`, (len(row), len(column)), in fp32; zero outside."""
     mask = exists[:, None] & (column < columns)[None, :]
-    return tl.load(matrix + row[:, None] * ld + column[None, :], mask=mask, other=0.0)
+    return tl.load(matrix + row[:, None] * ld + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -127,26 +126,51 @@ def store_block(partials, value, row, exists, column, columns, ld):
 
 
 @triton.jit
-def sum_partials_kernel(partials, out, parts, count, PARTS: tl.constexpr, COLS: tl.constexpr):
-    """Sums over the rows of the partials, in fp64 and in a fixed order."""
+def store_rounded(pointers, value, mask):
+    """Store fp64 values in the pointers' dtype. To half precision by way of fp32: the interpreter knows no other."""
+    if pointers.dtype.element_ty == tl.float64:
+        tl.store(pointers, value, mask=mask)
+    else:
+        tl.store(pointers, value.to(tl.float32).to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_partials_kernel(partials, outs, sizes, parts, total, count, PARTS: tl.constexpr, COLS: tl.constexpr):
+    """Sums over the rows of the partials (parts, total), in fp64 and in a fixed order. Of every `count` of them the
+    first sizes[0] go to outs[0], the next sizes[1] to outs[1] and so on.
+    """
     column = tl.program_id(0) * COLS + tl.arange(0, COLS)
     part = tl.arange(0, PARTS)[:, None]
-    total = tl.zeros((PARTS, COLS), tl.float64)
+    sums = tl.zeros((PARTS, COLS), tl.float64)
     for start in range(0, parts, PARTS):
-        mask = (start + part < parts) & (column < count)[None, :]
-        pointers = partials + (start + part).to(tl.int64) * count + column[None, :]
-        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float64)
-    tl.store(out + column, tl.sum(total, 0), mask=column < count)
+        mask = (start + part < parts) & (column < total)[None, :]
+        pointers = partials + (start + part).to(tl.int64) * total + column[None, :]
+        sums += tl.load(pointers, mask=mask, other=0.0).to(tl.float64)
+    value = tl.sum(sums, 0)
+    group, place = column // count, column % count
+    first = 0
+    for i in tl.static_range(len(outs)):
+        own = (column < total) & (place >= first) & (place < first + sizes[i])
+        store_rounded(outs[i] + group * sizes[i] + place - first, value, own)
+        first += sizes[i]
 
 
-def sum_partials(partials: Tensor) -> Tensor:
-    """The sum over the first dimension, in fp64."""
-    out = torch.empty(partials.shape[1:], dtype=torch.float64, device=partials.device)
-    parts, cols = len(partials), 32
-    sum_partials_kernel[(triton.cdiv(out.numel(), cols),)](
-        partials, out, parts, out.numel(), PARTS=min(32, triton.next_power_of_2(parts)), COLS=cols,
+def sum_partials(partials: Tensor, *outputs: Tensor) -> None:
+    """The sum over the first dimension of `partials` (parts, groups, count), written to the outputs one after the
+    other: a group of each has so many numbers that together they are `count`. In fp64, rounded to the outputs' dtypes.
+    """
+    parts, groups, count = partials.shape
+    total, cols = groups * count, 32
+    sum_partials_kernel[(triton.cdiv(total, cols),)](
+        partials, outputs, tuple(out.numel() // groups for out in outputs), parts, total, count,
+        PARTS=min(32, triton.next_power_of_2(parts)), COLS=cols,
     )  # fmt: skip
-    return out
+
+
+def parameter_gradients(x: Tensor, parameters: tuple[Tensor, ...], needed: bool) -> tuple[Tensor, ...]:
+    """What kernels write the parameters' gradients to: zero for an image `x` of no elements, empty if not needed."""
+    make = torch.empty if x.numel() else torch.zeros
+    return tuple(make(p.shape, dtype=p.dtype, device=p.device) if needed else x.new_empty(0) for p in parameters)
 
 
 def channel_block(channels: int, most: int) -> int:

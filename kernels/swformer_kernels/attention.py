@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import alignment, architecture, check_dtype, empty, is_channels_last, multiple
+from ._common import (
+    alignment,
+    architecture,
+    check_dtype,
+    empty,
+    is_channels_last,
+    matrix_options,
+    multiple,
+    parameter_gradients,
+)
 
 _TILE = 2048
 _TILE_OF_HALVES = 1024  # with twice as many LLVM's vectoriser fails on the sums of products
@@ -27,6 +36,8 @@ _WEIGHTS = 2048
 def _pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Pointers to a tile, (channels, pixels), and their mask."""
     start = x + image * multiple(strides[0], ALIGN)
+    if CHANNELS_LAST:
+        channels = multiple(channels, ALIGN)
     mask = (channel < channels)[:, None] & (pixel < pixels)[None, :]
     if CHANNELS_LAST:
         pointers = start + channel[:, None] + pixel.to(tl.int64)[None, :] * multiple(strides[2], ALIGN)
@@ -254,14 +265,15 @@ def _apply(x: Tensor, flat: Tensor, scale: Tensor, shift: Tensor | None, out: Te
     )
 
 
-def _blocks(hidden: int, channels: int, parts: int) -> dict[str, int]:
+def _blocks(x: Tensor, hidden: int, parts: int) -> dict[str, int]:
     """Constants of the small network's kernels."""
     rows = triton.next_power_of_2(hidden)
     return {
-        "BC": max(1, min(64, _WEIGHTS // rows, triton.next_power_of_2(channels))),
+        "BC": max(1, min(64, _WEIGHTS // rows, triton.next_power_of_2(x.shape[1]))),
         "BR": rows,
         "PARTS": min(32, triton.next_power_of_2(parts)),
-        "enable_fp_fusion": True,
+        **matrix_options(x),
+        "num_warps": 4,
     }
 
 
@@ -285,7 +297,7 @@ def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
             parts = partials.shape[2]
             attention_network_kernel[(len(x),)](
                 partials, *(t.contiguous() for t in (w1, b1, w2, b2)), scale, tuple(flat.shape), hidden, parts,
-                **_blocks(hidden, x.shape[1], parts),
+                **_blocks(x, hidden, parts),
             )  # fmt: skip
             _apply(x, flat, scale, None, y)
     return y
@@ -299,10 +311,9 @@ def channel_attention_backward(
     The attention is recomputed. `grad` may have any strides; it is copied where its layout is not that of `x`.
     """
     check_dtype("x", x)
-    nothing = x.new_empty(0)
-    out = empty(x, *x.shape) if need_x else nothing
+    out = empty(x, *x.shape) if need_x else x.new_empty(0)
     parameters = (w1, b1, w2, b2)
-    grads = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) if need_params else nothing for p in parameters]
+    grads = parameter_gradients(x, parameters, need_params)
     if x.numel() and (need_x or need_params):
         batch, channels, hidden = x.shape[0], x.shape[1], len(b1)
         flat = [_flat(x, x), _flat(grad, x)]
@@ -315,7 +326,7 @@ def channel_attention_backward(
             parts = partials.shape[2]
             attention_network_backward_kernel[(batch,)](
                 partials, *(t.contiguous() for t in parameters), scale, shift, mean, grad_logits, hiddens[0],
-                hiddens[1], size, hidden, parts, **_blocks(hidden, channels, parts),
+                hiddens[1], size, hidden, parts, **_blocks(x, hidden, parts),
             )  # fmt: skip
             if need_params:
                 attention_parameters_kernel[(triton.cdiv(channels, 32), triton.cdiv(hidden, 32))](

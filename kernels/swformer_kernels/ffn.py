@@ -25,6 +25,7 @@ from ._common import (
     is_channels_last,
     matrix_options,
     multiple,
+    parameter_gradients,
     sum_partials,
 )
 from .spatial import gelu, gelu_derivative
@@ -93,7 +94,7 @@ def _level_pointers(level, image, channel, channels, row, col, height, width, AL
 @triton.jit
 def _weights(weight, row, rows, column, columns, ld):
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(weight + row[:, None] * ld + column[None, :], mask=mask, other=0.0)
+    return tl.load(weight + row[:, None] * ld + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -116,14 +117,15 @@ def _interpolate(i, low_size, size):
 def _convolved(level, weight, bias, image, channel, channels, row, col, height, width, ALIGN: tl.constexpr):
     """Depthwise 3 x 3 convolution of a level at the pixels."""
     mask = channel < channels
-    total = tl.load(bias + channel, mask=mask, other=0.0)[:, None] + tl.zeros((1, row.shape[0]), tl.float32)
+    total = tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)[:, None]
+    total += tl.zeros((1, row.shape[0]), tl.float32)
     # Rows in a loop, columns unrolled: the middle column is aligned, and the code stays small.
     for u in range(3):
         for v in tl.static_range(3):
             pointers, inside = _level_pointers(
                 level, image, channel, channels, row + (u - 1), col + (v - 1), height, width, ALIGN
             )
-            factor = tl.load(weight + channel * 9 + 3 * u + v, mask=mask, other=0.0)
+            factor = tl.load(weight + channel * 9 + 3 * u + v, mask=mask, other=0.0).to(tl.float32)
             total += factor[:, None] * tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     return total
 
@@ -185,7 +187,7 @@ def _store_hidden(
         pixels = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         factor = _weights(weight, m, mid, d, dim, dim)
         sums = tl.dot(factor, _pooled(pixels, ROWS, COLS, FACTOR), sums, input_precision=PRECISION)
-    offset = tl.load(bias + m, mask=m < mid, other=0.0)
+    offset = tl.load(bias + m, mask=m < mid, other=0.0).to(tl.float32)
     values = sums / _pixels_of(u, v, size, FACTOR)[None, :] + offset[:, None]
     target, inside = _level_pointers(out, image, m, mid, u, v, level[0], level[1], LEVEL_ALIGN)
     tl.store(target, values.to(target.dtype.element_ty), mask=inside)
@@ -225,14 +227,17 @@ def _low_tile(program, batch, channels, levels, BC: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def ffn_low_kernel(
-    hidden, mixed, starts, mixed_starts, weight, bias, batch, channels, levels,
+    hidden, mixed, starts, mixed_starts, weights, biases, batch, channels, levels,
     BC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LEVEL_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Depthwise convolution of the levels 1 and 2."""
     last, image, channel, row, col, height, width = _low_tile(tl.program_id(0), batch, channels, levels, BC, ROWS, COLS)
-    scale = tl.where(last, 2, 1)
+    if last:
+        weight, bias = weights[2], biases[2]
+    else:
+        weight, bias = weights[1], biases[1]
     values = _convolved(
-        hidden + tl.where(last, starts[2], starts[1]), weight + scale * channels * 9, bias + scale * channels,
+        hidden + tl.where(last, starts[2], starts[1]), weight, bias,
         image, channel, channels, row, col, height, width, LEVEL_ALIGN,
     )  # fmt: skip
     out = mixed + tl.where(last, mixed_starts[2], mixed_starts[1])
@@ -251,7 +256,8 @@ def ffn_out_kernel(
     image, top, left = _place(tl.program_id(0), size, ROWS, COLS)
     row, col = _pixels(top, left, ROWS, COLS)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
-    total = tl.load(bias + e, mask=e < outputs, other=0.0)[:, None] + tl.zeros((BE, ROWS * COLS), tl.float32)
+    total = tl.load(bias + e, mask=e < outputs, other=0.0).to(tl.float32)[:, None]
+    total += tl.zeros((BE, ROWS * COLS), tl.float32)
     for s in tl.static_range(3):
         for start in range(0, mid, BC):
             c = start + tl.arange(0, BC)
@@ -382,12 +388,12 @@ def ffn_downsample_kernel(
 
 @triton.jit
 def ffn_depthwise_backward_kernel(
-    grads, hidden, out, starts, weight, partials, batch, channels, levels,
+    grads, hidden, out, starts, weights, partials, batch, channels, levels,
     BC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LEVEL_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The depthwise convolutions' gradients, of all levels: by their input and, unless `partials` is None, by their
-    taps and biases, (parts, 3, M, 10), summed over some tiles. A program takes level program_id(1) and block
-    program_id(2) of the channels.
+    taps and biases, summed over some tiles: a row of `partials`, level after level. A program takes level
+    program_id(1) and block program_id(2) of the channels.
     """
     scale = tl.program_id(1)
     height = tl.where(scale == 0, levels[0][0], tl.where(scale == 1, levels[1][0], levels[2][0]))
@@ -395,7 +401,12 @@ def ffn_depthwise_backward_kernel(
     offset = tl.where(scale == 0, starts[0], tl.where(scale == 1, starts[1], starts[2]))
     channel = tl.program_id(2) * BC + tl.arange(0, BC)
     exists = channel < channels
-    weight += scale * channels * 9
+    if scale == 0:
+        weight = weights[0]
+    elif scale == 1:
+        weight = weights[1]
+    else:
+        weight = weights[2]
     sums = ()
     for _ in tl.static_range(10):
         sums = sums + (tl.zeros((BC, ROWS * COLS), tl.float32),)
@@ -415,7 +426,8 @@ def ffn_depthwise_backward_kernel(
                 LEVEL_ALIGN,
             )  # fmt: skip
             grad = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-            total += tl.load(weight + channel * 9 + tap, mask=exists, other=0.0)[:, None] * grad
+            factor = tl.load(weight + channel * 9 + tap, mask=exists, other=0.0).to(tl.float32)
+            total += factor[:, None] * grad
             added = added + (sums[tap] + values * grad,)
             if tap == 4:
                 bias = sums[9] + grad
@@ -423,9 +435,10 @@ def ffn_depthwise_backward_kernel(
         pointers, mask = _level_pointers(out + offset, image, channel, channels, row, col, height, width, LEVEL_ALIGN)
         tl.store(pointers, total.to(pointers.dtype.element_ty), mask=mask)
     if partials is not None:
-        target = partials + ((tl.program_id(0).to(tl.int64) * 3 + scale) * channels + channel) * 10
-        for number in tl.static_range(10):
-            tl.store(target + number, tl.sum(sums[number], 1), mask=exists)
+        partials += (tl.program_id(0).to(tl.int64) * 3 + scale) * channels * 10
+        for tap in tl.static_range(9):
+            tl.store(partials + channel * 9 + tap, tl.sum(sums[tap], 1), mask=exists)
+        tl.store(partials + channels * 9 + channel, tl.sum(sums[9], 1), mask=exists)
 
 
 @triton.jit
@@ -519,16 +532,15 @@ def ffn_in_parameters_kernel(
 
 
 class _Net(NamedTuple):
-    """Sizes, and parameters in fp32."""
+    """Sizes and parameters."""
 
     size: tuple[int, int, int, int]
     mid: int
     levels: tuple[tuple[int, int], ...]
     in_weight: Tensor
     in_bias: Tensor
-    dw_weight: Tensor
-    """(3 * M, 9)."""
-    dw_bias: Tensor
+    dw_weights: tuple[Tensor, ...]
+    dw_biases: tuple[Tensor, ...]
     out_weight: Tensor
     out_bias: Tensor
 
@@ -566,9 +578,13 @@ def _net(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> _Net:
         raise ValueError("the depthwise kernels must be 3 x 3 for the Triton kernels")
     _, _, height, width = size = tuple(x.shape)
     levels = tuple((triton.cdiv(height, s), triton.cdiv(width, s)) for s in (1, 2, 4))
-    dw_weight, dw_bias = torch.cat(depthwise[::2]).flatten(1), torch.cat(depthwise[1::2])
-    parameters = (in_weight, in_bias, dw_weight, dw_bias, out_weight, out_bias)
-    return _Net(size, len(in_bias) // 3, levels, *(t.float().contiguous() for t in parameters))
+    in_weight, in_bias, out_weight, out_bias = (p.contiguous() for p in (in_weight, in_bias, out_weight, out_bias))
+    dw_weights, dw_biases = (
+        # A program takes one of the three.
+        tuple(p.contiguous() if len({q.dtype for q in three}) == 1 else p.float().contiguous() for p in three)
+        for three in (depthwise[::2], depthwise[1::2])
+    )
+    return _Net(size, len(in_bias) // 3, levels, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias)
 
 
 def _layout(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
@@ -589,7 +605,7 @@ def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, tuple[int, ...], Te
         PRECISION=input_precision(x, exact="tf32x3"), **_layout(x, [x]), **matrix_options(x),
     )  # fmt: skip
     ffn_low_kernel[(net.low_tiles(),)](
-        hidden, mixed, starts, mixed_starts, net.dw_weight, net.dw_bias, net.size[0], net.mid, net.levels,
+        hidden, mixed, starts, mixed_starts, net.dw_weights, net.dw_biases, net.size[0], net.mid, net.levels,
         BC=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLS=_COLUMNS, LEVEL_ALIGN=net.align, enable_fp_fusion=True,
     )  # fmt: skip
     return hidden, starts, mixed, mixed_starts
@@ -614,7 +630,7 @@ def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor)
             hidden, _, mixed, mixed_starts = _forward_pyramids(net, x)
             block = channel_block(net.outputs, _OUT_CHANNELS)
             ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), triton.cdiv(net.outputs, block))](
-                hidden, mixed, mixed_starts, net.dw_weight, net.dw_bias, net.out_weight, net.out_bias,
+                hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias,
                 y, y.stride(), size, net.levels, net.mid,
                 BC=16, BE=block, ROWS=_OUT_ROWS, COLS=_OUT_COLUMNS, LEVEL_ALIGN=net.align,
                 PRECISION=input_precision(x, exact="tf32x3"), **_layout(y, [y]), **matrix_options(x),
@@ -632,17 +648,13 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
     net = _net(x, *parameters)
     batch, dim, height, width = net.size
     mid, outputs = net.mid, net.outputs
-    nothing = x.new_empty(0)
-    out = empty(x, *x.shape) if need_x else nothing
-    if not need_params:
-        grads = [nothing] * len(parameters)
-    else:
-        grads = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    out = empty(x, *x.shape) if need_x else x.new_empty(0)
+    grads = parameter_gradients(x, tuple(parameters), need_params)
     if not x.numel() or not (need_x or need_params):
         return out, *grads
 
     def partials(parts: int, count: int) -> Tensor | None:
-        return torch.empty((parts, count), dtype=torch.float32, device=x.device) if need_params else None
+        return torch.empty((parts, 1, count), dtype=torch.float32, device=x.device) if need_params else None
 
     options = {"LEVEL_ALIGN": net.align}
     matrix = {"PRECISION": input_precision(x, exact="tf32x3"), **matrix_options(x)}
@@ -657,7 +669,7 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         blocks = triton.cdiv(outputs, block) if need_params else 1
         channels = channel_block(mid, _OUT_BACKWARD_CHANNELS)
         ffn_out_backward_kernel[(parts, triton.cdiv(mid, channels), blocks)](
-            grad, grad.stride(), hidden, mixed, mixed_starts, net.dw_weight, net.dw_bias, net.out_weight,
+            grad, grad.stride(), hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight,
             first_grads, other_grads, of_out, (batch, outputs, height, width), net.levels, mid, tiles, each,
             BK=16, BC=channels, BE=block, ROWS=_OUT_BACKWARD_ROWS, COLS=_COLUMNS, **options, **_layout(grad, [grad]),
             **matrix,
@@ -670,7 +682,7 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         parts = triton.cdiv(net.tiles(_LEVEL_ROWS), max(1, _PIXELS_A_PARTIAL // (_LEVEL_ROWS * _COLUMNS)))
         of_depthwise = partials(parts, 3 * mid * 10)
         ffn_depthwise_backward_kernel[(parts, 3, triton.cdiv(mid, _LEVEL_CHANNELS))](
-            mixed_grads, hidden, hidden_grads, starts, net.dw_weight, of_depthwise, batch, mid, net.levels,
+            mixed_grads, hidden, hidden_grads, starts, net.dw_weights, of_depthwise, batch, mid, net.levels,
             BC=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLS=_COLUMNS, **options, enable_fp_fusion=True,
         )  # fmt: skip
         if need_x:
@@ -687,11 +699,6 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
                 hidden_grads, starts, x, x.stride(), of_in, net.size, net.levels, mid, tiles, each,
                 BM=_PARAMETER_CHANNELS, BD=block, COLS=_COLUMNS, **_layout(x, [x]), **matrix,
             )  # fmt: skip
-            in_sums, out_sums = sum_partials(of_in), sum_partials(of_out)
-            taps = sum_partials(of_depthwise).view(3, mid, 10)
-            sums = [in_sums[: 3 * mid * dim], in_sums[3 * mid * dim :]]
-            for level in taps:
-                sums += [level[:, :9], level[:, 9]]
-            sums += [out_sums[: outputs * 3 * mid], out_sums[outputs * 3 * mid :]]
-            grads = [s.reshape(p.shape).to(p.dtype) for s, p in zip(sums, parameters, strict=True)]
+            for sums, places in ((of_in, (0, 1)), (of_depthwise, range(2, 8)), (of_out, (8, 9))):
+                sum_partials(sums, *(grads[i] for i in places))
     return out, *grads

@@ -331,7 +331,9 @@ def _launch(
     _, tile_bytes, warps = next(row for row in table if coefficients <= row[0])
     cols = max(8, min(128, triton.next_power_of_2(lanes)))
     if other is not None:
+        # Half the elements for the sums' registers, but no less than 16 bytes a thread.
         tile_bytes //= 2
+        warps = max(1, min(warps, tile_bytes // 512))
     rows = max(1, tile_bytes // source.element_size() // cols)
     tiles = triton.cdiv(coefficients // lanes, rows) * triton.cdiv(lanes, cols)
     programs = tiles if other is None else min(tiles, _MAX_PARTIALS)

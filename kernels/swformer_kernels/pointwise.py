@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import alignment, channel_block, check_dtype, input_precision, matrix_options, multiple, sum_partials
+from ._common import (
+    alignment,
+    channel_block,
+    check_dtype,
+    input_precision,
+    matrix_options,
+    multiple,
+    parameter_gradients,
+    sum_partials,
+)
 
 # Pixels a program takes, in bytes: 16 a thread, of 16 channels.
 _BYTES = 256
@@ -203,26 +212,36 @@ def pointwise_backward(
              for x in (x0, x1, x2)]  # fmt: skip
     if need_x and batch * pixels:
         _multiply([flat], weight.mT, None, None, [g.flatten(2) for g in grads if g.dim() == 4])
-    of_weight = of_bias = nothing
-    if need_params and not batch:
-        of_weight, of_bias = weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
-    elif need_params:
+    of_weight, of_bias = parameter_gradients(x0, (weight, bias), need_params)
+    if need_params and x0.numel():
         tiles = triton.cdiv(pixels, _PARAMETER_PIXELS)
         each = _PIXELS_A_PARTIAL // _PARAMETER_PIXELS
         parts = triton.cdiv(tiles, each)
         count = outputs * (inputs + 1)
         partials = torch.empty((parts, batch, count), dtype=torch.float32, device=x0.device)
         rows, columns = channel_block(outputs, _PARAMETER_CHANNELS), channel_block(inputs, _PARAMETER_CHANNELS)
+        options = matrix_options(grad)
+        # So few threads that each has 16 bytes of the narrower side.
+        threads = min(256, min(rows, columns) * _PARAMETER_PIXELS * grad.element_size() // 16)
+        options["num_warps"] = max(1, options["num_warps"] * threads // 256)
         with torch.cuda.device_of(x0):
             pointwise_parameters_kernel[(batch * parts, triton.cdiv(outputs, rows), triton.cdiv(inputs, columns))](
                 flat, _strides([flat])[0], tuple(maps), _strides(maps), _counts(maps), partials,
                 outputs, pixels, tiles, each, parts,
                 BE=rows, BC=columns, N=_PARAMETER_PIXELS, ALIGN=alignment(pixels, 2, [flat, *maps]),
-                PRECISION=input_precision(grad, exact="tf32x3"), **matrix_options(grad),
+                PRECISION=input_precision(grad, exact="tf32x3"), **options,
             )  # fmt: skip
-            sums = sum_partials(partials.view(-1, max(len(weight), bias.numel() // outputs), count))
-        of_weight = sums[:, : outputs * inputs].view(-1, *weight.shape).sum(0).to(weight.dtype)
-        of_bias = sums[:, outputs * inputs :].view(-1, *bias.shape).sum(0).to(bias.dtype)
+            images = max(len(weight), bias.numel() // outputs)
+            sums = [
+                g if g.numel() == images * n else g.new_empty((images, n), dtype=torch.float64)
+                for g, n in ((of_weight, outputs * inputs), (of_bias, outputs))
+            ]
+            sum_partials(partials.view(-1, images, count), *sums)
+            # One of them may be shared by the images and the other not.
+            of_weight, of_bias = (
+                total if total is g else total.sum(0).to(g.dtype).view(g.shape)
+                for total, g in zip(sums, (of_weight, of_bias), strict=True)
+            )
     of_residual = nothing
     if need_residual and residual is not None:
         of_residual = grad.to(residual.dtype, copy=True, memory_format=torch.contiguous_format)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dtype, empty, is_channels_last, multiple, sum_weights
+from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_weights
 from ._stream import (
     convolve,
     correlate,
@@ -183,7 +183,7 @@ def depthwise_gelu_backward(
     vector = _check(x, weight)
     nothing = x.new_empty(0)
     out = empty(x, *x.shape) if need_x else None
-    grads = (weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)) if need_params else (nothing, nothing)
+    grads = parameter_gradients(x, (weight, bias), need_params)
     if x.numel() and (need_x or need_params):
         tensors = [grad, x] if out is None else [grad, x, out]
         cut = plan(x, tensors, vector, halo=2)

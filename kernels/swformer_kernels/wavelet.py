@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dtype, empty, is_channels_last, multiple, sum_taps, sum_weights
+from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_taps, sum_weights
 from ._stream import (
     Plan,
     convolve,
@@ -382,7 +382,7 @@ def wavelet_mix_backward(
     taps = (dec_lo, dec_hi, rec_lo, rec_hi)
     out = empty(x, *x.shape) if need_x else None
     parameters = (weight, bias, *taps)
-    grads = tuple(p.new_zeros(p.shape) if need_params else nothing for p in parameters)
+    grads = parameter_gradients(x, parameters, need_params)
     if x.numel() and need_params:
         cut = _plan(x, [grad, x] if out is None else [grad, x, out], radius)
         partials = torch.empty((cut.parts, len(bias), (2 * radius + 1) ** 2 + 1), dtype=torch.float32, device=x.device)
@@ -394,8 +394,7 @@ def wavelet_mix_backward(
                 K=2 * radius + 1, **cut.constants,
             )  # fmt: skip
             sum_weights(partials, grads[0], grads[1])
-            sum_taps(tap_partials[:4], grads[2], grads[3])
-            sum_taps(tap_partials[4:], grads[4], grads[5])
+            sum_taps(tap_partials, *grads[2:])
     elif x.numel() and out is not None:
         _stream(grad, out, weight, bias, (rec_lo, rec_hi, dec_lo, dec_hi), adjoint=True)
     return (nothing if out is None else out, *grads)
