@@ -181,7 +181,17 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="must be 3 x 3"):
         ffn.multiscale_ffn(x, *parameters)
     with sf.use_backend("triton"), pytest.raises(RuntimeError, match="3 x 3"):
-        torch.ops.swformer_fast.multiscale_ffn(x, *parameters)
+        torch.ops.swformer_fast.multiscale_ffn(x, *parameters, None)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("residual_layout", ["contiguous", "channels_last", "transposed"])
+def test_residual(layout: str, residual_layout: str) -> None:
+    x, residual = _random((1, 3, 5, 9), layout), _random((1, 5, 5, 9), residual_layout)
+    parameters = _parameters(3, 2, 5)
+    with poisoned_memory():
+        y = ffn.multiscale_ffn(x, *parameters, residual)
+    assert_close(y, _reference(x.double(), *(p.double() for p in parameters)) + residual.double())
 
 
 @pytest.mark.parametrize("layout", ["contiguous"])
@@ -200,7 +210,7 @@ def test_through_the_op(layout: str) -> None:
     [
         ("ffn_in_kernel", 4),
         ("ffn_low_kernel", 1),
-        ("ffn_out_kernel", 7),
+        ("ffn_out_kernel", 9),
         *(pytest.param("ffn_out_backward_kernel", output, marks=pytest.mark.slow) for output in (8, 9, 10)),
         ("ffn_downsample_kernel", 1),
         *(pytest.param("ffn_depthwise_backward_kernel", output, marks=pytest.mark.slow) for output in (2, 5)),

@@ -247,11 +247,13 @@ def ffn_low_kernel(
 
 @triton.jit
 def ffn_out_kernel(
-    hidden, mixed, mixed_starts, dw_weight, dw_bias, weight, bias, y, strides, size, levels, mid,
+    hidden, mixed, mixed_starts, dw_weight, dw_bias, weight, bias, residual, residual_strides, y, strides,
+    size, levels, mid,
     BC: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The depthwise convolution at full resolution, the bilinear maps, GELU and the last 1x1 convolution."""
+    """The depthwise convolution at full resolution, the bilinear maps, GELU, the last 1x1 convolution, the residual,
+    unless that is None."""
     outputs = size[1]
     image, top, left = _place(tl.program_id(0), size, ROWS, COLS)
     row, col = _pixels(top, left, ROWS, COLS)
@@ -266,6 +268,11 @@ def ffn_out_kernel(
             )
             factor = _weights(weight + s * mid, e, outputs, c, mid, 3 * mid)
             total = tl.dot(factor, gelu(before), total, input_precision=PRECISION)
+    if residual is not None:
+        pointers, mask = _image_pointers(
+            residual, residual_strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST
+        )
+        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     pointers, mask = _image_pointers(y, strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST)
     tl.store(pointers, total.to(pointers.dtype.element_ty), mask=mask)
 
@@ -611,8 +618,9 @@ def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, tuple[int, ...], Te
     return hidden, starts, mixed, mixed_starts
 
 
-def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> Tensor:
-    """`reference.multiscale_ffn`; `rest` are weight and bias of the three depthwise and of the last convolution.
+def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Any) -> Tensor:
+    """`reference.multiscale_ffn`; `rest` are weight and bias of the three depthwise and of the last convolution, and,
+    if it is given, what is added to the result.
 
     `x` is float32, float16 or bfloat16 of any strides, the parameters of any of these dtypes; sums are fp32, products
     as `torch.set_float32_matmul_precision` says, for a half-precision `x` tf32. Maps between kernels have the dtype of
@@ -622,18 +630,21 @@ def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor)
         TypeError: `x` has another dtype.
         ValueError: a depthwise kernel is not 3 x 3.
     """
-    net = _net(x, in_weight, in_bias, *rest)
+    net = _net(x, in_weight, in_bias, *rest[:8])
     size = (x.shape[0], net.outputs, *x.shape[2:])
     y = empty(x, *size)
+    layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+    residual = rest[8].contiguous(memory_format=layout) if rest[8:] and rest[8] is not None else None
     if x.numel():
         with torch.cuda.device_of(x):
             hidden, _, mixed, mixed_starts = _forward_pyramids(net, x)
             block = channel_block(net.outputs, _OUT_CHANNELS)
             ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), triton.cdiv(net.outputs, block))](
                 hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias,
-                y, y.stride(), size, net.levels, net.mid,
+                residual, None if residual is None else residual.stride(), y, y.stride(), size, net.levels, net.mid,
                 BC=16, BE=block, ROWS=_OUT_ROWS, COLS=_OUT_COLUMNS, LEVEL_ALIGN=net.align,
-                PRECISION=input_precision(x, exact="tf32x3"), **_layout(y, [y]), **matrix_options(x),
+                PRECISION=input_precision(x, exact="tf32x3"),
+                **_layout(y, [y] if residual is None else [y, residual]), **matrix_options(x),
             )  # fmt: skip
     return y
 

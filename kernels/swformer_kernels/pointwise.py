@@ -199,12 +199,10 @@ def pointwise_backward(
     x2: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    residual: Tensor | None,
     need_x: bool,
     need_params: bool,
-    need_residual: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `pointwise` by x0, x1, x2, weight, bias, residual; those not needed are empty. Deterministic."""
+    """Gradients of `pointwise` by x0, x1, x2, weight and bias; those not needed are empty. Deterministic."""
     maps, nothing = _check((x0, x1, x2)), grad.new_empty(0)
     batch, outputs, inputs = x0.shape[0], weight.shape[1], weight.shape[2]
     flat, pixels = _planes(grad), x0.shape[2] * x0.shape[3]
@@ -242,7 +240,4 @@ def pointwise_backward(
                 total if total is g else total.sum(0).to(g.dtype).view(g.shape)
                 for total, g in zip(sums, (of_weight, of_bias), strict=True)
             )
-    of_residual = nothing
-    if need_residual and residual is not None:
-        of_residual = grad.to(residual.dtype, copy=True, memory_format=torch.contiguous_format)
-    return *grads, of_weight, of_bias, of_residual
+    return *grads, of_weight, of_bias
