@@ -14,7 +14,7 @@ Triton kernels of this algebra are tested against.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ LARGE_BYTES = 16 << 20
 """Beyond so many, the forward transform goes by chunks too: fresh memory for its temporaries would cost more."""
 
 
+def _chunks(batch: int, planes: int, plane_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of (batch, planes, ...) of about CHUNK_BYTES each, contiguous: whole images, or planes of one image."""
+    step = max(1, CHUNK_BYTES // plane_bytes)
+    images = max(1, step // planes)
+    for image in range(0, batch, images):
+        for first in range(0, planes, step):
+            yield slice(image, image + images), slice(first, first + step)
+
+
 def spectrum(x: Tensor, kernels: Any = None) -> Tensor:
     """(B, D, H, W) -> (B, D, H, W // 2 + 1, 2), contiguous, of at least fp32."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -35,22 +44,19 @@ def spectrum(x: Tensor, kernels: Any = None) -> Tensor:
     shape = (batch, dim, height, width // 2 + 1, 2)
     maps = kernels.empty_images(x, -(-dim * shape[3] * 2 // width))
     z = maps.flatten()[: math.prod(shape)].view(shape)
-    step = max(1, CHUNK_BYTES // (4 * batch * height * width))
-    for first in range(0, dim, step):
-        part = x[:, first : first + step].contiguous()
-        z[:, first : first + step] = torch.view_as_real(torch.fft.rfft2(part, norm="ortho"))
+    for part in _chunks(batch, dim, 4 * height * width):
+        z[part] = torch.view_as_real(torch.fft.rfft2(x[part], norm="ortho"))
     return z
 
 
 def image(kernels: Any, mixed: Tensor, bias: Tensor | None, like: Tensor, channels: int) -> Tensor:
     """The inverse transform of what the kernels return, (B, channels, H, W), plus `bias`, in the dtype of `like`."""
-    batch, height, width = like.shape[0], like.shape[2], like.shape[3]
+    height, width = like.shape[2:]
     mixed = torch.view_as_complex(mixed)
     y = kernels.empty_images(like, channels)
-    step = max(1, CHUNK_BYTES // (8 * batch * height * width))
-    for first in range(0, mixed.shape[1], step):
-        images = torch.fft.ifft2(mixed[:, first : first + step], norm="ortho")
-        kernels.unpack_pairs(torch.view_as_real(images).contiguous(), bias, y, 2 * first)
+    for images, pairs in _chunks(mixed.shape[0], mixed.shape[1], 8 * height * width):
+        part = torch.view_as_real(torch.fft.ifft2(mixed[images, pairs], norm="ortho"))
+        kernels.unpack_pairs(part.contiguous(), bias, y[images], 2 * pairs.start)
     return y
 
 

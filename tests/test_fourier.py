@@ -90,11 +90,13 @@ def test_widths(kernels: str, dims: tuple[int, int, int], training: bool) -> Non
     check(image(2, dims[0], 14, 23), parameters(*dims), training=training)
 
 
+@pytest.mark.parametrize("planes", [4, 20])
 @pytest.mark.parametrize("training", [False, True])
-def test_transforms_by_chunks(kernels: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transforms_by_chunks(kernels: str, training: bool, planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of less than an image, and of several images."""
     monkeypatch.setattr(_fourier, "LARGE_BYTES", 0)
-    monkeypatch.setattr(_fourier, "CHUNK_BYTES", 2 * 4 * 2 * 14 * 23)
-    check(image(2, 5, 14, 23), parameters(5, 7, 3), training=training)
+    monkeypatch.setattr(_fourier, "CHUNK_BYTES", 4 * planes * 14 * 23)
+    check(image(3, 5, 14, 23), parameters(5, 7, 3), training=training)
 
 
 @pytest.mark.parametrize("training", [False, True])
