@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import OPS, Op, run
+from .backend import OPS, Op, kernel, run
 from .reference.shortcut import shortcut_backward, unclipped
 from .reference.step import sampler_step
 
@@ -102,14 +102,13 @@ def step(x: Tensor, cond: Tensor, uncond: Tensor | None, *args: Any) -> Tensor:
     return out
 
 
-def step_alone(out: Tensor, x: Tensor, *args: Any) -> Tensor:
-    """`sampler_step` into `out` without autograd or autocast, past the dispatcher where nobody listens to it."""
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor
-    if watched or torch._C._functorch.peek_interpreter_stack() is not None:
-        torch.ops.sdo_fast.sampler_step_out.default(x, *args, out)
-    else:
-        run(STEP, (x, *args, out))
-    return out
+def step_kernel(x: Tensor) -> Callable[..., None]:
+    """`sampler_step_out` for states like x, without autograd or autocast: past the dispatcher where nobody listens."""
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if not plain or watched or torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.ops.sdo_fast.sampler_step_out.default
+    return kernel(STEP, (x,))
 
 
 def _keep_the_state_under_autocast(name: str) -> None:
