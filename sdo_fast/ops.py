@@ -38,6 +38,15 @@ def _limits(first: Tensor) -> str | None:
     return None if first.dtype in DTYPES else f"the kernels take no {first.dtype}"
 
 
+def _direct(op: Op, overload: Callable[..., None], first: Tensor) -> Callable[..., None]:
+    """The op's overload, or where nobody listens to the dispatcher the kernel behind it."""
+    plain = type(first) in (Tensor, torch.nn.Parameter)
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if not plain or watched or torch._C._functorch.peek_interpreter_stack() is not None:
+        return overload
+    return kernel(op, (first,))
+
+
 # step -----------------------------------------------------------------------------------------------------------------
 
 _STEP = (
@@ -103,12 +112,8 @@ def step(x: Tensor, cond: Tensor, uncond: Tensor | None, *args: Any) -> Tensor:
 
 
 def step_kernel(x: Tensor) -> Callable[..., None]:
-    """`sampler_step_out` for states like x, without autograd or autocast: past the dispatcher where nobody listens."""
-    plain = type(x) in (Tensor, torch.nn.Parameter)
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if not plain or watched or torch._C._functorch.peek_interpreter_stack() is not None:
-        return torch.ops.sdo_fast.sampler_step_out.default
-    return kernel(STEP, (x,))
+    """`sampler_step_out` for states like x, without autograd or autocast."""
+    return _direct(STEP, torch.ops.sdo_fast.sampler_step_out.default, x)
 
 
 def _keep_the_state_under_autocast(name: str) -> None:
@@ -174,6 +179,11 @@ _define(
     lambda *args: run(SHORTCUT, args),
     lambda *args: None,
 )
+
+
+def shortcut_kernel(grad: Tensor) -> Callable[..., None]:
+    """`shortcut_backward_out` for cotangents like grad, without autograd."""
+    return _direct(SHORTCUT, torch.ops.sdo_fast.shortcut_backward_out.default, grad)
 
 
 def _save_shortcut(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
