@@ -63,6 +63,7 @@ def scheduler_pass(name: str, shape: tuple[int, ...], guided: bool, options: Opt
     def by_scheduler(x: Tensor, outputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
         run = solver.begin()
         for i in run.steps:
+            run.scale_input(x, i)
             uncond, cond = outputs[i][0], outputs[i][-1]
             x = run.step(uncond + GUIDANCE * (cond - uncond) if guided else cond, i, x)
         return x
@@ -73,6 +74,7 @@ def scheduler_pass(name: str, shape: tuple[int, ...], guided: bool, options: Opt
     def by_steps() -> Tensor:
         run, state = fused.begin(), x
         for i in run.steps:
+            run.scale_input(state, i)
             state = run.guided_step(outputs[i], GUIDANCE if guided else None, i, state)
         return state
 
