@@ -112,11 +112,12 @@ class FusedSolver(Solver):
         rule, terms = self.recurrences[i], []
         cond, uncond = outputs[-1], outputs[0] if guidance is not None else None
         if self.depth:
-            if uncond is not None and guidance is not None:
-                cond, uncond = torch.lerp(uncond, cond, guidance), None  # later steps read it once more
+            unread = self._outputs.pop(i - self.depth - 1, None)
+            if uncond is not None and guidance is not None:  # combined here, for later steps read it once more
+                memory = None if torch.is_grad_enabled() else unread
+                cond, uncond = torch.lerp(uncond, cond, guidance, out=memory), None
             self._outputs[i] = cond
             terms = [self._states[i - j] for j in rule.states] + [self._outputs[i - j] for j in rule.outputs]
-            self._outputs.pop(i - self.depth, None)
         if rule.draws:
             terms += [draw(x, self._generator) for draw in rule.draws]
         clipping = (rule.c, rule.pred_x, rule.pred_eps, rule.clip)
