@@ -91,7 +91,7 @@ def network(side: int, options: Options) -> Work:
     else:
         variants["compile"] = Variant(None, note="compiling the network takes minutes; --compile does it at 256x256")
     variants["ours"] = Variant(lambda: call(fast), ours=True, metrics=metrics(fast))
-    return Work(variants, expected, TARGETS, least_rounds=5 if side <= 256 else 3)
+    return Work(variants, expected, TARGETS)
 
 
 def train_step(batch: int, side: int, options: Options) -> Work:

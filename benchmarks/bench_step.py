@@ -63,6 +63,7 @@ def scheduler_pass(name: str, shape: tuple[int, ...], guided: bool, options: Opt
     def by_scheduler(x: Tensor, outputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
         run = solver.begin()
         for i in run.steps:
+            run.scale_input(x, i)
             uncond, cond = outputs[i][0], outputs[i][-1]
             x = run.step(uncond + GUIDANCE * (cond - uncond) if guided else cond, i, x)
         return x
@@ -73,14 +74,25 @@ def scheduler_pass(name: str, shape: tuple[int, ...], guided: bool, options: Opt
     def by_steps() -> Tensor:
         run, state = fused.begin(), x
         for i in run.steps:
+            run.scale_input(state, i)
             state = run.guided_step(outputs[i], GUIDANCE if guided else None, i, state)
         return state
+
+    operands = sum(3 + guided + len(rule.scales) for rule in fused.recurrences.values())
+
+    def by_copies() -> Tensor:
+        """Moves the bytes that the steps must move, into memory as fresh as their result's."""
+        sink = torch.empty_like(x)
+        for k in range(operands // 2):
+            sink.copy_(outputs[k % STEPS][0])
+        return sink
 
     def expected() -> Tensor:
         return by_scheduler(x.double(), [tuple(t.double() for t in halves) for halves in outputs])
 
     variants = {"scheduler": Variant(lambda: by_scheduler(x, outputs))}
     variants |= variants_of(by_steps, options, "sampler_step in plain PyTorch")
+    variants["copies of as many bytes (floor)"] = Variant(by_copies, compared=False)
     return Work(variants, expected, {"scheduler": TARGETS[name]} if name in TARGETS and not guided else {})
 
 

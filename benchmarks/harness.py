@@ -196,7 +196,7 @@ def measure(case: Case, options: Options) -> list[dict[str, Any]]:
             running[name] = run
     if options.gpu is not None:
         add_graphs(case.name, work, expected, records, running, options.gpu)
-    times = interleave(running, Timer(options.gpu), options.budget)
+    times = interleave(running, Timer(options.gpu), options.budget, work.least_rounds)
     baseline = times.get(names[0])
     for name, values in times.items():
         record = records[name]

@@ -44,7 +44,7 @@ def environment(device: str) -> dict[str, Any]:
     cuda = device == "cuda"
     return {
         "commit": git("rev-parse", "--short", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/results")),
         "device": torch.cuda.get_device_name() if cuda else processor(),
         "capability": torch.cuda.get_device_capability() if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
 from digits_model import NULL_LABEL, ThicknessScore, load_digits_classifier, load_digits_unet, scheduler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from PIL import Image
 from runs import OUTPUT, write_whole
 from torch import Tensor, nn
 
@@ -132,11 +134,15 @@ class Studio:
         return lambda images: self.critic(images)[:, index], f"critic's output {index}"
 
 
-def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1) -> Studio:
-    """The digits model, or the pipeline and the critic of the options; ``images_per_prompt`` images of each prompt."""
+def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1, start: int = 0) -> Studio:
+    """The digits model, or the pipeline and the critic of the options; ``images_per_prompt`` images of each prompt.
+
+    The sampler begins at step ``start``.
+    """
     prompts = list(args.prompt)
     options: dict[str, Any] = {
         "num_inference_steps": args.sampler_steps,
+        "start": start,
         "grad_step": args.grad_step,
         "guidance_scale": args.guidance,
     }
@@ -165,6 +171,13 @@ def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1) -> Stud
     )
     latents = sampler.prepare_latents(torch.Generator().manual_seed(args.seed))
     return Studio(sampler, latents, critic.to(args.device), digits=args.model is None)
+
+
+def load_picture(path: Path, studio: Studio) -> Tensor:
+    """A picture as the critic sees it, (1, C, H, W)."""
+    pixels = np.array(Image.open(path).convert("L" if studio.digits else "RGB"))
+    image = torch.from_numpy(pixels).to(studio.latents.device).float() / 127.5 - 1
+    return image.view(*image.shape[:2], -1).permute(2, 0, 1)[None]
 
 
 # Optimisation

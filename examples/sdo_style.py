@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from common import (
     Studio,
     add_model_options,
+    load_picture,
     load_studio,
     optimise,
     parse,
@@ -29,7 +29,6 @@ from common import (
 )
 from digits_model import digits, stroke_thickness
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 
@@ -45,9 +44,7 @@ def style_image(path: Path | None, studio: Studio) -> Tensor:
         images, _ = digits("test")
         bold = stroke_thickness(images).argsort()[int(0.9 * len(images))]
         return images[bold][None].to(studio.latents.device)
-    image = Image.open(path).convert("L" if studio.digits else "RGB")
-    pixels = torch.from_numpy(np.array(image)).to(studio.latents.device).float() / 127.5 - 1
-    return pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
+    return load_picture(path, studio)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -101,9 +101,13 @@ def _choose(op: Op, args: tuple[Any, ...]) -> tuple[str, str | None]:
     return (fast, None) if reason is None else ("reference", f"not {fast}: {reason}")
 
 
+def kernel(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """What runs `op` on `args`, by the backend that `_choose` picks."""
+    return _implementation(op, _choose(op, args)[0])
+
+
 def run(op: Op, args: tuple[Any, ...]) -> Any:
-    """Run `op` on `args` with the backend that `_choose` picks."""
-    return _implementation(op, _choose(op, args)[0])(*args)
+    return kernel(op, args)(*args)
 
 
 @contextmanager

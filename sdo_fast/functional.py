@@ -157,7 +157,7 @@ def shortcut_backward(
             _check_out(f"out ({name})", tensor, "grad", grad, (grad, *inputs.values()), earlier)
     if torch.is_grad_enabled() and grad.requires_grad:
         raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")
-    torch.ops.sdo_fast.shortcut_backward_out.default(*arguments, *out)
+    ops.shortcut_kernel(grad)(*arguments, *out)
     return out
 
 
@@ -198,25 +198,25 @@ def _check_out(
         return
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError(f"{name}: got a tensor whose elements share memory (expanded?), memory of its own is needed")
-    if any(t is not None and _overlap(out, t) and not _same_view(out, t) for t in inputs) or any(
-        t is not None and _overlap(out, t) for t in others
-    ):
-        raise ValueError(
-            f"{name}: overlaps another tensor of the call; the same view as an input, or other memory is needed"
-        )
+    begin, end = _span(out)
+    for tensors, may_be_same in ((inputs, True), (others, False)):
+        for tensor in tensors:
+            if tensor is None or (tensor is out and may_be_same):
+                continue
+            first, last = _span(tensor)
+            if first < end and begin < last and not (may_be_same and _same_view(out, tensor)):
+                raise ValueError(
+                    f"{name}: overlaps another tensor of the call; the same view as an input, or other memory is needed"
+                )
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0:
-        return False
-    begin_a, begin_b = a.data_ptr(), b.data_ptr()
-    return begin_a < begin_b + _extent(b) and begin_b < begin_a + _extent(a)
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first to the end of the last element."""
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first element and behind the last one."""
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return begin, begin + tensor.nbytes
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import OPS, Op, run
+from .backend import OPS, Op, kernel, run
 from .reference.shortcut import shortcut_backward, unclipped
 from .reference.step import sampler_step
 
@@ -36,6 +36,15 @@ def _limits(first: Tensor) -> str | None:
     if first.dim() > MAX_DIMENSIONS:
         return f"the kernels take at most {MAX_DIMENSIONS} dimensions, got {first.dim()}"
     return None if first.dtype in DTYPES else f"the kernels take no {first.dtype}"
+
+
+def _direct(op: Op, overload: Callable[..., None], first: Tensor) -> Callable[..., None]:
+    """The op's overload, or where nobody listens to the dispatcher the kernel behind it."""
+    plain = type(first) in (Tensor, torch.nn.Parameter)
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if not plain or watched or torch._C._functorch.peek_interpreter_stack() is not None:
+        return overload
+    return kernel(op, (first,))
 
 
 # step -----------------------------------------------------------------------------------------------------------------
@@ -102,14 +111,9 @@ def step(x: Tensor, cond: Tensor, uncond: Tensor | None, *args: Any) -> Tensor:
     return out
 
 
-def step_alone(out: Tensor, x: Tensor, *args: Any) -> Tensor:
-    """`sampler_step` into `out` without autograd or autocast, past the dispatcher where nobody listens to it."""
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor
-    if watched or torch._C._functorch.peek_interpreter_stack() is not None:
-        torch.ops.sdo_fast.sampler_step_out.default(x, *args, out)
-    else:
-        run(STEP, (x, *args, out))
-    return out
+def step_kernel(x: Tensor) -> Callable[..., None]:
+    """`sampler_step_out` for states like x, without autograd or autocast."""
+    return _direct(STEP, torch.ops.sdo_fast.sampler_step_out.default, x)
 
 
 def _keep_the_state_under_autocast(name: str) -> None:
@@ -175,6 +179,11 @@ _define(
     lambda *args: run(SHORTCUT, args),
     lambda *args: None,
 )
+
+
+def shortcut_kernel(grad: Tensor) -> Callable[..., None]:
+    """`shortcut_backward_out` for cotangents like grad, without autograd."""
+    return _direct(SHORTCUT, torch.ops.sdo_fast.shortcut_backward_out.default, grad)
 
 
 def _save_shortcut(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

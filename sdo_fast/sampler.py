@@ -66,8 +66,8 @@ class ShortcutSampler:
         reuse: a TrajectoryCache, with which most model outputs of most calls are reused from earlier calls, and the
             result is an estimate except where `reuse.exact` says so (experimental).
         fused: run each step as one `sampler_step` instead of the scheduler's many small operations, where the scheduler
-            is deterministic and affine up to clipping; elsewhere the scheduler runs, and `why_not()` gives the reason.
-            Values and gradients agree with the scheduler's to rounding, with False bit for bit.
+            is affine up to clipping; elsewhere the scheduler runs, and `why_not()` gives the reason. Noise is drawn as
+            the scheduler draws it. Values and gradients agree with the scheduler's to rounding, with False bit for bit.
         inference_mode: call the model under `torch.inference_mode` where no graph is kept, which costs small models
             less than `torch.no_grad` does. Not for models that keep tensors from one call to the next (caches of
             position embeddings, FSDP), which autograd could not use afterwards.
@@ -294,7 +294,7 @@ class ShortcutSampler:
         times, states, solver, x = self.timesteps.to(latents.device), {}, self._stepper.begin(), latents
         for i in self.solver.steps:
             if i in planned:
-                states[i] = x
+                states[i] = x.detach()  # an alias: the next step shall not overwrite it
             if len(states) == len(planned):
                 break
             x = solver.step(reuse.estimate(i, x), i, x)

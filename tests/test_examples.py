@@ -197,6 +197,31 @@ def test_script_on_digits(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert_picture(out)
 
 
+@pytest.mark.parametrize("model", ["digits", "pipeline"])
+def test_score_of_a_picture(
+    model: str, saved_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The optimisation begins where the picture was, but for the error of its inversion."""
+    if model == "digits":
+        picture = digits_model.digits("test")[0][1, 0]
+        Image.fromarray(((picture + 1) * 127.5).byte().numpy()).save(tmp_path / "digit.png")
+        options = ["--image", str(tmp_path / "digit.png"), "--prompt", "3", "3", "--sampler-steps", "20"]
+    else:
+        options = [*saved_models, "--image", str(Path(saved_models[1]).parent / "picture.png"), "--prompt", "a", "b"]
+    out = tmp_path / "picture.png"
+    assert sdo_score.main(["--quick", *options, "--guidance", "none", "--lr", "0.03", "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    start, error = re.findall(r"inversion up to step (\d+): ([.\d]+)% away", output)[0]
+    assert start == ("4" if model == "digits" else "1")
+    ((before, after),) = losses(output)
+    assert after < before
+    if model == "digits":  # the other model is untrained
+        assert 0 < float(error) < 25
+        score = digits_model.ThicknessScore(digits_model.load_digits_classifier())
+        assert -before / 2 == pytest.approx(score(picture[None, None]).item(), rel=0.1)
+    assert_picture(out)
+
+
 REPORT = re.compile(r"reward ([-.\d]+), diversity ([.\d]+)(?:, distance to the data ([.\d]+))?")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import rel_rms
@@ -44,17 +46,37 @@ CLIPPED = {
     "ddim clipped, trailing": (diffusers.DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample_range": 0.4}, 0),
     "ddim parallel": (diffusers.DDIMParallelScheduler, {}, 0),
 }
+# The scheduler, and the keyword arguments of its steps.
+STOCHASTIC = {
+    "ddim eta": (diffusers.DDIMScheduler, {"clip_sample": False}, {"eta": 0.7}),
+    "ddim eta clipped": (diffusers.DDIMScheduler, {}, {"eta": 1.0}),
+    "ddim eta clipped output": (diffusers.DDIMScheduler, {}, {"eta": 0.7, "use_clipped_model_output": True}),
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}, {}),
+    "ddpm clipped": (diffusers.DDPMScheduler, {}, {}),
+    "ddpm v": (diffusers.DDPMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}, {}),
+    "euler churn": (diffusers.EulerDiscreteScheduler, {}, {"s_churn": 1.0}),
+    "euler ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, {}),
+    "sde-dpm++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "sde-dpm++ singlestep": (diffusers.DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "edm churn": (diffusers.EDMEulerScheduler, {}, {"s_churn": 1.0}),
+    "edm sde-dpm++": (diffusers.EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "flow stochastic": (diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, {}),
+    "flow heun churn": (diffusers.FlowMatchHeunDiscreteScheduler, {}, {"s_churn": 1.0}),
+    "kdpm2 ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}, {}),
+    "lcm": (diffusers.LCMScheduler, {"clip_sample": False}, {}),
+    "lcm clipped": (diffusers.LCMScheduler, {"clip_sample": True}, {}),
+    "tcd": (diffusers.TCDScheduler, {"clip_sample": False}, {"eta": 0.4}),
+    "sa": (diffusers.SASolverScheduler, {}, {}),
+}
 OTHERS = {
-    "ddpm clipped": (diffusers.DDPMScheduler, {}, "fresh noise"),
     "ddim thresholding": (diffusers.DDIMScheduler, {"thresholding": True, "clip_sample": False}, "thresholds"),
-    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}, "fresh noise"),
     "ddpm learned": (diffusers.DDPMScheduler, {"variance_type": "learned_range", "clip_sample": False}, "learned"),
     "pndm": (diffusers.PNDMScheduler, {}, "more than 3 earlier steps"),
 }
 
 
 def scheduler(name: str) -> Any:
-    kind, config, _ = {**AFFINE, **CLIPPED, **OTHERS}[name]
+    kind, config, _ = {**AFFINE, **CLIPPED, **STOCHASTIC, **OTHERS}[name]
     return kind(**config)
 
 
@@ -125,6 +147,85 @@ def test_clipping_agrees_with_autograd_through_the_scheduler(
     assert min(means) < 1
 
 
+@pytest.mark.parametrize(("guidance", "seeded"), [(None, True), (3.0, False)])
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_noise_is_drawn_as_the_scheduler_draws_it(name: str, start: int, guidance: float | None, seeded: bool) -> None:
+    """Values and gradients in float64, and what is left of the generator, or of torch's global one."""
+    model = ConvModel(scale=0.15).double()
+    x, cond, uncond = (torch.randn(2, *s, dtype=torch.float64, requires_grad=True) for s in ((3, 6, 5), (5,), (5,)))
+    inputs = [x, cond, *model.first.parameters(), *([uncond] if guidance else [])]
+    step: Any = start + 1 if name == "kdpm2 ancestral" else "first"  # its first stages do not reach x_0
+    arguments = {"cond": cond}, {"cond": uncond} if guidance else None
+    results, others = [], []
+    for fused in (False, True):
+        sampler = ShortcutSampler(
+            model, scheduler(name), 9, start, step, guidance, step_kwargs=STOCHASTIC[name][2], fused=fused
+        )
+        generators = [torch.Generator().manual_seed(seed) if seeded else None for seed in (3, 3, 4)]
+        torch.manual_seed(5)
+        image = sampler(x, *arguments, generators[0])
+        states = torch.get_rng_state(), generators[0].get_state() if seeded else None
+        torch.manual_seed(5)
+        with torch.no_grad():
+            assert rel_rms(sampler(x, *arguments, generators[1]), image) <= 1e-12
+        results.append((image, *gradients(image, *inputs)))
+        others.append((states, sampler(x, *arguments, generators[2])))
+    assert sampler.why_not() == "sampler_step runs"
+    for theirs, ours in zip(*results, strict=True):
+        assert rel_rms(ours, theirs) <= 1e-6
+    (their_states, _), (our_states, other) = others
+    assert all(a is b or torch.equal(a, b) for a, b in zip(our_states, their_states, strict=True))
+    assert rel_rms(other, results[1][0]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ddpm", "sde-dpm++", "flow stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_noise_of_other_dtypes_and_layouts(name: str, dtype: torch.dtype) -> None:
+    model = ConvModel(scale=0.15).to(dtype)
+    x = torch.randn(2, 3, 6, 6, dtype=dtype).to(memory_format=torch.channels_last)
+    theirs, ours = (
+        ShortcutSampler(model, scheduler(name), 6, fused=fused)(x, generator=torch.Generator().manual_seed(1))
+        for fused in (False, True)
+    )
+    assert ours.dtype == dtype
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert rel_rms(ours, theirs) <= {torch.float32: 5e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}[dtype]
+
+
+def test_noise_from_a_generator_among_the_step_kwargs() -> None:
+    model, x = ConvModel(), torch.randn(1, 3, 4, 4)
+    given, among = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    expected = ShortcutSampler(model, scheduler("ddpm"), 4)(x, generator=given)
+    sampler = ShortcutSampler(model, scheduler("ddpm"), 4, step_kwargs={"generator": among})
+    assert torch.equal(among.get_state(), torch.Generator().manual_seed(1).get_state())
+    assert torch.equal(sampler(x), expected)
+
+
+NOISES = {
+    "draws noise by aten.rand": lambda x: torch.rand(x.shape, dtype=x.dtype),
+    "adds to the result what it does not draw": lambda x: torch.from_numpy(
+        np.random.default_rng().normal(size=x.shape)
+    ),
+    "a generator of its own": lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype),
+    r"noise of shape \[1\]": lambda x: torch.randn(1, dtype=x.dtype),
+    "more than 8 terms": lambda x: sum(torch.randn(x.shape, dtype=x.dtype) for _ in range(9)),
+}
+
+
+@pytest.mark.parametrize("reason", NOISES)
+def test_noise_of_another_kind_runs_the_scheduler(reason: str) -> None:
+    class Noisy(diffusers.DDIMScheduler):
+        def step(self, output: Any, t: Any, x: Any, **kwargs: Any) -> Any:
+            following = super().step(output, t, x, **kwargs).prev_sample
+            return (following + 0.1 * NOISES[reason](x).to(x.dtype),)
+
+    x = torch.randn(1, 3, 5, 5)
+    sampler = ShortcutSampler(ConvModel(), Noisy(), 4)
+    assert re.search(reason, sampler.why_not())
+    assert sampler(x).isfinite().all()
+
+
 def test_clipping_of_another_kind_runs_the_scheduler() -> None:
     """A flag alone proves nothing: what the step does is measured."""
 
@@ -163,10 +264,14 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 def test_one_call_per_step_and_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = ShortcutSampler(ConvModel(), scheduler("ddim"), 7, guidance_scale=2.0, fused=True)
-    calls = []
-    for name in ("step", "step_alone"):
-        step: Any = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, step=step: calls.append(1) or step(*args))
+    calls: list[int] = []
+    step_kernel = ops.step_kernel
+
+    def counted(x: Tensor) -> Any:
+        kernel = step_kernel(x)
+        return lambda *args: calls.append(1) or kernel(*args)
+
+    monkeypatch.setattr(ops, "step_kernel", counted)
     monkeypatch.setattr(type(sampler.solver.scheduler), "step", None)
     sampler(torch.randn(1, 3, 4, 4), {}, {})
     assert len(calls) == 7
@@ -198,7 +303,7 @@ def test_states_that_somebody_keeps_are_not_overwritten(name: str, keep: Any) ->
     with torch.no_grad():
         sampler(torch.randn(1, 3, 40, 40))
     if kept[0] is None:
-        assert len(addresses) <= AFFINE[name][2] + 3
+        assert len(addresses) == AFFINE[name][2] + 2
     else:
         assert all(torch.equal(keep(x), y) for x, y in zip(seen, kept, strict=True))
 

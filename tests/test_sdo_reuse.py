@@ -148,6 +148,19 @@ def test_batched_refresh_calls_the_model_once(grad_step, guidance, joined):
         torch.testing.assert_close(output, eps(state, sampler.timesteps[i]).detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_batched_refresh_keeps_the_states_that_it_called_the_model_at():
+    """Not what later steps write over them."""
+    x, other, entries = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), []
+    for fused in (False, True):
+        cache = TrajectoryCache(refresh=0.4, batched=True)
+        _, sampler = make(10, reuse=cache, fused=fused)
+        for latents in (x, other, other):
+            sampler(latents)
+        entries.append(cache._entries)
+    for plain, fused in zip(*(each.values() for each in entries), strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_batched_refresh_optimises_as_well():
     x, target = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
     results = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,6 +152,22 @@ def test_more_terms_than_the_kernel_takes() -> None:
     arguments = [t.detach() for t in tensors(11)]
     reason = sdo_fast.why_not("sampler_step", *arguments[:2], None, 1.0, 1.0, 0.0, arguments[2:], [1.0] * 9)
     assert reason.startswith("reference runs (not cpp: the kernels take at most 8 terms")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a sparse file")
+def test_offsets_beyond_32_bits(each_backend: str, tmp_path: Path) -> None:
+    """Two rows 4 GiB apart in sparse files, of which only the touched pages exist."""
+    x, cond, out = (
+        torch.from_file(str(tmp_path / name), True, 2**31 + 130, dtype=torch.float16).as_strided((2, 130), (2**31, 1))
+        for name in ("x", "cond", "out")
+    )
+    for tensor in (x, cond):
+        tensor.copy_(torch.randn(2, 130))
+    expected = reference.sampler_step(x.double(), cond.double(), **AFFINE)
+    functional.sampler_step(x, cond, **AFFINE, out=out)
+    assert_close(out, expected)
+    functional.shortcut_backward(x, 2.0, -3.0, out=(out, cond, None))
+    assert_close([out, cond], [2 * x.double(), -3 * x.double()], torch.float16)
 
 
 def test_tensor_guidance(each_backend: str) -> None:
