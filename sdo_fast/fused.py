@@ -25,9 +25,9 @@ FAR_OUT = ((0.0, 1e4, 0.0), (0.0, 0.0, 1e4))
 
 @dataclass(frozen=True)
 class Recurrence:
-    """x_{i+1} = a x_i + b eps_i + sum_j states[j] x_{i-j} + sum_j outputs[j] eps_{i-j} + sum_k noise[k] draws[k];
+    """x_{i+1} = a x_i + b eps_i + sum_j states[j] x_{i-j} + sum_j outputs[j] eps_{i-j} + sum_k noise[k] draws[k]().
 
-    the model reads scale x_i. With `clip` there is one more term, c clamp(pred_x x_i + pred_eps eps_i, -clip, clip),
+    The model reads scale x_i. With `clip` there is one more term, c clamp(pred_x x_i + pred_eps eps_i, -clip, clip),
     and no history.
     """
 
