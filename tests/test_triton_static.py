@@ -48,7 +48,7 @@ def _check(result: Resources) -> None:
     if result.width == 128 and not result.kernel.startswith("spectrum_"):
         # What is narrower are parameters and partial sums; those of the Fourier branch are matrices.
         assert set(result.loads) <= {32, 128}, result
-        assert set(result.stores) <= {32, stored}, result
+        assert set(result.stores) <= {32, stored, 128}, result
 
 
 @pytest.mark.parametrize(
