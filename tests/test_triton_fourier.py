@@ -214,6 +214,7 @@ def _check_compose(parameters: Given, spectrum: Tensor, moments: Tensor | None, 
         assert composed.statistics is None
         assert product is None
         return
+    assert composed.statistics.dtype == parameters[4].dtype
     assert_close(composed.statistics.unbind(), statistics, dtype, "statistics")
     of_moments, of_zero = wanted[10:]
     symmetric = of_moments[..., :dim] + of_moments[..., :dim].mT
@@ -320,6 +321,18 @@ def test_layouts(layout: str) -> None:
 def test_parameters_of_half_precision() -> None:
     x = torch.randn(3, 5, 6, 9, device=DEVICE).bfloat16().requires_grad_()
     _check_branch(x, _branch(5, 4, 3, torch.bfloat16), False)
+
+
+def test_backward_under_autocast() -> None:
+    """Autocast reaches none of the sums that the gradients are made of."""
+    x, arguments = torch.randn(2, 5, 6, 9, device=DEVICE, requires_grad=True), _branch(5, 4, 3)
+    leaves = [x] + [t for t in tree_leaves(arguments) if t.requires_grad]
+    with sf.use_backend("triton"):
+        y = functional.fourier_mix(x, *arguments, training=True)
+        expected = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            actual = torch.autograd.grad(y.sum(), leaves)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_images_of_positive_mean() -> None:

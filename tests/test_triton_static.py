@@ -37,16 +37,19 @@ def _check(result: Resources) -> None:
     assert result.occupancy > 0, result
     if result.kernel.startswith(SMALL):
         return
+    stored = result.width
+    if result.target.startswith("gfx") and result.needs_tensor_core and "bf16" in result.launch:
+        stored = 64  # a thread has four neighbours of a product, and they are stored as they are
     assert max(result.loads) >= result.width, result
     if result.kernel not in PARTIAL_SUMS:
-        assert max(result.stores) >= result.width, result
+        assert max(result.stores) >= min(stored, result.width), result
     # Those of AMD take fp32 numbers as they are.
     products = result.needs_tensor_core if result.target.startswith("sm_") else result.family in PRODUCTS
     assert (result.tensor_core > 0) == (products and result.kernel not in NO_PRODUCTS), result
     if result.width == 128 and not result.kernel.startswith(("spectrum_", "statistics_backward_")):
         # What is narrower are parameters and partial sums; the Fourier branch's are matrices, a mean is in fp64.
         assert set(result.loads) <= {32, 128}, result
-        assert set(result.stores) <= {32, 128}, result
+        assert set(result.stores) <= {32, stored, 128}, result
 
 
 @pytest.mark.parametrize(

@@ -748,6 +748,7 @@ class Composed(NamedTuple):
     """Gate's and value's mean, variance, scale, shift, weight and bias."""
     products: Tensor | None
     zeros: Tensor | None
+    """As in `batch_statistics_kernel`, for `compose_backward`."""
 
 
 def compose(
@@ -764,7 +765,7 @@ def compose(
     `spectrum` is unscaled, `moments` are those of the scaled one. `differentiable` keeps what `compose_backward` takes.
     """
     in_weight, in_bias, *rest = (None if p is None else p.contiguous() for p in parameters[:14])
-    # A program takes the ones or the others.
+    # A program takes gate's or value's: their dtypes must be the same.
     others = rest[6:] + rest[:6]
     rest = [p if p is None or p.dtype == q.dtype else p.float() for p, q in zip(rest, others, strict=True)]
     batch, dim = spectrum.shape[:2]
@@ -776,7 +777,7 @@ def compose(
     with torch.cuda.device_of(spectrum):
         if moments is not None:
             table = moments.new_empty(4, 2 * channels)
-            statistics = torch.empty_like(table, dtype=gate[2].dtype)
+            statistics = torch.empty_like(table, dtype=parameters[4].dtype)
             if differentiable:
                 products = moments.new_empty(2, 2 * channels, dim)
                 zeros = moments.new_empty(batch, 2 * channels)
@@ -821,7 +822,11 @@ def compose_backward(
             BR=16, BC=16, BD=32, **matrix_options(spectrum) | {"num_warps": 4},
         )  # fmt: skip
     grads = [g.to(parameters[i].dtype) for g, i in zip(grads, _PLACES[:10], strict=True)]
-    return tuple(grads), None if right is None else in_weight.flatten(1).float().T @ right
+    if right is None:
+        return tuple(grads), None
+    product = right.new_empty(dim, width)
+    # Written to what is given, which autocast leaves alone.
+    return tuple(grads), torch.mm(in_weight.flatten(1).T.float(), right, out=product)
 
 
 _PLACES = (0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15)

@@ -333,7 +333,8 @@ def _launch(
     if other is not None:
         # Half the elements for the sums' registers, but no less than 16 bytes a thread.
         tile_bytes //= 2
-        warps = max(1, min(warps, tile_bytes // 512))
+        wave = 64 if architecture(source.device).startswith("gfx") else 32
+        warps = max(1, min(warps, tile_bytes // (16 * wave)))
     rows = max(1, tile_bytes // source.element_size() // cols)
     tiles = triton.cdiv(coefficients // lanes, rows) * triton.cdiv(lanes, cols)
     programs = tiles if other is None else min(tiles, _MAX_PARTIALS)
