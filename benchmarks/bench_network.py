@@ -124,7 +124,7 @@ def train_step(batch: int, side: int, options: Options) -> Work:
 
 
 def cases(options: Options) -> list[Case]:
-    sides = (64,) if options.quick else (256, 512, 1024) if options.full else (256, 512)
+    sides = (64,) if options.quick else (256, 512, 1024) if options.full else (256, 512) if options.compile else (256,)
     batch, side = (2, 32) if options.quick else (4, 128)
     evaluation = [Case(f"{PRESET} eval {n}x{n}", lambda n=n: network(n, options)) for n in sides]
     return [*evaluation, Case(f"{PRESET} train step {batch}x{side}x{side}", lambda: train_step(batch, side, options))]

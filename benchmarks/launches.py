@@ -189,17 +189,6 @@ def _pointwise(make: Make, shape: Shape) -> Iterator[Launch]:
         yield Launch(f"pointwise_backward 1 map {name}", back, (wide, *first[:5], True, True), False, 128, True)
 
 
-def _norm(make: Make, shape: Shape) -> Iterator[Launch]:
-    from swformer_kernels import norm
-
-    grad = make(2, shape[1])
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        x, main = make(*shape, dtype=dtype), dtype == torch.float32
-        yield Launch(f"channel_statistics {name}", norm.channel_statistics, (x,), main)
-        backward = (grad, grad[0].double(), x, True)
-        yield Launch(f"channel_statistics_backward {name}", norm.channel_statistics_backward, backward, main)
-
-
 def _attention(make: Make, shape: Shape) -> Iterator[Launch]:
     from swformer_kernels import attention
 
@@ -245,7 +234,6 @@ LAUNCHES: dict[str, Family] = {
         interpreted=((1, 8, 8, 16), (2, 5, 7, 9)),
         traffic=None,
     ),
-    "norm": Family(_norm, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.1),
     "attention": Family(_attention, compiled=((2, 120, 256, 256), (2, 192, 64, 64)), traffic=1.6),
     "ffn": Family(
         _ffn,

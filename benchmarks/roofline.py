@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from swformer_fast import backend
+from swformer_fast import backend, modules
 
 from .interpret import Known, compulsory, count_traffic
 
@@ -194,7 +194,12 @@ class Ledger(TorchDispatchMode):
             reason = backend._problem(op, "triton", args)
             return ("triton", None) if reason is None else ("reference", reason)
 
-        with mock.patch.object(backend, "_choose", choose), count_traffic(self.sample, self.known) as traffic, self:
+        with (
+            mock.patch.object(backend, "_choose", choose),
+            mock.patch.object(modules, "has_cpp", return_value=False),
+            count_traffic(self.sample, self.known) as traffic,
+            self,
+        ):
             yield
         for kernel in traffic.kernels:
             by_program = kernel.program_loaded + kernel.program_stored

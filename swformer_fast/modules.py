@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
+from .backend import has_cpp
 from .ops import channels_last
 from .reference.common import conv_parameters
 
@@ -45,10 +46,13 @@ def _batch_statistics(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, weight, bias) of the 1x1 convolution of norm(x): the statistics are folded into its parameters."""
+    """(x, weight, bias) of the 1x1 convolution of norm(x): the statistics are folded into its parameters.
+
+    On a GPU not the batch's: the algebra of the parameters takes more launches than the passes it saves are worth.
+    """
     mean, variance = norm.running_mean, norm.running_var
     if norm.training or mean is None or variance is None:
-        if x.numel() <= x.shape[1]:
+        if not has_cpp(x.device.type) or x.numel() <= x.shape[1]:
             return norm(x), weight, bias  # which refuses a single value
         mean, variance = _batch_statistics(x, norm)
     scale = (variance + norm.eps).rsqrt()

@@ -217,7 +217,7 @@ def _define_differentiable(
 
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * count
+            return (None,) * (count + residual)
         needs = ctx.needs_input_grad[1:]
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
         saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look

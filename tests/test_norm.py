@@ -139,3 +139,15 @@ def test_a_single_value_is_refused() -> None:
     _, fast = blocks(8)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         fast(torch.randn(1, 8, 1, 1))
+
+
+def test_compiles() -> None:
+    """Batch statistics leave no break in the graph of a block in training."""
+    _, fast = blocks(8)
+    twin = sf.SWFormerBlock(8).train()
+    twin.load_state_dict(fast.state_dict())
+    x, grad = torch.randn(2, 8, 12, 10, requires_grad=True), torch.randn(2, 8, 12, 10)
+    torch._dynamo.reset()
+    actual = value_and_grads(torch.compile(fast, backend="aot_eager", fullgraph=True), (x,), grad)
+    assert_close(actual, value_and_grads(twin, (x,), grad), torch.float32)
+    assert_close(fast.norm1.running_var, twin.norm1.running_var)

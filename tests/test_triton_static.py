@@ -15,7 +15,6 @@ PARTIAL_SUMS = (
     "spectrum_parameters_kernel",
     "spectrum_moments_kernel",
     "pointwise_parameters_kernel",
-    "statistics_kernel",
     "attention_sums_kernel",
     "ffn_in_parameters_kernel",
 )
@@ -24,7 +23,7 @@ PRODUCTS = ("pointwise", "ffn", "fourier")
 """Families of matrix products."""
 NO_PRODUCTS = ("ffn_low_kernel", "ffn_downsample_kernel", "ffn_depthwise_backward_kernel")
 """Kernels without matrix products, of launches that have some."""
-SMALL = ("sum_", "merge_", "attention_network", "attention_parameters", "compose", "batch_statistics")
+SMALL = ("sum_", "attention_network", "attention_parameters", "compose", "batch_statistics")
 """Kernels of partial sums, of the few numbers that channel attention makes of an image, and of parameters alone."""
 
 SPILLS = {("sm_100", "wavelet_mix_backward 5x5 bf16 channels_last 2x40x256x256"): 24}
@@ -46,8 +45,8 @@ def _check(result: Resources) -> None:
     # Those of AMD take fp32 numbers as they are.
     products = result.needs_tensor_core if result.target.startswith("sm_") else result.family in PRODUCTS
     assert (result.tensor_core > 0) == (products and result.kernel not in NO_PRODUCTS), result
-    if result.width == 128 and not result.kernel.startswith(("spectrum_", "statistics_backward_")):
-        # What is narrower are parameters and partial sums; the Fourier branch's are matrices, a mean is in fp64.
+    if result.width == 128 and not result.kernel.startswith("spectrum_"):
+        # What is narrower are parameters and partial sums; those of the Fourier branch are matrices.
         assert set(result.loads) <= {32, 128}, result
         assert set(result.stores) <= {32, stored, 128}, result
 
