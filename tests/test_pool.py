@@ -36,6 +36,13 @@ def test_freed_memory_serves_the_next_result() -> None:
     assert large().data_ptr() == address
 
 
+def test_a_block_somewhat_larger_serves_too() -> None:
+    address = sf.functional.haar_dwt2d(torch.ones(1, 8, 512, 560)).data_ptr()
+    assert large().data_ptr() == address
+    twice = sf.functional.haar_dwt2d(torch.ones(1, 16, 512, 512)).data_ptr()
+    assert large().data_ptr() != twice
+
+
 def test_living_results_do_not_share_memory() -> None:
     values = [float(i) for i in range(1, 6)]
     results = [large(v) for v in values]
