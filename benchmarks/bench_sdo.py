@@ -204,7 +204,7 @@ def progress(num_steps: int, updates: int, device: str) -> Work:
 
 
 def cases(options: Options) -> list[Case]:
-    device, counts = options.device, (3,) if options.quick else (10, 25, 50)
+    device, counts = options.device, (3,) if options.quick else (10, 25, 50) if options.full else (10, 50)
     large = () if options.quick else counts if options.full else counts[:1]
     result = [Case(f"digits (0.65 M), {n} steps", partial(gradients, partial(digits, 1, device), n)) for n in counts]
     result += [
