@@ -132,10 +132,11 @@ def _choose(op: Op, args: tuple[Any, ...]) -> tuple[str, str | None]:
     return (fast, None) if reason is None else ("reference", f"not {fast}: {reason}")
 
 
-@torch.compiler.assume_constant_result
 def has_cpp(device: str) -> bool:
-    """Whether the C++ kernels run on tensors of this device type."""
-    return device == "cpu" and default_backend() in ("auto", "cpp") and _extension() is None
+    """Whether the C++ kernels run on tensors of this device type; under torch.compile, whether they may."""
+    if device != "cpu" or torch.compiler.is_compiling():
+        return device == "cpu"
+    return default_backend() in ("auto", "cpp") and _extension() is None
 
 
 def run(op: Op, args: tuple[Any, ...]) -> Any:
