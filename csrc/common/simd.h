@@ -146,6 +146,13 @@ inline void store_partial(T* p, Vec<Acc<T>> v, int count) {
 #endif
 }
 
+template <class V>
+inline double sum_of_lanes(V v) {
+  double sum = 0;
+  for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) sum += v[l];
+  return sum;
+}
+
 namespace detail {
 template <class V, size_t... I>
 inline void deinterleave(V a, V b, V& even, V& odd, std::index_sequence<I...>) {

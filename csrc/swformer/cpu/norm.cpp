@@ -21,13 +21,6 @@ struct Moments {
   }
 };
 
-template <class A>
-double sum_of_lanes(simd::Vec<A> v) {
-  double sum = 0;
-  for (int l = 0; l < simd::kLanes<A>; ++l) sum += v[l];
-  return sum;
-}
-
 // Of up to 64 vectors, the last of which may be partial.
 template <class T>
 Moments run_moments(const T* x, int64_t count) {
@@ -44,11 +37,11 @@ Moments run_moments(const T* x, int64_t count) {
     if (i < whole) use(0, simd::load(x + i));
   };
   pairs([&](int k, simd::Vec<A> v) __attribute__((always_inline)) { sum[k] += v; });
-  double total = sum_of_lanes<A>(sum[0] + sum[1]);
+  double total = simd::sum_of_lanes(sum[0] + sum[1]);
   for (int64_t i = whole; i < count; ++i) total += static_cast<A>(x[i]);
   const A mean = static_cast<A>(total / count);
   pairs([&](int k, simd::Vec<A> v) __attribute__((always_inline)) { squares[k] += (v - mean) * (v - mean); });
-  double centred = sum_of_lanes<A>(squares[0] + squares[1]);
+  double centred = simd::sum_of_lanes(squares[0] + squares[1]);
   for (int64_t i = whole; i < count; ++i) centred += (static_cast<A>(x[i]) - mean) * (static_cast<A>(x[i]) - mean);
   const double off = total / count - mean;  // `mean` is rounded
   return {static_cast<double>(count), total / count, std::max(0.0, centred - count * off * off)};

@@ -177,21 +177,16 @@ class Correlation {
       for (int64_t c = 0; c < right_; c += kRight)
         for (int i = 0; i < kLeft; ++i)
           for (int j = 0; j < kRight; ++j, ++block) {
-            if (e + i < left_ && c + j < right_) products[(e + i) * right_ + c + j] += total(*block);
+            if (e + i < left_ && c + j < right_) products[(e + i) * right_ + c + j] += simd::sum_of_lanes(*block);
             *block = V{};
           }
     for (int64_t e = 0; e < left_; ++e) {
-      sums[e] += total(sums_[e]);
+      sums[e] += simd::sum_of_lanes(sums_[e]);
       sums_[e] = V{};
     }
   }
 
  private:
-  static double total(V v) {
-    double sum = 0;
-    for (int l = 0; l < simd::kLanes<A>; ++l) sum += v[l];
-    return sum;
-  }
   int64_t left_, right_;
   V *products_, *sums_;
 };
