@@ -14,50 +14,11 @@ Triton kernels of this algebra are tested against.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-CHUNK_BYTES = 4 << 20
-"""The inverse transform runs on so many bytes at a time: its results stay in the cache until they are unpacked."""
-LARGE_BYTES = 16 << 20
-"""Beyond so many, the forward transform goes by chunks too: fresh memory for its temporaries would cost more."""
-
-
-def _chunks(batch: int, planes: int, plane_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of (batch, planes, ...) of about CHUNK_BYTES each, contiguous: whole images, or planes of one image."""
-    step = max(1, CHUNK_BYTES // plane_bytes)
-    images = max(1, step // planes)
-    for image in range(0, batch, images):
-        for first in range(0, planes, step):
-            yield slice(image, image + images), slice(first, first + step)
-
-
-def spectrum(x: Tensor, kernels: Any = None) -> Tensor:
-    """(B, D, H, W) -> (B, D, H, W // 2 + 1, 2), contiguous, of at least fp32."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    batch, dim, height, width = x.shape
-    if kernels is None or x.nbytes <= LARGE_BYTES:
-        return torch.view_as_real(torch.fft.rfft2(x.contiguous(), norm="ortho")).contiguous()
-    shape = (batch, dim, height, width // 2 + 1, 2)
-    maps = kernels.empty_images(x, -(-dim * shape[3] * 2 // width))
-    z = maps.flatten()[: math.prod(shape)].view(shape)
-    for part in _chunks(batch, dim, 4 * height * width):
-        z[part] = torch.view_as_real(torch.fft.rfft2(x[part], norm="ortho"))
-    return z
-
-
-def image(kernels: Any, mixed: Tensor, bias: Tensor | None, like: Tensor, channels: int) -> Tensor:
-    """The inverse transform of what the kernels return, (B, channels, H, W), plus `bias`, in the dtype of `like`."""
-    height, width = like.shape[2:]
-    mixed = torch.view_as_complex(mixed)
-    y = kernels.empty_images(like, channels)
-    for images, pairs in _chunks(mixed.shape[0], mixed.shape[1], 8 * height * width):
-        part = torch.view_as_real(torch.fft.ifft2(mixed[images, pairs], norm="ortho"))
-        kernels.unpack_pairs(part.contiguous(), bias, y[images], 2 * pairs.start)
-    return y
 
 
 class _Spread(torch.autograd.Function):
@@ -171,15 +132,15 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     channels = output_channels(parameters)
     if batch == 0:
         return x.new_empty(0, channels, height, width), *no_statistics(x, parameters)
-    z = spectrum(x, kernels)
-    count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
-    moments = kernels.spectrum_moments(z) if own_statistics else None
+    z = kernels.rfft2(x.contiguous())
+    count, side = batch * height * (width // 2 + 1), math.sqrt(height * width)
+    moments = kernels.spectrum_moments(z, height, width) if own_statistics else None
     zero = z[:, :, 0, 0, 0].double() if own_statistics else None
     matrix, statistics = compose(eps, side, count, in_fp32(parameters), moments, zero)
     weight = _last_weight(x, out_weight)
-    mixed = kernels.spectrum_mix(z, matrix.contiguous(), weight, width)
+    mixed = kernels.spectrum_mix(z, matrix.contiguous(), weight, height, width)
     del z
-    y = image(kernels, mixed, out_bias, x, channels)
+    y = kernels.irfft2(mixed, out_bias, x)
     if moments is None:
         return y, *no_statistics(x, parameters)
     unbiased = count / max(count - 1, 1)
@@ -210,9 +171,9 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
         ]
         return x.new_empty(x.shape if need_x else (0,)), *zeros
     x, grad = x.detach(), grad.detach()
-    height, width = x.shape[2:]
-    z, grad_mixed = spectrum(x, kernels), spectrum(grad, kernels)
-    count, side = z.shape[0] * z.shape[2] * z.shape[3], math.sqrt(height * width)
+    batch, _, height, width = x.shape
+    z, grad_mixed = kernels.rfft2(x.contiguous()), kernels.rfft2(grad.contiguous())
+    count, side = batch * height * (width // 2 + 1), math.sqrt(height * width)
     terms = in_fp32(parameters[:-2])
     leaves = [terms[i] for i in places[:-2]]
     if own_statistics:
@@ -226,8 +187,8 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
         z,
         matrix.detach().contiguous(),
         weight,
+        height,
         width,
-        not own_statistics,
         need_x,
         need_parameters or own_statistics,
     )
@@ -236,8 +197,8 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
         grads = list(torch.autograd.grad(matrix, leaves, grad_matrix.to(matrix.dtype)))
     if need_x and own_statistics:
         grad_z[:, :, 0, 0, 0] += grads[-1]
-        grad_z = kernels.spectrum_moments_backward(grad_z, z, grads[-2], width)
-    grad_x = image(kernels, grad_z, None, x, x.shape[1]) if need_x else x.new_empty(0)
+        grad_z = kernels.spectrum_moments_backward(grad_z, z, grads[-2], height, width)
+    grad_x = kernels.irfft2(grad_z, None, x) if need_x else x.new_empty(0)
     if not need_parameters:
         return grad_x, *(x.new_empty(0) for _ in places)
     grad_bias = grad_mixed[:, :, 0, 0, 0].double().sum(0) * side

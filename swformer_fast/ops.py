@@ -358,7 +358,7 @@ def _fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         eps,
     )
     if own_statistics and x.shape[0]:
-        parts = _fourier.spectrum(x.detach()).double().permute(4, 1, 0, 2, 3)
+        parts = torch.view_as_real(torch.fft.rfft2(x.detach().double(), norm="ortho")).permute(4, 1, 0, 2, 3)
         parts = torch.cat((parts, torch.ones_like(parts[:, :1])), 1)
         parts[..., 0, 0] = 0
         parts = parts.flatten(2)

@@ -97,17 +97,10 @@ inline void transpose(int64_t rows, int64_t columns, const A* in, int64_t ldin, 
   constexpr int n = simd::kLanes<A>;
   for (int64_t i = 0; i < rows; i += n)
     for (int64_t j = 0; j < columns; j += n) {
-      V x[n], y[n];
+      V x[n];
 #pragma GCC unroll 16
       for (int l = 0; l < n; ++l) x[l] = simd::load(in + (i + l) * ldin + j);
-      // Each round interleaves the halves; log2(n) rounds rotate the index bits by half a turn.
-#pragma GCC unroll 4
-      for (int round = n; round > 1; round /= 2) {
-#pragma GCC unroll 8
-        for (int l = 0; l < n / 2; ++l) simd::interleave(x[l], x[l + n / 2], y[2 * l], y[2 * l + 1]);
-#pragma GCC unroll 16
-        for (int l = 0; l < n; ++l) x[l] = y[l];
-      }
+      simd::transpose(x);
 #pragma GCC unroll 16
       for (int l = 0; l < n; ++l) simd::store(out + (j + l) * ldout + i, x[l]);
     }

@@ -196,6 +196,44 @@ inline void interleave(V even, V odd, V& a, V& b) {
   detail::interleave(even, odd, a, b, detail::Indices<V>{});
 }
 
+// A square of vectors in place.
+template <class V, int n>
+__attribute__((always_inline)) inline void transpose(V (&x)[n]) {
+  V y[n];
+#pragma GCC unroll 4
+  for (int round = n; round > 1; round /= 2) {  // each interleaves the halves; log2(n) rounds rotate the index bits by half a turn
+#pragma GCC unroll 8
+    for (int l = 0; l < n / 2; ++l) interleave(x[l], x[l + n / 2], y[2 * l], y[2 * l + 1]);
+#pragma GCC unroll 16
+    for (int l = 0; l < n; ++l) x[l] = y[l];
+  }
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// By instructions of one step each; an interleaving takes two.
+template <>
+__attribute__((always_inline)) inline void transpose(VecF (&x)[8]) {
+  VecF y[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    y[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    y[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int at = i / 2 * 4 + i % 2;
+    x[i / 2 * 4 + i % 2 * 2] = __builtin_shufflevector(y[at], y[at + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    x[i / 2 * 4 + i % 2 * 2 + 1] = __builtin_shufflevector(y[at], y[at + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    y[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    y[i + 4] = __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) x[i] = y[i];
+}
+#endif
+
 // v's lanes at the low bits of `index`.
 inline VecF permute(VecF v, VecU index) {
 #if !defined(__clang__)

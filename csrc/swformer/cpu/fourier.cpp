@@ -1,18 +1,16 @@
-// The Fourier branch between its two transforms. Spectra are (B, channels, H, W / 2 + 1) complex numbers; the work goes by tiles of
-// frequencies, held as rows of real parts and rows of imaginary parts.
+// The Fourier branch between its two transforms. The work goes by tiles of frequencies (spectrum.h), held as rows of real parts and
+// rows of imaginary parts.
 //
 // A tile's input rows are, for each part r (real, imaginary), the channels and one more row: 1 (r = 0), or 1 in the zero frequency
 // and else 0 (r = 1). With s for such a column, `matrix` (2, 2, C, 2, D + 1) gives the pre-activations (gate, value) of all output
 // parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is out_weight y, or y where that is empty.
-//
-// Results are packed in pairs of channels: the inverse transform of a pair's y1 + i y2, each made Hermitian, is one complex
-// transform with the image of channel 1 as its real and that of channel 2 as its imaginary part.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 
 #include "gelu.h"
 #include "gemm.h"
+#include "spectrum.h"
 #include "tensor.h"
 
 namespace {
@@ -65,49 +63,59 @@ Buffers buffers(int64_t a, int64_t b = 0, int64_t c = 0) {
 int64_t rows(int64_t count) { return gemm::round_up(count, kGroup) * kTile; }  // what `transpose` may read
 int64_t vectors(int64_t count) { return gemm::round_up(count, kFloats); }
 
-struct Spectrum {
-  int64_t batch, height, width, columns, frequencies, tiles;
-  Spectrum(const Tensor& spectrum, int64_t width)
-      : batch(spectrum.size(0)), height(spectrum.size(2)), width(width), columns(spectrum.size(3)), frequencies(height * columns),
-        tiles((frequencies + kTile - 1) / kTile) {}
+// The tiles of a batch of spectra of (height, width) images.
+struct Spectra : spectrum::Layout {
+  int64_t batch;
+  std::vector<spectrum::Tile> tiles;
+  Spectra(const Tensor& spectra, int64_t height, int64_t width) : Layout(height, width), batch(spectra.size(0)), tiles(Layout::tiles(kTile)) {
+    STD_TORCH_CHECK(spectra.size(2) == blocks, "a spectrum of ", height, " x ", width, " has ", blocks, " blocks, got ", spectra.size(2));
+  }
+  int64_t count() const { return batch * static_cast<int64_t>(tiles.size()); }
+  Tensor empty(const Tensor& like, int64_t channels) const {
+    return tensor::empty(like, {batch, channels, blocks, 2, spectrum::kLanes});
+  }
 };
 
-struct Tile {
-  int64_t image, first, count;
-  Tile(const Spectrum& g, int64_t index)
-      : image(index / g.tiles), first(index % g.tiles * kTile), count(std::min(kTile, g.frequencies - first)) {}
+struct Tile : spectrum::Tile {
+  int64_t image, count;
+  bool nyquist;
+  Tile(const Spectra& g, int64_t index)
+      : spectrum::Tile(g.tiles[index % g.tiles.size()]), image(index / g.tiles.size()), count(blocks * lanes), nyquist(first >= g.nyquist) {}
   bool zero_frequency() const { return first == 0; }
 };
 
 const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-// Real parts of the channels to rows from `tile`, imaginary parts to rows from `tile + part * kTile`.
-void load(const Spectrum& g, const Tile& t, const float* spectrum, int64_t channels, int64_t part, float* tile) {
-  const int64_t end = vectors(t.count);
+// Real parts of the channels to rows from `tile`, imaginary parts to rows from `tile + part * kTile`; zeros up to a whole vector.
+void load(const Spectra& g, const Tile& t, const float* spectra, int64_t channels, int64_t part, float* tile) {
   for (int64_t c = 0; c < channels; ++c) {
-    const float* in = spectrum + ((t.image * channels + c) * g.frequencies + t.first) * 2;
+    const float* in = spectra + ((t.image * channels + c) * g.blocks + t.first) * spectrum::kBlock;
     float *re = tile + c * kTile, *im = re + part * kTile;
-    int64_t i = 0;
-    for (; i + kFloats <= t.count; i += kFloats) {
-      VecF a, b;
+    for (int64_t i = 0; i < t.count; i += t.lanes, in += spectrum::kBlock) {
       // The next tile's: the channels are too many for the processor to see that they will be read.
-      __builtin_prefetch(in + 2 * (i + kTile));
-      __builtin_prefetch(in + 2 * (i + kTile) + kFloats);
-      simd::deinterleave(simd::load(in + 2 * i), simd::load(in + 2 * i + kFloats), a, b);
-      simd::store(re + i, a);
-      simd::store(im + i, b);
+      __builtin_prefetch(in + 2 * kTile);
+      __builtin_prefetch(in + 2 * kTile + kFloats);
+      simd::store(re + i, simd::load(in));
+      simd::store(im + i, simd::load(in + kFloats));
     }
-    for (; i < t.count; ++i) {
-      re[i] = in[2 * i];
-      im[i] = in[2 * i + 1];
+    for (int64_t i = t.count; i < vectors(t.count); ++i) re[i] = im[i] = 0;
+  }
+}
+
+void store(const Spectra& g, const Tile& t, const float* tile, int64_t channels, float* spectra) {
+  for (int64_t c = 0; c < channels; ++c) {
+    float* out = spectra + ((t.image * channels + c) * g.blocks + t.first) * spectrum::kBlock;
+    const float *re = tile + c * kTile, *im = re + channels * kTile;
+    for (int64_t i = 0; i < t.count; i += t.lanes, out += spectrum::kBlock) {
+      simd::store(out, simd::load(re + i));
+      simd::store(out + kFloats, simd::load(im + i));
     }
-    for (; i < end; ++i) re[i] = im[i] = 0;
   }
 }
 
 // The tile's input rows with the constant row and the row of the zero frequency.
-void load_mixed(const Spectrum& g, const Tile& t, const float* spectrum, int64_t channels, float* tile) {
-  load(g, t, spectrum, channels, channels + 1, tile);
+void load_mixed(const Spectra& g, const Tile& t, const float* spectra, int64_t channels, float* tile) {
+  load(g, t, spectra, channels, channels + 1, tile);
   float *constant = tile + channels * kTile, *zero_frequency = constant + (channels + 1) * kTile;
   for (int64_t i = 0; i < kTile; ++i) {
     constant[i] = i < t.count;
@@ -116,8 +124,8 @@ void load_mixed(const Spectrum& g, const Tile& t, const float* spectrum, int64_t
 }
 
 // The tile's input rows without the zero frequency; both further rows are 1 elsewhere.
-void load_centred(const Spectrum& g, const Tile& t, const float* spectrum, int64_t channels, float* tile) {
-  load(g, t, spectrum, channels, channels + 1, tile);
+void load_centred(const Spectra& g, const Tile& t, const float* spectra, int64_t channels, float* tile) {
+  load(g, t, spectra, channels, channels + 1, tile);
   for (int r = 0; r < 2; ++r) {
     float* part = tile + r * (channels + 1) * kTile;
     for (int64_t i = 0; i < kTile; ++i) part[channels * kTile + i] = i < t.count;
@@ -127,112 +135,11 @@ void load_centred(const Spectrum& g, const Tile& t, const float* spectrum, int64
 }
 
 // How often each frequency of the half spectrum counts in the whole one, and the inverse.
-void multiplicity(const Spectrum& g, const Tile& t, float* alpha, float* inverse) {
-  std::fill(alpha, alpha + kTile, 2.0f);
-  std::fill(inverse, inverse + kTile, 0.5f);
-  for (int64_t edge : {int64_t{0}, g.width % 2 ? int64_t{0} : g.width / 2})
-    for (int64_t i = (edge - t.first % g.columns + g.columns) % g.columns; i < kTile; i += g.columns) alpha[i] = inverse[i] = 1;
+void multiplicity(const Spectra& g, const Tile& t, float* alpha, float* inverse) {
+  std::fill(alpha, alpha + kTile, t.nyquist ? 1.0f : 2.0f);
+  std::fill(inverse, inverse + kTile, t.nyquist ? 1.0f : 0.5f);
+  for (int64_t i = 0; i < t.blocks && t.first + i < g.height; ++i) alpha[i * t.lanes] = inverse[i * t.lanes] = 1;
 }
-
-void store_half(const Spectrum& g, const Tile& t, const float* tile, int64_t channels, float* spectrum) {
-  for (int64_t c = 0; c < channels; ++c) {
-    float* out = spectrum + ((t.image * channels + c) * g.frequencies + t.first) * 2;
-    const float *re = tile + c * kTile, *im = re + channels * kTile;
-    int64_t i = 0;
-    for (; i + kFloats <= t.count; i += kFloats) {
-      VecF a, b;
-      simd::interleave(simd::load(re + i), simd::load(im + i), a, b);
-      simd::store(out + 2 * i, a);
-      simd::store(out + 2 * i + kFloats, b);
-    }
-    for (; i < t.count; ++i) {
-      out[2 * i] = re[i];
-      out[2 * i + 1] = im[i];
-    }
-  }
-}
-
-// Pairs of channels on the whole spectrum, (B, ceil(channels / 2), H, W) complex numbers.
-class Pairs {
- public:
-  Pairs(const Tensor& like, const Spectrum& g, int64_t channels)
-      : result(tensor::empty(like, {g.batch, (channels + 1) / 2, g.height, g.width, 2})), g_(g), channels_(channels),
-        edge_(g.batch * channels * g.height * 4), zeros_(kTile), out_(static_cast<float*>(result.mutable_data_ptr())) {}
-
-  // All but the columns that are their own mirror images (the first and Nyquist's), which are put aside.
-  void store(const Tile& t, const float* tile) {
-    const int64_t half = (g_.width + 1) / 2;
-    for (int64_t first = 0; first < t.count;) {
-      const int64_t h = (t.first + first) / g_.columns, w = (t.first + first) % g_.columns;
-      const int64_t count = std::min(t.count - first, g_.columns - w), mirror = (g_.height - h) % g_.height;
-      const int64_t begin = std::max<int64_t>(w, 1), end = std::min(w + count, half);
-      for (int64_t c = 0; c < channels_; c += 2) {
-        const float *re1 = tile + c * kTile + first - w, *im1 = re1 + channels_ * kTile;
-        const bool single = c + 1 == channels_;
-        const float *re2 = single ? zeros_.data() + first - w : re1 + kTile, *im2 = single ? re2 : im1 + kTile;
-        float* plane = out_ + (t.image * ((channels_ + 1) / 2) + c / 2) * g_.height * g_.width * 2;
-        float *row = plane + h * g_.width * 2, *mirrored = plane + mirror * g_.width * 2;
-        int64_t j = begin;
-        for (; j + kFloats <= end; j += kFloats) {
-          const VecF a = simd::load(re1 + j), b = simd::load(im1 + j), c2 = simd::load(re2 + j), d = simd::load(im2 + j);
-          VecF low, high;
-          simd::interleave(a - d, b + c2, low, high);
-          simd::store(row + 2 * j, low);
-          simd::store(row + 2 * j + kFloats, high);
-          simd::interleave(simd::reverse(a + d), simd::reverse(c2 - b), low, high);
-          float* back = mirrored + 2 * (g_.width - j - kFloats + 1);
-          simd::store(back, low);
-          simd::store(back + kFloats, high);
-        }
-        for (; j < end; ++j) {
-          row[2 * j] = re1[j] - im2[j];
-          row[2 * j + 1] = im1[j] + re2[j];
-          mirrored[2 * (g_.width - j)] = re1[j] + im2[j];
-          mirrored[2 * (g_.width - j) + 1] = re2[j] - im1[j];
-        }
-        for (int64_t k = 0; k < 2; ++k) {
-          const int64_t column = k * (g_.width / 2);
-          if (column < w || column >= w + count || (k && g_.width % 2)) continue;
-          float* edge = edge_.data() + (((t.image * channels_ + c) * 2 + k) * g_.height + h) * 2;
-          edge[0] = re1[column];
-          edge[1] = im1[column];
-          if (!single) {
-            edge[4 * g_.height] = re2[column];
-            edge[4 * g_.height + 1] = im2[column];
-          }
-        }
-      }
-      first += count;
-    }
-  }
-
-  // Fills those columns with their Hermitian parts, which is all that the inverse transform to real numbers sees of them.
-  void finish() {
-    const int64_t pairs = (channels_ + 1) / 2, edges = g_.width % 2 ? 1 : 2;
-    for (int64_t i = 0; i < g_.batch * pairs; ++i)
-      for (int64_t k = 0; k < edges; ++k) {
-        const int64_t c = i % pairs * 2;
-        const float* first = edge_.data() + ((i / pairs * channels_ + c) * 2 + k) * g_.height * 2;
-        const float* second = c + 1 == channels_ ? nullptr : first + 4 * g_.height;
-        for (int64_t h = 0; h < g_.height; ++h) {
-          const int64_t mirror = (g_.height - h) % g_.height;
-          auto re = [&](const float* y) { return y ? 0.5f * (y[2 * h] + y[2 * mirror]) : 0.0f; };
-          auto im = [&](const float* y) { return y ? 0.5f * (y[2 * h + 1] - y[2 * mirror + 1]) : 0.0f; };
-          float* out = out_ + ((i * g_.height + h) * g_.width + k * (g_.width / 2)) * 2;
-          out[0] = re(first) - im(second);
-          out[1] = im(first) + re(second);
-        }
-      }
-  }
-
-  Tensor result;
-
- private:
-  const Spectrum g_;
-  int64_t channels_;
-  std::vector<float> edge_, zeros_;
-  float* out_;
-};
 
 // The two factors of the gate share their register blocks: kHalf rows of the gate, then the same rows of the value.
 struct Gate {
@@ -345,15 +252,16 @@ struct MixBuffers {
       : in(c.take(inputs * kTile)), y(c.take(outputs * kTile)), out(c.take(2 * channels * kTile)) {}
 };
 
-Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t width) {
-  const Spectrum g(spectrum, width);
+Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width) {
+  const Spectra g(spectrum, height, width);
   const bool has_last = out_weight.numel() > 0;
   const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c;
   const Gate gate(matrix);
   const float* w = data(out_weight);
   const Linear last(has_last ? e : 0, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
-  Pairs pairs(spectrum, g, e);
-  torch::stable::parallel_for(0, g.batch * g.tiles, 1, [&](int64_t begin, int64_t end) {
+  Tensor mixed = g.empty(spectrum, e);
+  float* result = static_cast<float*>(mixed.mutable_data_ptr());
+  torch::stable::parallel_for(0, g.count(), 1, [&](int64_t begin, int64_t end) {
     const auto m = buffers<MixBuffers>(gate.inputs, gate.outputs, has_last ? e : 0);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
@@ -363,11 +271,10 @@ Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& 
       });
       if (has_last)
         for (int r = 0; r < 2; ++r) last.apply(t.count, m.y + r * c * kTile, m.out + r * e * kTile);
-      pairs.store(t, has_last ? m.out : m.y);
+      store(g, t, has_last ? m.out : m.y, e, result);
     }
   });
-  pairs.finish();
-  return pairs.result;
+  return mixed;
 }
 
 struct BackwardBuffers {
@@ -380,20 +287,19 @@ struct BackwardBuffers {
 };
 
 std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
-    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t width, bool packed,
+    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width,
     bool need_spectrum, bool need_parameters) {
-  const Spectrum g(spectrum, width);
+  const Spectra g(spectrum, height, width);
   const bool has_last = out_weight.numel() > 0;
   const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c, n = 2 * d + 2;
   const Gate gate(matrix);
   const float *w = data(out_weight), *mx = data(matrix);
   const Linear last_t(has_last ? c : 0, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
   const Linear matrix_t(2 * d, 4 * c, [&](int64_t i, int64_t j) { return mx[j * n + i + i / d]; });
-  Pairs pairs(spectrum, g, need_spectrum && packed ? d : 0);
-  Tensor half = need_spectrum && !packed ? tensor::empty(spectrum, {g.batch, d, g.height, g.columns, 2}) : pairs.result;
-  float* half_out = static_cast<float*>(half.mutable_data_ptr());
+  Tensor grad_spectrum = need_spectrum ? g.empty(spectrum, d) : tensor::empty(spectrum, {0});
+  float* result = static_cast<float*>(grad_spectrum.mutable_data_ptr());
 
-  const auto totals = reduce(g.batch * g.tiles, 4 * c * n + e * c, [&](int64_t begin, int64_t end, double* total) {
+  const auto totals = reduce(g.count(), 4 * c * n + e * c, [&](int64_t begin, int64_t end, double* total) {
     const auto m = buffers<BackwardBuffers>(d, c, e);
     const int64_t ld = vectors(2 * d), ld_in = ld + kFloats;
     std::fill(m.matrix, m.matrix + 4 * c * ld, 0.0f);
@@ -428,10 +334,7 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
               simd::store(m.grad_in + (row + i) * kTile + at, sum[i][v] * simd::load(m.inverse + at));
             }
         });
-        if (packed)
-          pairs.store(t, m.grad_in);
-        else
-          store_half(g, t, m.grad_in, d, half_out);
+        store(g, t, m.grad_in, d, result);
       }
       if (need_parameters) {
         transpose_parts(t.count, d, m.in, m.in_t, ld_in);
@@ -451,8 +354,7 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
       }
     }
   });
-  if (need_spectrum && packed) pairs.finish();
-  return {half, to_tensor(spectrum, {4 * c, n}, totals.data()),
+  return {grad_spectrum, to_tensor(spectrum, {4 * c, n}, totals.data()),
           to_tensor(spectrum, {has_last ? e : 0, c}, totals.data() + 4 * c * n)};
 }
 
@@ -464,10 +366,10 @@ struct MomentBuffers {
 };
 
 // Over all frequencies but zero: of each part, the channels' products with each other, and in the last column their sums.
-Tensor spectrum_moments(const Tensor& spectrum) {
-  const Spectrum g(spectrum, 0);
+Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
+  const Spectra g(spectrum, height, width);
   const int64_t d = spectrum.size(1), n = d + 1, ld = vectors(d), ld_in = vectors(2 * d) + kFloats;
-  const auto totals = reduce(g.batch * g.tiles, 2 * d * n, [&](int64_t begin, int64_t end, double* total) {
+  const auto totals = reduce(g.count(), 2 * d * n, [&](int64_t begin, int64_t end, double* total) {
     const auto m = buffers<MomentBuffers>(d);
     std::fill(m.products, m.products + 2 * d * ld, 0.0f);
     std::fill(m.sums, m.sums + 2 * d * kFloats, 0.0f);
@@ -495,9 +397,9 @@ struct MomentGradBuffers {
       : in(k.take((2 * d + 2) * kTile)), grad(k.take(2 * d * kTile)), alpha(k.take(kTile)), inverse(k.take(kTile)) {}
 };
 
-// The spectrum's gradient `grad` plus what comes through its moments, in pairs.
-Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, const Tensor& grad_moments, int64_t width) {
-  const Spectrum g(spectrum, width);
+// The spectrum's gradient `grad` plus what comes through its moments.
+Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, const Tensor& grad_moments, int64_t height, int64_t width) {
+  const Spectra g(spectrum, height, width);
   const int64_t d = spectrum.size(1), n = d + 1;
   const double* q = static_cast<const double*>(grad_moments.const_data_ptr());
   std::vector<Linear> parts;
@@ -506,8 +408,9 @@ Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, con
       const double* part = q + r * d * n;
       return static_cast<float>(part[i * n + j] + (j < d ? part[j * n + i] : 0.0));
     });
-  Pairs pairs(spectrum, g, d);
-  torch::stable::parallel_for(0, g.batch * g.tiles, 1, [&](int64_t begin, int64_t end) {
+  Tensor out = g.empty(spectrum, d);
+  float* result = static_cast<float*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, g.count(), 1, [&](int64_t begin, int64_t end) {
     const auto m = buffers<MomentGradBuffers>(d);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
@@ -524,56 +427,21 @@ Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, con
               simd::store(p, simd::load(p) + sum[i][v] * simd::load(m.inverse + at));
             }
         });
-      pairs.store(t, m.grad);
+      store(g, t, m.grad, d, result);
     }
   });
-  pairs.finish();
-  return pairs.result;
-}
-
-// Images (B, pairs, H, W) of complex numbers to channels [first, first + 2 pairs) of `out`, plus the channels' biases.
-void unpack_pairs(const Tensor& images, const std::optional<Tensor>& bias, Tensor out, int64_t first) {
-  const int64_t pairs = images.size(1), plane = images.size(2) * images.size(3), channels = out.size(1);
-  const auto offset = bias ? tensor::read<float>(*bias) : std::vector<float>(channels);
-  const float* in = data(images);
-  tensor::dispatch(out.scalar_type(), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    if constexpr (!std::is_same_v<T, double>) {
-      T* result = static_cast<T*>(out.mutable_data_ptr());
-      torch::stable::parallel_for(0, images.size(0) * pairs, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t index = begin; index < end; ++index) {
-          const int64_t c = first + index % pairs * 2;
-          const bool single = c + 1 == channels;
-          const float* z = in + index * plane * 2;
-          T *even = result + (index / pairs * channels + c) * plane, *odd = even + plane;
-          const float a = offset[c], b = single ? 0 : offset[c + 1];
-          int64_t i = 0;
-          for (; i + kFloats <= plane; i += kFloats) {
-            VecF re, im;
-            simd::deinterleave(simd::load(z + 2 * i), simd::load(z + 2 * i + kFloats), re, im);
-            simd::store(even + i, re + a);
-            if (!single) simd::store(odd + i, im + b);
-          }
-          for (; i < plane; ++i) {
-            even[i] = static_cast<T>(z[2 * i] + a);
-            if (!single) odd[i] = static_cast<T>(z[2 * i + 1] + b);
-          }
-        }
-      });
-    }
-  });
+  return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
-  m.def("spectrum_mix(Tensor spectrum, Tensor matrix, Tensor out_weight, int width) -> Tensor");
+  m.def("spectrum_mix(Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width) -> Tensor");
   m.def(
-      "spectrum_mix_backward(Tensor grad, Tensor spectrum, Tensor matrix, Tensor out_weight, int width, bool packed,"
+      "spectrum_mix_backward(Tensor grad, Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width,"
       " bool need_spectrum, bool need_parameters) -> (Tensor, Tensor, Tensor)");
-  m.def("spectrum_moments(Tensor spectrum) -> Tensor");
-  m.def("spectrum_moments_backward(Tensor grad, Tensor spectrum, Tensor grad_moments, int width) -> Tensor");
-  m.def("unpack_pairs(Tensor images, Tensor? bias, Tensor(a!) out, int first) -> ()");
+  m.def("spectrum_moments(Tensor spectrum, int height, int width) -> Tensor");
+  m.def("spectrum_moments_backward(Tensor grad, Tensor spectrum, Tensor grad_moments, int height, int width) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
@@ -581,5 +449,4 @@ STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
   m.impl("spectrum_mix_backward", TORCH_BOX(&spectrum_mix_backward));
   m.impl("spectrum_moments", TORCH_BOX(&spectrum_moments));
   m.impl("spectrum_moments_backward", TORCH_BOX(&spectrum_moments_backward));
-  m.impl("unpack_pairs", TORCH_BOX(&unpack_pairs));
 }
