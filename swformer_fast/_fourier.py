@@ -123,15 +123,16 @@ def _last_weight(x: Tensor, out_weight: Tensor | None) -> Tensor:
     return out_weight.detach().flatten(1).float().contiguous()
 
 
-def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op `fourier_mix`."""
-    *parameters, eps = arguments
+    *parameters, eps, need_sums = arguments
     batch, _, height, width = x.shape
     own_statistics = parameters[2] is None
     out_weight, out_bias = parameters[-2:]
     channels = output_channels(parameters)
+    sums = x.new_empty((0, channels) if need_sums else 0, dtype=torch.float32)
     if batch == 0:
-        return x.new_empty(0, channels, height, width), *no_statistics(x, parameters)
+        return x.new_empty(0, channels, height, width), sums, *no_statistics(x, parameters)
     z = kernels.rfft2(x.contiguous())
     count, side = batch * height * (width // 2 + 1), math.sqrt(height * width)
     moments = kernels.spectrum_moments(z, height, width) if own_statistics else None
@@ -140,12 +141,15 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     weight = _last_weight(x, out_weight)
     mixed = kernels.spectrum_mix(z, matrix.contiguous(), weight, height, width)
     del z
+    if need_sums:
+        sums = mixed[:, :, 0, 0, 0] * side
+        sums = sums if out_bias is None else sums + out_bias.float() * side**2
     y = kernels.irfft2(mixed, out_bias, x)
     if moments is None:
-        return y, *no_statistics(x, parameters)
+        return y, sums, *no_statistics(x, parameters)
     unbiased = count / max(count - 1, 1)
     table = torch.stack([s * unbiased if i % 2 else s for i, s in enumerate(statistics)])
-    return y, moments, table.to(parameters[4].dtype)
+    return y, sums, moments, table.to(parameters[4].dtype)
 
 
 def no_statistics(x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -156,7 +160,9 @@ def no_statistics(x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]
     return moments, torch.zeros((4, scale.shape[0]) if own else (0,), dtype=scale.dtype, device=x.device)
 
 
-def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def mix_backward(
+    kernels: Any, grad: Tensor, grad_sums: Tensor | None, moments: Tensor, x: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     """The op `fourier_mix_backward`; call it where autograd records.
 
     Recomputed from x: its spectrum and, in the kernel, the tiles of pre-activations.
@@ -174,6 +180,8 @@ def mix_backward(kernels: Any, grad: Tensor, moments: Tensor, x: Tensor, *argume
     batch, _, height, width = x.shape
     z, grad_mixed = kernels.rfft2(x.contiguous()), kernels.rfft2(grad.contiguous())
     count, side = batch * height * (width // 2 + 1), math.sqrt(height * width)
+    if grad_sums is not None:
+        grad_mixed[:, :, 0, 0, 0] += grad_sums.detach() * side
     terms = in_fp32(parameters[:-2])
     leaves = [terms[i] for i in places[:-2]]
     if own_statistics:

@@ -169,13 +169,27 @@ def wavelet_mix(
 
     Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
+    return _wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, False)[0]
+
+
+def _wavelet_mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dec_lo: Tensor,
+    dec_hi: Tensor,
+    rec_lo: Tensor,
+    rec_hi: Tensor,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """`wavelet_mix` and the sums of its result over the pixels, (B, C)."""
     _check_image("x", x)
     channels = 4 * x.shape[1]
     _check_parameter("weight", weight, (channels, 1, *_kernel("weight", weight)), x)
     _check_parameter("bias", bias, (channels,), x)
     for name, taps in (("dec_lo", dec_lo), ("dec_hi", dec_hi), ("rec_lo", rec_lo), ("rec_hi", rec_hi)):
         _check_parameter(name, taps, (2,), x)
-    return torch.ops.swformer_fast.wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi)
+    return torch.ops.swformer_fast.wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, need_sums)
 
 
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -195,10 +209,15 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Source: SWFormer (arXiv 2505.05504), spatial branch.
     """
+    return _depthwise_gelu(x, weight, bias, False)[0]
+
+
+def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, need_sums: bool) -> tuple[Tensor, Tensor]:
+    """`depthwise_gelu` and the sums of its result over the pixels, (B, C)."""
     _check_image("x", x)
     _check_parameter("weight", weight, (x.shape[1], 1, *_kernel("weight", weight)), x)
     _check_parameter("bias", bias, (x.shape[1],), x)
-    return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias)
+    return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias, need_sums)
 
 
 def fourier_mix(
@@ -249,6 +268,43 @@ def fourier_mix(
 
     Source: SWFormer (arXiv 2505.05504), Fourier branch; the interleaved layout is that of the authors' SFHformer.
     """
+    return _fourier_mix(
+        x,
+        in_weight,
+        in_bias,
+        gate_bn,
+        gate_weight,
+        gate_bias,
+        value_bn,
+        value_weight,
+        value_bias,
+        out_weight,
+        out_bias,
+        training,
+        momentum,
+        eps,
+        False,
+    )[0]
+
+
+def _fourier_mix(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    gate_bn: BatchNormState,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    value_bn: BatchNormState,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """`fourier_mix` and the sums of its result over the pixels, (B, E)."""
     _check_image("x", x)
     if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 2:
         raise ValueError(f"in_weight must have shape (2 * C, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
@@ -282,7 +338,7 @@ def fourier_mix(
     if batch_statistics and x.shape[0] * x.shape[2] * (x.shape[3] // 2 + 1) == 1:
         raise ValueError(f"x must have more than 1 value per channel to be normalised, got shape {tuple(x.shape)}")
     none = (None, None)
-    y, _, statistics = torch.ops.swformer_fast.fourier_mix(
+    y, sums, _, statistics = torch.ops.swformer_fast.fourier_mix(
         x,
         in_weight,
         in_bias,
@@ -297,13 +353,14 @@ def fourier_mix(
         out_weight,
         out_bias,
         eps,
+        need_sums,
     )
     if training and x.shape[0]:
         with torch.no_grad():
             for running, batch in zip((*gate_bn[:2], *value_bn[:2]), statistics.unbind(), strict=True):
                 if running is not None:
                     running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
-    return y
+    return y, sums
 
 
 def multiscale_ffn(

@@ -120,6 +120,7 @@ class MultiDomainMixer(reference.MultiDomainMixer):
     @property
     def fusible(self) -> bool:
         known = as_defined(nn.Conv2d, self.conv_in, self.conv_out) and as_defined(ChannelAttention, self.attention)
+        known = known and as_defined(SpatialBranch, self.spatial) and as_defined(WaveletBranch, self.wavelet)
         return known and as_defined(FourierBranch, self.fourier) and self.canonical
 
     def mix(self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -134,17 +135,18 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         first_weight, last_weight, last_bias = arguments[0].flatten(1), arguments[8].flatten(1), arguments[9]
         first_bias = torch.addmv(arguments[1], first_weight, bias[2 * dim :])
         first_weight = (first_weight @ weight[2 * dim :])[..., None, None]
-        arguments = (first_weight, first_bias, *arguments[2:8], None, None, *arguments[10:])
+
+        def part(first: int) -> Tensor:
+            return op(x, None, None, weight[first : first + dim][None], bias[first : first + dim], None)
+
         # One after the other, the one that needs most memory first: no two branches' inputs exist at a time.
-        frequencies = functional.fourier_mix(x, *arguments)
-        spatial, wavelet = (
-            branch(op(x, None, None, weight[first : first + dim][None], bias[first : first + dim], None))
-            for first, branch in ((0, self.spatial), (dim, self.wavelet))
-        )
-        branches = (spatial, wavelet, frequencies)
+        arguments = (first_weight, first_bias, *arguments[2:8], None, None, *arguments[10:], True)
+        frequencies = functional._fourier_mix(x, *arguments)
+        spatial = functional._depthwise_gelu(part(0), *self.spatial.arguments(), True)
+        wavelet = functional._wavelet_mix(part(dim), *self.wavelet.arguments(), True)
+        branches, sums = zip(spatial, wavelet, frequencies, strict=True)
         w1, b1, w2, b2 = self.attention.arguments()
-        # Unlike mean's, the gradient of a sum is a view that takes no memory.
-        means = [branch.sum((2, 3)) / (x.shape[2] * x.shape[3]) for branch in branches]
+        means = [s / (x.shape[2] * x.shape[3]) for s in sums]
         means[2] = torch.addmm(last_bias, means[2], last_weight.t())
         hidden = torch.addmm(b1, torch.cat(means, dim=1), w1.flatten(1).t()).relu()
         attention = torch.addmm(b2, hidden, w2.flatten(1).t()).sigmoid()

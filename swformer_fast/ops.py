@@ -48,6 +48,19 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _with_sums(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, called with one more flag, and after its first result, y, `y.sum((2, 3))`: empty without the flag."""
+
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        result = implementation(*args[:-1])
+        y, *others = result if isinstance(result, tuple) else (result,)
+        dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+        sums = y.sum((2, 3), dtype=dtype) if args[-1] else y.new_empty(0, dtype=dtype)
+        return y, sums, *others
+
+    return call
+
+
 def _returned(tensors: tuple[Tensor, ...]) -> Any:
     """What an op returns whose schema says so many."""
     return tensors if len(tensors) > 1 else tensors[0]
@@ -131,24 +144,32 @@ def _define_differentiable(
     groups: Sequence[int],
     kept: Sequence[str] = (),
     residual: bool = False,
+    sums: bool = False,
     kernels: tuple[str, Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> None:
-    """An op, its op `NAME_backward(grad, *kept, *inputs, *flags)` and the gradients of both.
+    """An op, its op `NAME_backward(grad[, grad_sums], *kept, *inputs, *flags)` and the gradients of both.
 
     groups: for each input the flag (its place among `backward_arguments`) that asks for the gradient, -1 for inputs
     that have none. The backward op returns one gradient for each differentiable input, in order; what its flag does
-    not ask for is empty. Only the first of several outputs is differentiable; `kept` names those after it that the
-    backward op takes. residual: whether one more input, the last and optional, is added to the output; the output's
-    gradient is its own. kernels: the name of a C++ kernel that must be there, and the two ops composed of C++ kernels,
-    called as (kernels, *arguments), the backward where autograd records; by default the ops are kernels themselves.
+    not ask for is empty. Of several outputs the first is differentiable; `kept` names those after it that the backward
+    op takes. residual: whether one more input, the last and optional, is added to the output; the output's gradient is
+    its own. sums: whether the second output, differentiable too, is the first one's sum over the pixels, (B, C), if one
+    more input, the last, is true; `reference` and `fake` have neither. kernels: the name of a C++ kernel that must be
+    there, and the two ops composed of C++ kernels, called as (kernels, *arguments), the backward where autograd
+    records; by default the ops are kernels themselves.
     """
     name, rest = schema.split("(", 1)
-    inputs_schema = rest.rsplit(") ->", 1)[0].removesuffix(", Tensor? residual")
-    count = len(groups)
+    inputs_schema = rest.rsplit(") ->", 1)[0].removesuffix(", Tensor? residual").removesuffix(", bool need_sums")
+    count, outputs = len(groups), 1 + sums
+    leading = outputs + len(kept)
     places = [i for i, group in enumerate(groups) if group >= 0]
 
-    def gradients(grad: Tensor, inputs: Sequence[Any], wanted: Sequence[int], create_graph: bool) -> dict[int, Tensor]:
-        output = _first(reference(*inputs))
+    def gradients(
+        output_grads: Sequence[Any], inputs: Sequence[Any], wanted: Sequence[int], create_graph: bool
+    ) -> dict[int, Tensor]:
+        output, grad = _first(reference(*inputs)), output_grads[0]
+        for of_sums in output_grads[1:]:
+            grad = grad if of_sums is None else grad + of_sums[..., None, None]
         tensors = [inputs[i] for i in wanted]
         grads = torch.autograd.grad(
             output, tensors, grad.to(output.dtype), create_graph=create_graph, allow_unused=True
@@ -156,16 +177,16 @@ def _define_differentiable(
         return {i: torch.zeros_like(t) if g is None else g for i, t, g in zip(wanted, tensors, grads, strict=True)}
 
     def reference_backward(grad: Tensor, *args: Any) -> Any:
-        args = args[len(kept) :]
+        output_grads, args = (grad, *args[: outputs - 1]), args[leading - 1 :]
         flags = args[count:]
         wanted = [i for i in places if flags[groups[i]] and args[i] is not None]
         with _autograd():
             inputs = [args[i].detach().requires_grad_() if i in wanted else args[i] for i in range(count)]
-            grads = gradients(grad, inputs, wanted, False) if wanted else {}
+            grads = gradients(output_grads, inputs, wanted, False) if wanted else {}
         return _returned(tuple(_format(args[i], grads[i]) if i in grads else grad.new_empty(0) for i in places))
 
     def fake_backward(grad: Tensor, *args: Any) -> Any:
-        args = args[len(kept) :]
+        args = args[leading - 1 :]
         flags = args[count:]
         empty = (
             _empty(args[i], *args[i].shape) if flags[groups[i]] and args[i] is not None else grad.new_empty(0)
@@ -175,39 +196,42 @@ def _define_differentiable(
 
     def formatted(implementation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            result, like = implementation(*args), args[-count - residual]
+            result, like = implementation(*args), args[-count - residual - sums]
             return (_format(like, result[0]), *result[1:]) if isinstance(result, tuple) else _format(like, result)
 
         return call
 
     def composed_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(kernels: Any, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        def call(kernels: Any, *args: Any) -> tuple[Tensor, ...]:
             with _autograd():
-                grads = backward(kernels, grad, *args)
-            inputs = args[len(kept) :]
+                grads = backward(kernels, *args)
+            inputs = args[leading:]
             return tuple(g if inputs[i] is None else _format(inputs[i], g) for i, g in zip(places, grads, strict=True))
 
         return call
 
     kernel, composed, composed_back = kernels or ("", None, None)
-    _define(schema, family, formatted(reference), fake, limits, kernel, composed and formatted(composed))
-    outputs = ", ".join("Tensor" for _ in places)
-    kept_schema = "".join(f"Tensor {k}, " for k in kept)
+    whole, whole_fake = (_with_sums(reference), _with_sums(fake)) if sums else (reference, fake)
+    _define(schema, family, formatted(whole), whole_fake, limits, kernel, composed and formatted(composed))
+    gradients_schema = ", ".join("Tensor" for _ in places)
+    leading_schema = "Tensor grad, " + "Tensor? grad_sums, " * sums + "".join(f"Tensor {k}, " for k in kept)
     _define(
-        f"{name}_backward(Tensor grad, {kept_schema}{inputs_schema}, {backward_arguments}) -> ({outputs})",
+        f"{name}_backward({leading_schema}{inputs_schema}, {backward_arguments}) -> ({gradients_schema})",
         family,
         reference_backward,
         fake_backward,
-        lambda backend, grad, *args: limits(backend, *args[len(kept) :][:count]),
+        lambda backend, *args: limits(backend, *args[leading:][:count]),
         kernel,
         composed_back and composed_backward(composed_back),
     )
     backward_op = getattr(torch.ops.swformer_fast, f"{name}_backward")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(output[1 + i] for i in range(len(kept))), *(inputs[i] for i in places))
+        ctx.save_for_backward(*(output[i] for i in range(outputs, leading)), *(inputs[i] for i in places))
         ctx.constants = [None if i in places else inputs[i] for i in range(count)]
-        ctx.set_materialize_grads(False)  # the outputs after the first have none
+        ctx.set_materialize_grads(False)  # the outputs after the first may have none
+        if sums and not inputs[-1]:
+            ctx.mark_non_differentiable(output[1])
 
     def restore(ctx: Any, saved: Sequence[Any]) -> list[Any]:
         inputs = list(ctx.constants)
@@ -215,24 +239,28 @@ def _define_differentiable(
             inputs[i] = tensor
         return inputs
 
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * (count + residual)
+    def backward(ctx: Any, *output_grads: Any) -> tuple[Any, ...]:
+        grad, *of_sums = output_grads[:outputs]
+        if all(g is None for g in (grad, *of_sums)):
+            return (None,) * (count + residual + sums)
         needs = ctx.needs_input_grad[1:]
         flags = [any(needs[i] for i in places if groups[i] == flag) for flag in sorted({groups[i] for i in places})]
         saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
-        result: list[Any] = [None] * count + [grad if needs[-1] else None] * residual
+        result: list[Any] = [None] * count + [grad if needs[-1] else None] * residual + [None] * sums
         if not any(flags):
             return tuple(result)
-        grads = backward_op(grad, *saved[: len(kept)], *restore(ctx, saved[len(kept) :]), *flags)
+        inputs = restore(ctx, saved[len(kept) :])
+        if grad is None:
+            grad = inputs[0].new_zeros(()).expand(*of_sums[0].shape, *inputs[0].shape[2:])
+        grads = backward_op(grad, *of_sums, *saved[: len(kept)], *inputs, *flags)
         grads = grads if isinstance(grads, tuple) else (grads,)
         for i, g in zip(places, grads, strict=True):
             result[i] = g if needs[i] else None
         return tuple(result)
 
     def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad, inputs = inputs[0], inputs[1 + len(kept) :]
-        ctx.save_for_backward(grad, *(inputs[i] for i in places))
+        output_grads, inputs = inputs[:outputs], inputs[leading:]
+        ctx.save_for_backward(*output_grads, *(inputs[i] for i in places))
         ctx.constants = [None if i in places else inputs[i] for i in range(count)]
         ctx.flags = inputs[count:]
 
@@ -244,9 +272,9 @@ def _define_differentiable(
                 t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
                 for t in ctx.saved_tensors
             ]
-            inputs = restore(ctx, alive[1:])
+            inputs = restore(ctx, alive[outputs:])
             wanted = [i for i in places if ctx.flags[groups[i]] and inputs[i] is not None]
-            first = gradients(alive[0], inputs, wanted, True)
+            first = gradients(alive[:outputs], inputs, wanted, True)
             given = dict(zip(places, grad_grads, strict=True))
             pairs = [(first[i], given[i].to(first[i].dtype)) for i in wanted if first[i].requires_grad]
             targets = [t for t in alive if t is not None]
@@ -255,10 +283,10 @@ def _define_differentiable(
             )
         found = iter(second)
         ordered = [None if t is None else next(found) for t in alive]
-        result: list[Any] = [None] * (1 + len(kept) + count + len(ctx.flags))
-        result[0] = ordered[0]
-        for i, g in zip(places, ordered[1:], strict=True):
-            result[1 + len(kept) + i] = g
+        result: list[Any] = [None] * (leading + count + len(ctx.flags))
+        result[:outputs] = ordered[:outputs]
+        for i, g in zip(places, ordered[outputs:], strict=True):
+            result[leading + i] = g
         return tuple(result)
 
     _register_gradient(name, backward, save)
@@ -377,7 +405,8 @@ _define_differentiable(
     " Tensor gate_weight, Tensor gate_bias,"
     " Tensor? value_mean, Tensor? value_variance, Tensor value_scale, Tensor value_shift,"
     " Tensor value_weight, Tensor value_bias,"
-    " Tensor? out_weight, Tensor? out_bias, float eps) -> (Tensor y, Tensor moments, Tensor statistics)",
+    " Tensor? out_weight, Tensor? out_bias, float eps, bool need_sums)"
+    " -> (Tensor y, Tensor sums, Tensor moments, Tensor statistics)",
     "bool need_x, bool need_parameters",
     "fourier",
     _fourier_mix,
@@ -385,6 +414,7 @@ _define_differentiable(
     lambda backend, x, *args: "the kernels take no float64" if x.dtype == torch.float64 else None,
     groups=(0, 1, 1, -1, -1, 1, 1, 1, 1, -1, -1, 1, 1, 1, 1, 1, 1, -1),
     kept=("moments",),
+    sums=True,
     kernels=("spectrum_mix", _fourier.mix, _fourier.mix_backward),
 )
 
@@ -400,14 +430,15 @@ def _kernel_size_limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> 
 
 
 _define_differentiable(
-    "wavelet_mix(Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi)"
-    " -> Tensor",
+    "wavelet_mix(Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi,"
+    " bool need_sums) -> (Tensor y, Tensor sums)",
     "bool need_x, bool need_params",
     "wavelet",
     reference.wavelet_mix,
     lambda x, *args: _empty(x, *x.shape),
     _kernel_size_limits,
     groups=(0, 1, 1, 1, 1, 1, 1),
+    sums=True,
 )
 
 # spatial --------------------------------------------------------------------------------------------------------------
@@ -420,13 +451,14 @@ def _spatial_limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> str 
 
 
 _define_differentiable(
-    "depthwise_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "depthwise_gelu(Tensor x, Tensor weight, Tensor bias, bool need_sums) -> (Tensor y, Tensor sums)",
     "bool need_x, bool need_params",
     "spatial",
     reference.depthwise_gelu,
     lambda x, *args: _empty(x, *x.shape),
     _spatial_limits,
     groups=(0, 1, 1),
+    sums=True,
 )
 
 # ffn ------------------------------------------------------------------------------------------------------------------

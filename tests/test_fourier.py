@@ -179,7 +179,7 @@ def test_fp64_runs_on_the_reference() -> None:
     x, *arguments = op_arguments(False, torch.float64)
     assert "no float64" in sf.why_not("fourier_mix", x, *arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.ops.swformer_fast.fourier_mix(x, *arguments)[0].dtype == torch.float64
+        assert torch.ops.swformer_fast.fourier_mix(x, *arguments, False)[0].dtype == torch.float64
     arguments = (image(2, 3, 9, 8, dtype=torch.float64), *parameters(3, 3, 3, torch.float64))
     assert_matches(functional.fourier_mix, reference.fourier_mix, arguments)
 
@@ -315,15 +315,17 @@ def op_arguments(training: bool, dtype: torch.dtype = torch.float32, dim: int = 
 @pytest.mark.parametrize("training", [False, True])
 def test_opcheck(backend: str, training: bool) -> None:
     arguments = op_arguments(training)
-    torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, arguments)
     last = (arguments[0].detach().contiguous(memory_format=torch.channels_last), *arguments[1:])
-    torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, last, test_utils="test_faketensor")
-    y, moments, _ = torch.ops.swformer_fast.fourier_mix(*arguments)
+    for need_sums in (False, True):
+        torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, (*arguments, need_sums))
+        torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, (*last, need_sums), test_utils="test_faketensor")
+    y, sums, moments, _ = torch.ops.swformer_fast.fourier_mix(*arguments, True)
     for flags in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.swformer_fast.fourier_mix_backward,
             (
                 torch.randn_like(y),
+                torch.randn_like(sums) if all(flags) else None,
                 moments.detach(),
                 *tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, arguments),
                 *flags,
@@ -336,11 +338,10 @@ def test_opcheck(backend: str, training: bool) -> None:
 def test_gradcheck_twice(training: bool) -> None:
     arguments = op_arguments(training, torch.float64, 1)
 
-    def function(*tensors: Tensor) -> Tensor:
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         given = iter(tensors)
-        return torch.ops.swformer_fast.fourier_mix(
-            *(next(given) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments)
-        )[0]
+        filled = (next(given) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments)
+        return torch.ops.swformer_fast.fourier_mix(*filled, True)[:2]
 
     inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
     assert torch.autograd.gradcheck(function, inputs)

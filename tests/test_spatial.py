@@ -148,7 +148,7 @@ def test_partial_gradients(backend: str, needs: tuple[bool, ...]) -> None:
 
 def test_backward_op_leaves_out_what_is_not_asked_for(backend: str) -> None:
     args = [t.detach() for t in arguments(1, 2, 5, 6)]
-    grads = torch.ops.swformer_fast.depthwise_gelu_backward(torch.ones_like(args[0]), *args, False, False)
+    grads = torch.ops.swformer_fast.depthwise_gelu_backward(torch.ones_like(args[0]), None, *args, False, False)
     assert [g.numel() for g in grads] == [0, 0, 0]
 
 
@@ -187,20 +187,23 @@ def test_bitwise_repeatable(threads: int, layout: str) -> None:
 
 def test_opcheck(backend: str) -> None:
     args = arguments(2, 3, 5, 6)
-    torch.library.opcheck(torch.ops.swformer_fast.depthwise_gelu, args)
     last = (args[0].detach().contiguous(memory_format=torch.channels_last), *args[1:])
-    torch.library.opcheck(torch.ops.swformer_fast.depthwise_gelu, last, test_utils="test_faketensor")
-    torch.library.opcheck(
-        torch.ops.swformer_fast.depthwise_gelu_backward,
-        (torch.randn(2, 3, 5, 6), *args, True, True),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    for need_sums in (False, True):
+        torch.library.opcheck(torch.ops.swformer_fast.depthwise_gelu, (*args, need_sums))
+        torch.library.opcheck(torch.ops.swformer_fast.depthwise_gelu, (*last, need_sums), test_utils="test_faketensor")
+        grad_sums = torch.randn(2, 3) if need_sums else None
+        torch.library.opcheck(
+            torch.ops.swformer_fast.depthwise_gelu_backward,
+            (torch.randn(2, 3, 5, 6), grad_sums, *args, True, True),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def test_gradcheck_twice(backend: str) -> None:
     args = arguments(2, 2, 4, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(torch.ops.swformer_fast.depthwise_gelu, args)
-    assert torch.autograd.gradgradcheck(torch.ops.swformer_fast.depthwise_gelu, args)
+    for need_sums in (False, True):
+        assert torch.autograd.gradcheck(torch.ops.swformer_fast.depthwise_gelu, (*args, need_sums))
+        assert torch.autograd.gradgradcheck(torch.ops.swformer_fast.depthwise_gelu, (*args, need_sums))
 
 
 def test_compiles_without_graph_breaks(backend: str) -> None:

@@ -37,6 +37,16 @@ class Tasks {
     return {i / ranges_ / groups_, channel, group, static_cast<int>(std::min<int64_t>(group_size_, channels_ - channel)),
             range * rows_ / ranges_, (range + 1) * rows_ / ranges_};
   }
+  // From one number for each channel of each task, group_size a task, their sums over the rows, (B, C).
+  std::vector<double> by_plane(const std::vector<double>& numbers) const {
+    std::vector<double> sums(size_ / ranges_ / groups_ * channels_);
+    for (int64_t index = 0; index < size_; ++index) {
+      const Task task = (*this)[index];
+      for (int lane = 0; lane < task.lanes; ++lane)
+        sums[task.image * channels_ + task.channel + lane] += numbers[index * group_size_ + lane];
+    }
+    return sums;
+  }
   // Tasks worth a thread of their own, when a task costs about `elements` elements.
   static int64_t grain(int64_t elements) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements)); }
 
@@ -144,6 +154,13 @@ inline Vec<A> per_channel(const std::vector<A>& values, const Task& task, int64_
   Vec<A> v = {};
   for (int lane = 0; lane < task.lanes; ++lane) v[lane] = values[(task.channel + lane) * count + index];
   return v;
+}
+
+// The same of values (B, C).
+template <bool kChannelsLast, class A>
+inline Vec<A> per_plane(const std::vector<A>& values, Task task, int64_t channels) {
+  task.channel += task.image * channels;
+  return per_channel<kChannelsLast>(values, task, 1, 0);
 }
 
 template <class L, class T, class A>
@@ -270,6 +287,19 @@ struct Sums {
     return s;
   }
 };
+
+// The sums over the pixels of images like `x`, (B, C), as an operator returns them: empty where they were not asked for.
+inline tensor::Tensor plane_sums(const tensor::Tensor& x, bool needed, const std::vector<double>& sums) {
+  using tensor::ScalarType;
+  const auto size = needed ? std::vector<int64_t>{x.size(0), x.size(1)} : std::vector<int64_t>{0};
+  return tensor::write(x, size, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, sums.data());
+}
+
+// Their gradient: zero where there is none.
+template <class A>
+inline std::vector<A> read_plane_sums(const tensor::Tensor& x, const std::optional<tensor::Tensor>& grad_sums) {
+  return grad_sums ? tensor::read<A>(*grad_sums) : std::vector<A>(x.size(0) * x.size(1));
+}
 
 // f(T*, channels_last, k) with the storage type, the layout and the kernel size as types.
 template <class F>

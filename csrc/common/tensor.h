@@ -119,17 +119,23 @@ inline std::vector<A> read(const Tensor& parameter) {
   return values;
 }
 
-// A tensor shaped like `parameter`, in its dtype, holding `values`.
+// A tensor of this size and dtype, on the device of `like`, holding `values`.
 template <class A>
-inline Tensor write(const Tensor& parameter, const A* values) {
-  const auto size = parameter.sizes();
-  Tensor out = empty(parameter, std::vector<int64_t>(size.begin(), size.end()));
+inline Tensor write(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype, const A* values) {
+  Tensor out = empty(like, size, false, dtype);
   dispatch(out.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     T* p = static_cast<T*>(out.mutable_data_ptr());
     for (int64_t i = 0; i < out.numel(); ++i) p[i] = static_cast<T>(values[i]);
   });
   return out;
+}
+
+// A tensor shaped like `parameter`, in its dtype, holding `values`.
+template <class A>
+inline Tensor write(const Tensor& parameter, const A* values) {
+  const auto size = parameter.sizes();
+  return write(parameter, {size.begin(), size.end()}, parameter.scalar_type(), values);
 }
 
 }  // namespace tensor

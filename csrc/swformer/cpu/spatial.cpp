@@ -21,6 +21,7 @@ struct Problem {
   Strides x_strides;
   const T* grad = nullptr;
   Strides grad_strides{};
+  std::vector<Acc<T>> grad_sums{};  // (B, C), part of the gradient of every pixel
   T* out = nullptr;
   Strides out_strides{};
 };
@@ -30,13 +31,15 @@ inline P* start(P* data, const Strides& strides, const Task& task) {
   return data ? data + task.image * strides.b + task.channel * strides.c : nullptr;
 }
 
-template <class T, bool kChannelsLast, int k>
-void forward(const Problem<T>& g, const std::vector<Acc<T>>& weight, const std::vector<Acc<T>>& bias) {
+// Returns, with kSums, the sums of the output over the pixels, (B, C).
+template <class T, bool kChannelsLast, int k, bool kSums>
+std::vector<double> forward(const Problem<T>& g, const std::vector<Acc<T>>& weight, const std::vector<Acc<T>>& bias) {
   using A = Acc<T>;
   using Lines = Line<T, kChannelsLast>;
   constexpr int64_t kStep = Lines::kGroup, kDepth = k == 3 ? 4 : 8;
   const Tasks tasks(g.batch, g.channels, g.height, Lines::kGroup);
   const Padding<A> padding(Lines{g.width, 0, 0}.vectors(), kStep, k);
+  std::vector<double> partial(kSums ? tasks.size() * kStep : 0);
 
   torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * kStep), [&](int64_t begin, int64_t end) {
     A* memory = stencil::workspace<A>(padding.size(kDepth + 1)) + padding.margin;
@@ -49,6 +52,7 @@ void forward(const Problem<T>& g, const std::vector<Acc<T>>& weight, const std::
       Vec<A> w[k * k];
       for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(weight, task, k * k, t);
       const Vec<A> b = stencil::per_channel<kChannelsLast>(bias, task, 1, 0);
+      stencil::Sums<A, 1> sums;
       int64_t loaded = std::max<int64_t>(0, task.begin - k / 2);
       stencil::by_pairs(task.begin, task.end, [&](auto count, int64_t i) {
         constexpr int kRows = count;
@@ -56,13 +60,26 @@ void forward(const Problem<T>& g, const std::vector<Acc<T>>& weight, const std::
           stencil::load_row(in, x + loaded * g.x_strides.h, rows.slot(loaded));
         const A* around[kRows + k - 1];
         for (int r = 0; r < kRows + k - 1; ++r) around[r] = rows.row(i + r - k / 2);
+        Vec<A> run = sums.run[0];
         stencil::convolve<k, kRows, kStep>(
-            around, w, b, out.whole(), out.vectors(), [&](int64_t v, auto& sums, auto whole) __attribute__((always_inline)) {
-              for (int o = 0; o < kRows; ++o) out.store(y + (i + o) * g.out_strides.h, v, simd::gelu(sums[o]), whole);
+            around, w, b, out.whole(), out.vectors(), [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
+              for (int o = 0; o < kRows; ++o) {
+                const Vec<A> value = simd::gelu(z[o]);
+                out.store(y + (i + o) * g.out_strides.h, v, value, whole);
+                if (kSums) run += whole ? value : stencil::first_lanes<A>(value, out.count(v));
+              }
             });
+        if (kSums) {
+          sums.run[0] = run;
+          sums.count(out.vectors() * kRows);
+        }
       });
+      if (!kSums) continue;
+      sums.flush();
+      for (int lane = 0; lane < task.lanes; ++lane) partial[index * kStep + lane] = kChannelsLast ? sums.lane(0, lane) : sums.sum(0);
     }
   });
+  return kSums ? tasks.by_plane(partial) : std::vector<double>();
 }
 
 // z is the convolution's output; grad_z = grad GELU'(z), whose rows pass through a ring of their own.
@@ -94,6 +111,7 @@ void backward(
       for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(weight, task, k * k, t);
       std::reverse_copy(w, w + k * k, flipped);
       const Vec<A> b = stencil::per_channel<kChannelsLast>(bias, task, 1, 0);
+      const Vec<A> of_sums = stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels);
       stencil::Sums<A, kCount> sums;
       int64_t x_next = std::max<int64_t>(0, task.begin - k / 2 * 2), z_next = std::max<int64_t>(0, task.begin - k / 2);
 
@@ -107,10 +125,10 @@ void backward(
             around, w, b, grad_line.whole(), grad_line.vectors(),
             [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
               for (int o = 0; o < kRows; ++o) {
-                Vec<A> slope = simd::gelu_derivative(z[o]);
-                if (!whole) slope = stencil::first_lanes<A>(slope, grad_line.count(v));
-                const Vec<A> upstream = grad_line.load(grad + (i + o) * g.grad_strides.h, v, whole);
-                simd::store(z_rows.slot(i + o) + v * simd::kLanes<A>, slope * upstream);
+                const Vec<A> upstream = grad_line.load(grad + (i + o) * g.grad_strides.h, v, whole) + of_sums;
+                Vec<A> grad_z = simd::gelu_derivative(z[o]) * upstream;
+                if (!whole) grad_z = stencil::first_lanes<A>(grad_z, grad_line.count(v));
+                simd::store(z_rows.slot(i + o) + v * simd::kLanes<A>, grad_z);
               }
             });
       };
@@ -157,22 +175,25 @@ void backward(
   }
 }
 
-Tensor depthwise_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+std::tuple<Tensor, Tensor> depthwise_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias, bool need_sums) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last);
   Tensor y = tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last);
+  std::vector<double> sums;
   stencil::specialise(x, channels_last, weight.size(3), [&](auto* tag, auto layout, auto k) {
     using T = std::remove_pointer_t<decltype(tag)>;
     Problem<T> g{x.size(0), x.size(1), x.size(2), x.size(3), static_cast<const T*>(dense.const_data_ptr()), tensor::strides_of(dense)};
     g.out = static_cast<T*>(y.mutable_data_ptr());
     g.out_strides = tensor::strides_of(y);
-    forward<T, layout, k>(g, tensor::read<Acc<T>>(weight), tensor::read<Acc<T>>(bias));
+    const auto w = tensor::read<Acc<T>>(weight), b = tensor::read<Acc<T>>(bias);
+    sums = need_sums ? forward<T, layout, k, true>(g, w, b) : forward<T, layout, k, false>(g, w, b);
   });
-  return y;
+  return {y, stencil::plane_sums(x, need_sums, sums)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, bool need_x, bool need_params) {
+    const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight, const Tensor& bias, bool need_x,
+    bool need_params) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last), upstream = tensor::with_format(grad, channels_last);
   Tensor grad_x =
@@ -183,6 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(
     Problem<T> g{x.size(0), x.size(1), x.size(2), x.size(3), static_cast<const T*>(dense.const_data_ptr()), tensor::strides_of(dense)};
     g.grad = static_cast<const T*>(upstream.const_data_ptr());
     g.grad_strides = tensor::strides_of(upstream);
+    g.grad_sums = stencil::read_plane_sums<Acc<T>>(x, grad_sums);
     if (need_x) {
       g.out = static_cast<T*>(grad_x.mutable_data_ptr());
       g.out_strides = tensor::strides_of(grad_x);
@@ -197,10 +219,10 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
-  m.def("depthwise_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("depthwise_gelu(Tensor x, Tensor weight, Tensor bias, bool need_sums) -> (Tensor, Tensor)");
   m.def(
-      "depthwise_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, bool need_x, bool need_params)"
-      " -> (Tensor, Tensor, Tensor)");
+      "depthwise_gelu_backward(Tensor grad, Tensor? grad_sums, Tensor x, Tensor weight, Tensor bias, bool need_x,"
+      " bool need_params) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {

@@ -24,6 +24,7 @@ struct Problem {
   Strides x_strides;
   const T* grad = nullptr;
   Strides grad_strides{};
+  std::vector<Acc<T>> grad_sums{};  // (B, C), part of the gradient of every pixel
   T* out = nullptr;
   Strides out_strides{};
 
@@ -36,8 +37,9 @@ struct Parameters {
   Filters<A> dec, rec;
 };
 
-// The 2 x 2 pixel blocks of one channel (or one vector of channels), in vectors of blocks.
-template <class T, bool kChannelsLast>
+// The 2 x 2 pixel blocks of one channel (or one vector of channels), in vectors of blocks. kOffset: the pixels are `offset` more than
+// what is stored.
+template <class T, bool kChannelsLast, bool kOffset = false>
 struct Blocks {
   using A = Acc<T>;
   using V = Vec<A>;
@@ -45,6 +47,7 @@ struct Blocks {
   static constexpr int kGroup = kChannelsLast ? n : 1;
   int64_t height, width, row_stride, pixel;
   int lanes;
+  V offset{};
 
   int64_t vectors() const { return kChannelsLast ? (width + 1) / 2 : (width + 2 * n - 1) / (2 * n); }
   int64_t whole() const { return kChannelsLast ? (lanes == n ? width / 2 : 0) : width / (2 * n); }
@@ -56,20 +59,20 @@ struct Blocks {
   int last_block() const { return static_cast<int>(width / 2 % n); }
   const T* row(const T* x, int64_t i) const { return x + i * row_stride; }
 
+  int64_t at(int64_t half) const { return half * (kChannelsLast ? pixel : n); }
+  // Pixels, or channels, of the image in a half that is not whole.
+  int in_half(int64_t half) const {
+    return kChannelsLast ? (half < width ? lanes : 0) : static_cast<int>(std::clamp<int64_t>(width - half * n, 0, n));
+  }
   template <class B>
   V load_half(const T* p, int64_t half, B whole) const {
-    if (kChannelsLast)
-      return whole ? simd::load(p + half * pixel) : simd::load_partial(p + half * pixel, half < width ? lanes : 0);
-    return whole ? simd::load(p + half * n)
-                 : simd::load_partial(p + half * n, static_cast<int>(std::clamp<int64_t>(width - half * n, 0, n)));
+    const V stored = whole ? simd::load(p + at(half)) : simd::load_partial(p + at(half), in_half(half));
+    if constexpr (!kOffset) return stored;
+    return stored + (whole ? offset : stencil::first_lanes<A>(offset, in_half(half)));
   }
   template <class B>
   void store_half(T* p, int64_t half, V value, B whole) const {
-    if (kChannelsLast)
-      whole ? simd::store(p + half * pixel, value) : simd::store_partial(p + half * pixel, value, half < width ? lanes : 0);
-    else
-      whole ? simd::store(p + half * n, value)
-            : simd::store_partial(p + half * n, value, static_cast<int>(std::clamp<int64_t>(width - half * n, 0, n)));
+    whole ? simd::store(p + at(half), value) : simd::store_partial(p + at(half), value, in_half(half));
   }
 
   // Pixels 00, 01, 10, 11. kReplicate: the sample missing at an odd border is its neighbour; else it is zero.
@@ -117,6 +120,15 @@ struct Blocks {
     store_half(p, 2 * v, a, whole);
     store_half(p, 2 * v + 1, b, whole);
   }
+  // Of each block (or channel) the sum of those pixels that are in the image.
+  template <class B>
+  V sum(int64_t i, int64_t v, B whole, const V (&pixels)[4]) const {
+    V even = pixels[0], odd = pixels[1];
+    if (2 * i + 1 < height) even += pixels[2], odd += pixels[3];
+    if (whole) return even + odd;
+    if (kChannelsLast) return single(v) ? even : even + odd;
+    return stencil::first_lanes<A>(even, count(v)) + stencil::first_lanes<A>(odd, static_cast<int>(width / 2 - v * n));
+  }
 };
 
 // The rings of rows of the four bands.
@@ -143,6 +155,21 @@ void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filte
     haar::analyse(f, pixels, y);
     for (int q = 0; q < kBands; ++q) simd::store(out[q] + v * B::n, y[q]);
   });
+}
+
+// Writes to `out` the pixels that `synthesis` makes of a row of bands and, with kSums, adds them to `total`.
+template <bool kSums, class B, class T, class A>
+void synthesise_row(const B& blocks, int64_t i, const A* const (&bands)[kBands], const Filters<A>& synthesis, T* out, Vec<A>& total) {
+  const Filters<A> f = synthesis;
+  Vec<A> run = total;
+  stencil::each_vector(blocks.whole(), blocks.vectors(), [&](int64_t v, auto whole) __attribute__((always_inline)) {
+    Vec<A> y[kBands], pixels[4];
+    for (int q = 0; q < kBands; ++q) y[q] = simd::load(bands[q] + v * B::n);
+    haar::synthesise(f, y, pixels);
+    blocks.template store<false>(out, i, v, whole, pixels);
+    if (kSums) run += blocks.sum(i, v, whole, pixels);
+  });
+  total = run;
 }
 
 // sums[4 * band + pixel] += band * pixel over a row of blocks; writes to `out`, where it is given, the pixels that `synthesis`
@@ -194,8 +221,9 @@ void read_weights(const Parameters<A>& p, int64_t channels, const Task& task, Ve
   }
 }
 
-template <class T, bool kChannelsLast, int k>
-void forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
+// Returns, with kSums, the sums of the output over the pixels, (B, C).
+template <class T, bool kChannelsLast, int k, bool kSums>
+std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   using A = Acc<T>;
   using B = Blocks<T, kChannelsLast>;
   constexpr int64_t kStep = B::kGroup, kDepth = k == 3 ? 4 : 8;
@@ -203,6 +231,7 @@ void forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   const Tasks tasks(g.batch, g.channels, rows, B::kGroup);
   const Padding<A> padding(B{g.height, g.width, 0, 0, 0}.vectors(), kStep, k);
   const int64_t stride = padding.stride();
+  std::vector<double> partial(kSums ? tasks.size() * kStep : 0);
 
   torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * kStep), [&](int64_t begin, int64_t end) {
     A* memory = stencil::workspace<A>(padding.size(kBands * (kDepth + 2) + 1)) + padding.margin;
@@ -216,6 +245,7 @@ void forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
       T* y = start(g.out, g.out_strides, task);
       Vec<A> weight[kBands][k * k], bias[kBands];
       read_weights<kChannelsLast, k>(p, g.channels, task, weight, bias);
+      stencil::Sums<A, 1> sums;
       int64_t next = std::max<int64_t>(0, task.begin - k / 2);
       stencil::by_pairs(task.begin, task.end, [&](auto count, int64_t i) {
         constexpr int kRows = count;
@@ -226,18 +256,23 @@ void forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
           A* z = mixed + q * 2 * stride;
           stencil::convolve<k, kRows, kStep>(
               around, weight[q], bias[q], out.vectors(), out.vectors(),
-              [&](int64_t v, auto& sums, auto) __attribute__((always_inline)) {
-                for (int o = 0; o < kRows; ++o) simd::store(z + o * stride + v * B::n, sums[o]);
+              [&](int64_t v, auto& value, auto) __attribute__((always_inline)) {
+                for (int o = 0; o < kRows; ++o) simd::store(z + o * stride + v * B::n, value[o]);
               });
         }
         for (int o = 0; o < kRows; ++o) {
           const A* z[kBands];
           for (int q = 0; q < kBands; ++q) z[q] = mixed + (2 * q + o) * stride;
-          synthesise_row<false, false, true>(out, out, i + o, z, p.rec, static_cast<const T*>(nullptr), y, static_cast<Vec<A>*>(nullptr));
+          synthesise_row<kSums>(out, i + o, z, p.rec, y, sums.run[0]);
         }
+        if (kSums) sums.count(out.vectors() * kRows);
       });
+      if (!kSums) continue;
+      sums.flush();
+      for (int lane = 0; lane < task.lanes; ++lane) partial[index * kStep + lane] = kChannelsLast ? sums.lane(0, lane) : sums.sum(0);
     }
   });
+  return kSums ? tasks.by_plane(partial) : std::vector<double>();
 }
 
 struct Gradients {
@@ -268,7 +303,9 @@ void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_params
     for (int64_t index = begin; index < end; ++index) {
       const Task task = tasks[index];
       const B in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
-      const B upstream{g.height, g.width, g.grad_strides.h, g.grad_strides.w, task.lanes};
+      const Blocks<T, kChannelsLast, true> upstream{
+          g.height, g.width, g.grad_strides.h, g.grad_strides.w, task.lanes,
+          stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels)};
       const B out{g.height, g.width, g.out_strides.h, g.out_strides.w, task.lanes};
       const T* x = start(g.x, g.x_strides, task);
       const T* grad = start(g.grad, g.grad_strides, task);
@@ -359,25 +396,27 @@ Parameters<A> read_parameters(
   return {tensor::read<A>(weight), tensor::read<A>(bias), Filters<A>(dec_lo, dec_hi), Filters<A>(rec_lo, rec_hi)};
 }
 
-Tensor wavelet_mix(
+std::tuple<Tensor, Tensor> wavelet_mix(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo,
-    const Tensor& rec_hi) {
+    const Tensor& rec_hi, bool need_sums) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last);
   Tensor y = tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last);
+  std::vector<double> sums;
   stencil::specialise(x, channels_last, weight.size(3), [&](auto* tag, auto layout, auto k) {
     using T = std::remove_pointer_t<decltype(tag)>;
     Problem<T> g = describe<T>(dense);
     g.out = static_cast<T*>(y.mutable_data_ptr());
     g.out_strides = tensor::strides_of(y);
-    forward<T, layout, k>(g, read_parameters<Acc<T>>(weight, bias, dec_lo, dec_hi, rec_lo, rec_hi));
+    const auto p = read_parameters<Acc<T>>(weight, bias, dec_lo, dec_hi, rec_lo, rec_hi);
+    sums = need_sums ? forward<T, layout, k, true>(g, p) : forward<T, layout, k, false>(g, p);
   });
-  return y;
+  return {y, stencil::plane_sums(x, need_sums, sums)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_mix_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& dec_lo, const Tensor& dec_hi,
-    const Tensor& rec_lo, const Tensor& rec_hi, bool need_x, bool need_params) {
+    const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight, const Tensor& bias,
+    const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi, bool need_x, bool need_params) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last), upstream = tensor::with_format(grad, channels_last);
   Tensor grad_x =
@@ -389,6 +428,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_mix_b
     Problem<T> g = describe<T>(dense);
     g.grad = static_cast<const T*>(upstream.const_data_ptr());
     g.grad_strides = tensor::strides_of(upstream);
+    g.grad_sums = stencil::read_plane_sums<Acc<T>>(x, grad_sums);
     if (need_x) {
       g.out = static_cast<T*>(grad_x.mutable_data_ptr());
       g.out_strides = tensor::strides_of(grad_x);
@@ -409,10 +449,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_mix_b
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def(
-      "wavelet_mix(Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi) -> Tensor");
+      "wavelet_mix(Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi, bool need_sums)"
+      " -> (Tensor, Tensor)");
   m.def(
-      "wavelet_mix_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo,"
-      " Tensor rec_hi, bool need_x, bool need_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "wavelet_mix_backward(Tensor grad, Tensor? grad_sums, Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi,"
+      " Tensor rec_lo, Tensor rec_hi, bool need_x, bool need_params)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
