@@ -97,8 +97,9 @@ def _spatial(make: Make, shape: Shape) -> Iterator[Launch]:
     for name, dtype, last in IMAGES:
         x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
         width = 8 * x.element_size() if last else 128
-        yield Launch(f"depthwise_gelu {name}", spatial.depthwise_gelu, (x, *parameters), not last, width)
-        backward = (grad, x, *parameters, True, True)
+        # As in a block, which takes the means of the branches.
+        yield Launch(f"depthwise_gelu {name}", spatial.depthwise_gelu, (x, *parameters, True), not last, width)
+        backward = (grad, make(*shape[:2]), x, *parameters, True, True)
         yield Launch(f"depthwise_gelu_backward {name}", spatial.depthwise_gelu_backward, backward, not last, width)
 
 
@@ -113,8 +114,8 @@ def _wavelet(make: Make, shape: Shape) -> Iterator[Launch]:
             label = f"{size}x{size} {name}"
             main, width = label == "3x3 fp32", 128 if size == 3 else 16 * x.element_size()
             width = 8 * x.element_size() if last else width
-            yield Launch(f"wavelet_mix {label}", wavelet.wavelet_mix, (x, *parameters), main, width)
-            backward, back = (grad, x, *parameters, True), wavelet.wavelet_mix_backward
+            yield Launch(f"wavelet_mix {label}", wavelet.wavelet_mix, (x, *parameters, True), main, width)
+            backward, back = (grad, make(*shape[:2]), x, *parameters, True), wavelet.wavelet_mix_backward
             yield Launch(f"wavelet_mix_backward {label}", back, (*backward, True), main, width)
             yield Launch(f"wavelet_mix_backward {label} x", back, (*backward, False), False, width)
 

@@ -371,10 +371,12 @@ def test_opcheck(training: bool) -> None:
     arguments = (torch.randn(2, 2, 4, 5, device=DEVICE), *flat, 1e-5)
     tests = ("test_schema", "test_faketensor")
     with sf.use_backend("triton"):
-        torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, arguments, test_utils=tests)
-        y, moments, _ = torch.ops.swformer_fast.fourier_mix(*arguments)
+        for need_sums in (False, True):
+            torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, (*arguments, need_sums), test_utils=tests)
+        y, sums, moments, _ = torch.ops.swformer_fast.fourier_mix(*arguments, True)
         for flags in ((True, True), (True, False), (False, True)):
-            backward = (torch.randn_like(y), moments, *arguments, *flags)
+            grads = torch.randn_like(y), torch.randn_like(sums) if all(flags) else None
+            backward = (*grads, moments, *arguments, *flags)
             torch.library.opcheck(torch.ops.swformer_fast.fourier_mix_backward, backward, test_utils=tests)
 
 

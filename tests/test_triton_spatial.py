@@ -28,15 +28,17 @@ def _parameters(channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tens
 
 def _check(x: Tensor, grad_layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     parameters = _parameters(x.shape[1], dtype)
-    grad = _random(tuple(x.shape), grad_layout, x.dtype)
+    grad, grad_sums = _random(tuple(x.shape), grad_layout, x.dtype), _random(tuple(x.shape[:2]))
     with poisoned_memory():
-        y = spatial.depthwise_gelu(x, *parameters)
-        grads = spatial.depthwise_gelu_backward(grad, x, *parameters, True, True)
+        y, sums = spatial.depthwise_gelu(x, *parameters, True)
+        grads = spatial.depthwise_gelu_backward(grad, grad_sums, x, *parameters, True, True)
     assert y.dtype == grads[0].dtype == x.dtype
+    assert sums.dtype == torch.float32
     inputs = tuple(t.double().contiguous().requires_grad_() for t in (x, *parameters))
     expected = reference.depthwise_gelu(*inputs)
-    assert_close(y, expected, what="output")
-    assert_close(grads, torch.autograd.grad(expected, inputs, grad.double()), what="gradient")
+    assert_close((y, sums), (expected, expected.sum((2, 3))), x.dtype, what="output")
+    grad = grad.double() + grad_sums.double()[..., None, None]
+    assert_close(grads, torch.autograd.grad(expected, inputs, grad), what="gradient")
     return y, grads[0]
 
 
@@ -71,44 +73,45 @@ def test_layouts_of_the_gradient(layout: str, grad_layout: str) -> None:
 def test_half_parameters() -> None:
     x = _random((1, 3, 5, 6), dtype=torch.bfloat16)
     parameters = _parameters(3, torch.bfloat16)
-    grads = spatial.depthwise_gelu_backward(x, x, *parameters, True, True)
+    grads = spatial.depthwise_gelu_backward(x, None, x, *parameters, True, True)
     assert [g.dtype for g in grads] == [torch.bfloat16] * 3
     _check(x, dtype=torch.bfloat16)
 
 
 def test_transposed_weight() -> None:
     x, (weight, bias) = _random((1, 3, 4, 5)), _parameters(3)
-    expected = spatial.depthwise_gelu_backward(x, x, weight, bias, True, True)
+    expected = spatial.depthwise_gelu_backward(x, None, x, weight, bias, True, True)
     strided = weight.transpose(-1, -2).contiguous().transpose(-1, -2)
-    actual = spatial.depthwise_gelu_backward(x, x, strided, bias, True, True)
+    actual = spatial.depthwise_gelu_backward(x, None, x, strided, bias, True, True)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_empty_batch() -> None:
     x, parameters = _random((0, 3, 4, 5)), _parameters(3)
-    assert spatial.depthwise_gelu(x, *parameters).shape == x.shape
-    grads = spatial.depthwise_gelu_backward(x, x, *parameters, True, True)
+    assert [t.shape for t in spatial.depthwise_gelu(x, *parameters, True)] == [x.shape, x.shape[:2]]
+    grads = spatial.depthwise_gelu_backward(x, None, x, *parameters, True, True)
     assert grads[0].shape == x.shape
     assert_close(grads[1:], tuple(torch.zeros_like(p) for p in parameters))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_only_what_is_needed(layout: str) -> None:
-    x, grad, parameters = _random((1, 4, 6, 9), layout), _random((1, 4, 6, 9)), _parameters(4)
-    full = spatial.depthwise_gelu_backward(grad, x, *parameters, True, True)
-    only_x = spatial.depthwise_gelu_backward(grad, x, *parameters, True, False)
-    only_parameters = spatial.depthwise_gelu_backward(grad, x, *parameters, False, True)
+    x, parameters = _random((1, 4, 6, 9), layout), _parameters(4)
+    given = _random((1, 4, 6, 9)), _random((1, 4))
+    full = spatial.depthwise_gelu_backward(*given, x, *parameters, True, True)
+    only_x = spatial.depthwise_gelu_backward(*given, x, *parameters, True, False)
+    only_parameters = spatial.depthwise_gelu_backward(*given, x, *parameters, False, True)
     assert [g.numel() for g in only_x[1:]] == [0, 0]
     assert only_parameters[0].numel() == 0
     assert torch.equal(only_x[0], full[0])
     assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
-    assert [g.numel() for g in spatial.depthwise_gelu_backward(grad, x, *parameters, False, False)] == [0, 0, 0]
+    assert [g.numel() for g in spatial.depthwise_gelu_backward(*given, x, *parameters, False, False)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bitwise(dtype: torch.dtype) -> None:
     x, grad, parameters = _random((2, 3, 18, 20), dtype=dtype), _random((2, 3, 18, 20), dtype=dtype), _parameters(3)
-    first, second = (spatial.depthwise_gelu_backward(grad, x, *parameters, True, True) for _ in range(2))
+    first, second = (spatial.depthwise_gelu_backward(grad, None, x, *parameters, True, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -121,17 +124,17 @@ def test_nan_stays_where_it_belongs(place: tuple[int, int]) -> None:
     expected = reference.depthwise_gelu(leaf, *parameters)
     grad = torch.randn_like(x)
     (expected_grad,) = torch.autograd.grad(expected, leaf, grad)
-    assert torch.equal(spatial.depthwise_gelu(x, *parameters).isnan(), expected.isnan())
-    actual = spatial.depthwise_gelu_backward(grad, x, *parameters, True, False)[0]
+    assert torch.equal(spatial.depthwise_gelu(x, *parameters, False)[0].isnan(), expected.isnan())
+    actual = spatial.depthwise_gelu_backward(grad, None, x, *parameters, True, False)[0]
     assert torch.equal(actual.isnan(), expected_grad.isnan())
 
 
 def test_what_is_refused() -> None:
     x, (weight, bias) = torch.randn(1, 2, 4, 4), _parameters(2)
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
-        spatial.depthwise_gelu(x.double(), weight, bias)
+        spatial.depthwise_gelu(x.double(), weight, bias, False)
     with pytest.raises(ValueError, match="weight must be 3 x 3"):
-        spatial.depthwise_gelu(x, torch.randn(2, 1, 5, 5), bias)
+        spatial.depthwise_gelu(x, torch.randn(2, 1, 5, 5), bias, False)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -144,10 +147,16 @@ def test_through_the_op(layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "outputs"),
-    [("depthwise_gelu_kernel", (2,)), ("depthwise_gelu_backward_kernel", (4, 8)), ("sum_weights_kernel", (1, 2))],
+    [
+        ("depthwise_gelu_kernel", (2,)),
+        ("depthwise_gelu_kernel", (6,)),
+        ("depthwise_gelu_backward_kernel", (5, 9)),
+        ("sum_weights_kernel", (1, 2)),
+    ],
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spatial if hasattr(spatial, kernel) else common, kernel, Zeroing(*outputs))
+    module = spatial if hasattr(spatial, kernel) else common
+    monkeypatch.setattr(module, kernel, Zeroing(*outputs, kernel=getattr(module, kernel)))
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 6, 8)))
 
@@ -158,9 +167,9 @@ def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch:
 def test_traffic(size: tuple[int, int], layout: str) -> None:
     x, parameters = _random((1, 2, *size), layout), _parameters(2)
     with count_traffic() as forward:
-        spatial.depthwise_gelu(x, *parameters)
+        spatial.depthwise_gelu(x, *parameters, True)
     with count_traffic() as backward:
-        spatial.depthwise_gelu_backward(x.clone(), x, *parameters, True, True)
+        spatial.depthwise_gelu_backward(x.clone(), None, x, *parameters, True, True)
     for traffic, tensors in ((forward, 2), (backward, 3)):
         assert traffic.total <= 1.35 * tensors * x.nbytes
         assert traffic.stored == traffic.distinct_stored >= x.nbytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -86,6 +87,12 @@ def plan(
             "enable_fp_fusion": True,
         },
     )
+
+
+def partial_sums(x: Tensor, cut: Plan, needed: bool) -> Tensor | None:
+    """What `store_sums` writes to, (B, C, strips and segments of a plane)."""
+    strips, _, segments = cut.numbers
+    return torch.empty((*x.shape[:2], strips * segments), dtype=torch.float32, device=x.device) if needed else None
 
 
 @triton.jit
@@ -174,6 +181,32 @@ def store_row(
         place = tl.arange(0, L * V)[None, :]
         mask = exists & (place >= HALO) & (place < L * V - HALO) & (start + place < width)
         tl.store(rows + (start + place).to(tl.int64) * step, pack(narrow, P, L, V), mask=mask)
+
+
+@triton.jit
+def add_pixels(total, row, exists, start, width, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr):
+    """Add what `store_row` writes of a row, before rounding, to `total`, (P, L)."""
+    for v in tl.static_range(V):
+        place = v + V * tl.arange(0, L)[None, :]
+        mask = exists & (place >= HALO) & (place < L * V - HALO) & (start + place < width)
+        total += tl.where(mask, row[v], 0.0)
+    return total
+
+
+@triton.jit
+def store_sums(partials, total, image, strip, channel, segment, alive, channels, numbers):
+    """Write each strip's sum of `total` to its place among those of its plane."""
+    part = (image * channels + channel) * (numbers[0] * numbers[2]) + segment * numbers[0] + strip
+    tl.store(partials + part, tl.sum(total, 1, keep_dims=True), mask=alive)
+
+
+@triton.jit
+def load_plane(values, image, channel, alive, channels, P: tl.constexpr):
+    """Each strip's number among those of the planes, (P, 1); zero if `values` is None."""
+    if values is None:
+        return tl.zeros((P, 1), tl.float32)
+    else:
+        return tl.load(values + image * channels + channel, mask=alive, other=0.0).to(tl.float32)
 
 
 @triton.jit

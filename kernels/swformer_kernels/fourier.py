@@ -845,34 +845,41 @@ def _image(spectrum: Tensor, like: Tensor) -> Tensor:
     return y.to(like.dtype, memory_format=layout)
 
 
-def fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.fourier_mix` with the parameters of the op: the image, the moments and statistics of the batch.
+def fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.fourier_mix` with the parameters of the op: the image, its sums over the pixels, the moments and
+    statistics of the batch.
 
-    `x` is float32, float16 or bfloat16 of any strides, the parameters of any of these dtypes. The last two results are
-    empty where the normalisations have running statistics.
+    `x` is float32, float16 or bfloat16 of any strides, the parameters of any of these dtypes. The sums are (B, C) in
+    fp32, empty unless needed. The last two results are empty where the normalisations have running statistics.
     """
-    *parameters, eps = arguments
+    *parameters, eps, need_sums = arguments
     batch, dim, height, width = x.shape
     wide, own = len(parameters[1]), parameters[2] is None
     out_weight, out_bias = (None if p is None else p.contiguous() for p in parameters[14:])
+    sums = x.new_empty(0, dtype=torch.float32)
     if batch == 0:
         outputs = wide // 2 if out_weight is None else len(out_weight)
+        sums = sums.view(0, outputs) if need_sums else sums
         moments = torch.zeros((2, dim, dim + 1) if own else 0, dtype=torch.float64, device=x.device)
         statistics = torch.zeros((4, wide) if own else 0, dtype=parameters[4].dtype, device=x.device)
-        return empty(x, 0, outputs, height, width), moments, statistics
+        return empty(x, 0, outputs, height, width), sums, moments, statistics
     scale = 1 / math.sqrt(height * width)
     spectrum = _transform(x)
     moments = spectrum_moments(spectrum, scale) if own else None
     composed = compose(eps, height * width, tuple(parameters), spectrum, moments)
     mixed = spectrum_mix(spectrum, composed.matrix, out_weight, out_bias, width, scale)
     del spectrum
+    if need_sums:  # they are the zero frequency
+        sums = mixed[:, :, 0, 0, 0] * (height * width)
     y = _image(mixed, x)
     if moments is None or composed.statistics is None:
-        return y, x.new_empty(0, dtype=torch.float64), parameters[4].new_empty(0)
-    return y, moments, composed.statistics
+        return y, sums, x.new_empty(0, dtype=torch.float64), parameters[4].new_empty(0)
+    return y, sums, moments, composed.statistics
 
 
-def fourier_mix_backward(grad: Tensor, moments: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def fourier_mix_backward(
+    grad: Tensor, grad_sums: Tensor | None, moments: Tensor, x: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     """Gradients of `fourier_mix` by x and its twelve parameters; those not needed are empty. Deterministic.
 
     Recomputed from x: its spectrum, the matrix and, in the kernels, the tiles of pre-activations.
@@ -884,6 +891,8 @@ def fourier_mix_backward(grad: Tensor, moments: Tensor, x: Tensor, *arguments: A
     if len(x):
         area, width, own = x.shape[2] * x.shape[3], x.shape[3], parameters[2] is None
         spectrum, grad = _transform(x), _transform(grad)
+        if grad_sums is not None:
+            grad[:, :, 0, 0, 0].add_(grad_sums, alpha=area)
         statistics = moments if own else None
         composed = compose(eps, area, tuple(parameters), spectrum, statistics, differentiable=True)
         out_weight, out_bias = (None if p is None else p.contiguous() for p in parameters[14:])

@@ -9,15 +9,19 @@ from torch import Tensor
 
 from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_weights
 from ._stream import (
+    add_pixels,
     convolve,
     correlate,
     extend,
     keep,
+    load_plane,
     load_row,
     load_weights,
+    partial_sums,
     plan,
     position,
     store_row,
+    store_sums,
     zeros,
 )
 
@@ -34,14 +38,14 @@ def gelu_derivative(z):
 
 @triton.jit
 def depthwise_gelu_kernel(
-    x, x_strides, y, y_strides, weight, bias, size, numbers,
+    x, x_strides, y, y_strides, weight, bias, partials, size, numbers,
     K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """y = gelu(convolution of x)."""
+    """y = gelu(convolution of x); its sums over the pixels of each strip into `partials` (unless None)."""
     R: tl.constexpr = K // 2
-    image, strip, channel, _, start = position(size, numbers, P, L, V, HALO)
-    batch, _, height, width = size
+    image, strip, channel, segment, start = position(size, numbers, P, L, V, HALO)
+    batch, channels, height, width = size
     width = multiple(width, ALIGN)
     alive = image < batch
     first = strip * numbers[1]
@@ -51,6 +55,7 @@ def depthwise_gelu_kernel(
     weights = load_weights(weight, channel, alive, K * K)
     offset = tl.load(bias + channel, mask=alive, other=0.0).to(tl.float32) + tl.zeros((P, L), tl.float32)
     sums = zeros((K - 1) * V, P, L)
+    total = tl.zeros((P, L), tl.float32)
     for step in range(0, numbers[1] + 2 * R):
         i = first - R + step
         exists = alive & (i >= 0) & (i < height)
@@ -62,22 +67,28 @@ def depthwise_gelu_kernel(
         for q in tl.static_range(V):
             activated = activated + (gelu(z[q]),)
         o = i - R
+        exists = alive & (o >= first) & (o < last)
         store_row(
-            y + o * multiple(y_strides[2], ALIGN), y_strides[3], activated, alive & (o >= first) & (o < last),
-            start, width, P, L, V, HALO, CHANNELS_LAST,
+            y + o * multiple(y_strides[2], ALIGN), y_strides[3], activated, exists, start, width,
+            P, L, V, HALO, CHANNELS_LAST,
         )  # fmt: skip
+        if partials is not None:
+            total = add_pixels(total, activated, exists, start, width, L, V, HALO)
+    if partials is not None:
+        store_sums(partials, total, image, strip, channel, segment, alive, channels, numbers)
 
 
 @triton.jit
 def depthwise_gelu_backward_kernel(
-    grad, grad_strides, x, x_strides, out, out_strides, weight, bias, partials, size, numbers,
+    grad, grad_strides, grad_sums, x, x_strides, out, out_strides, weight, bias, partials, size, numbers,
     K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x into `out` and, of each strip, those of its channel's weight and bias into `partials`.
 
     At a step x row i arrives; then row r = i - R of the convolution can be recomputed, with it the gradient there, and
-    row r - R of the gradient of x. Of `out` and `partials` one may be None.
+    row r - R of the gradient of x. Of `out` and `partials` one may be None, and so may be `grad_sums`, a part of the
+    gradient of every pixel of a plane.
     """
     R: tl.constexpr = K // 2
     image, strip, channel, segment, start = position(size, numbers, P, L, V, HALO)
@@ -95,8 +106,9 @@ def depthwise_gelu_backward_kernel(
     weights = load_weights(weight, channel, alive, K * K)
     offset = tl.load(bias + channel, mask=alive, other=0.0).to(tl.float32) + tl.zeros((P, L), tl.float32)
     nothing = tl.zeros((P, L), tl.float32)
+    of_sums = load_plane(grad_sums, image, channel, alive, channels, P)
     sums = zeros((K - 1) * V, P, L)
-    grad_sums = zeros((K - 1) * V, P, L)
+    transposed = zeros((K - 1) * V, P, L)
     if partials is not None:
         held = zeros((K - 1) * V, P, L)
         weight_grads = zeros(K * K, P, L)
@@ -116,7 +128,7 @@ def depthwise_gelu_backward_kernel(
         inner = ()
         for q in tl.static_range(V):
             inside = exists & (start + place + q >= 0) & (start + place + q < width)
-            inner = inner + (tl.where(inside, g[q] * gelu_derivative(z[q]), 0.0),)
+            inner = inner + (tl.where(inside, (g[q] + of_sums) * gelu_derivative(z[q]), 0.0),)
         around = extend(inner, R, V, P, L)
         if partials is not None:
             held = held + keep(row, own & (i >= first) & (i < last), V)
@@ -128,7 +140,7 @@ def depthwise_gelu_backward_kernel(
             for q in tl.static_range(V):
                 bias_grad += tl.where(own & (r >= first) & (r < last), inner[q], 0.0)
         if out is not None:
-            done, grad_sums = convolve(grad_sums, around, weights, nothing, K, V, True)
+            done, transposed = convolve(transposed, around, weights, nothing, K, V, True)
             o = r - R
             store_row(
                 out + o * multiple(out_strides[2], ALIGN), out_strides[3], done, alive & (o >= first) & (o < last),
@@ -150,11 +162,12 @@ def _check(x: Tensor, weight: Tensor) -> int:
     return 4 if is_channels_last(x) else 16 // x.element_size()
 
 
-def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`gelu(conv2d(x, weight, bias, padding=1, groups=C))`: `reference.depthwise_gelu`.
+def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, need_sums: bool) -> tuple[Tensor, Tensor]:
+    """`gelu(conv2d(x, weight, bias, padding=1, groups=C))`: `reference.depthwise_gelu`; and its sums over the pixels.
 
     `x` is float32, float16 or bfloat16 of any strides, the parameters of any of these dtypes; arithmetic is fp32. A
-    channels_last `x` gives a channels_last result, any other a contiguous one.
+    channels_last `x` gives a channels_last result, any other a contiguous one. The sums are (B, C) in fp32, empty
+    unless needed.
 
     Raises:
         TypeError: `x` has another dtype.
@@ -162,18 +175,25 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     vector = _check(x, weight)
     y = empty(x, *x.shape)
+    cut = plan(x, [x, y], vector, halo=1)
+    partials = partial_sums(x, cut, need_sums)
     if x.numel():
-        cut = plan(x, [x, y], vector, halo=1)
         with torch.cuda.device_of(x):
             depthwise_gelu_kernel[(cut.programs,)](
-                x, x.stride(), y, y.stride(), weight.contiguous(), bias.contiguous(), tuple(x.shape), cut.numbers,
-                K=3, **cut.constants,
+                x, x.stride(), y, y.stride(), weight.contiguous(), bias.contiguous(), partials, tuple(x.shape),
+                cut.numbers, K=3, **cut.constants,
             )  # fmt: skip
-    return y
+    return y, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(2)
 
 
 def depthwise_gelu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, need_x: bool, need_params: bool
+    grad: Tensor,
+    grad_sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    need_x: bool,
+    need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `depthwise_gelu` by x, weight, bias; those not needed are empty. Deterministic.
 
@@ -192,9 +212,9 @@ def depthwise_gelu_backward(
             partials = torch.empty((cut.parts, len(bias), 10), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             depthwise_gelu_backward_kernel[(cut.programs,)](
-                grad, grad.stride(), x, x.stride(), out, () if out is None else out.stride(),
-                weight.contiguous(), bias.contiguous(), partials, tuple(x.shape), cut.numbers,
-                K=3, **cut.constants,
+                grad, grad.stride(), None if grad_sums is None else grad_sums.contiguous(), x, x.stride(),
+                out, () if out is None else out.stride(), weight.contiguous(), bias.contiguous(), partials,
+                tuple(x.shape), cut.numbers, K=3, **cut.constants,
             )  # fmt: skip
             if partials is not None:
                 sum_weights(partials, *grads)

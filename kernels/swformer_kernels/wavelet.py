@@ -17,16 +17,20 @@ from torch import Tensor
 from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_taps, sum_weights
 from ._stream import (
     Plan,
+    add_pixels,
     convolve,
     correlate,
     extend,
     keep,
+    load_plane,
     load_row,
     load_weights,
     pack,
+    partial_sums,
     plan,
     position,
     store_row,
+    store_sums,
     unpack,
     zeros,
 )
@@ -76,11 +80,13 @@ def _pointers(
 
 @triton.jit
 def _load_pixels(
-    rows, strides, exists, i, start, height, width,
+    rows, strides, added, exists, i, start, height, width,
     P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, EXTEND: tl.constexpr,
 ):  # fmt: skip
-    """The corners of the blocks of coefficient row i, zero outside the image; EXTEND replicates beyond an odd edge."""
+    """The corners of the blocks of coefficient row i, zero outside the image, and within it more by `added`, (P, 1).
+    EXTEND: nothing is added, and what is beyond an odd edge replicated.
+    """
     below = 2 * i + 1 < height
     if CHANNELS_LAST:
         down = multiple(strides[2], ALIGN)
@@ -95,9 +101,15 @@ def _load_pixels(
     for q in tl.static_range(V // 2):
         a, b = upper[2 * q].to(tl.float32), upper[2 * q + 1].to(tl.float32)
         c, d = lower[2 * q].to(tl.float32), lower[2 * q + 1].to(tl.float32)
+        column = start + V * tl.arange(0, L)[None, :] + 2 * q
+        right = column + 1 < width
         if EXTEND:
-            right = start + V * tl.arange(0, L)[None, :] + 2 * q + 1 < width
             a, b, c, d = replicate(a, b, c, d, below, right)
+        else:
+            inside = exists & (column >= 0) & (column < width)
+            even = tl.where(inside, added, 0.0)
+            odd = tl.where(inside & right, added, 0.0)
+            a, b, c, d = a + even, b + odd, c + tl.where(below, even, 0.0), d + tl.where(below, odd, 0.0)
         pa, pb, pc, pd = pa + (a,), pb + (b,), pc + (c,), pd + (d,)
     return pa + pb + pc + pd
 
@@ -124,12 +136,24 @@ def _sum_bands(row, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
+def _no_pixels(P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Zeros to which `_store_pixels` adds."""
+    if CHANNELS_LAST:
+        return tl.zeros((P, L), tl.float32)
+    else:
+        return tl.zeros((2 * P, L * V), tl.float32)
+
+
+@triton.jit
 def _store_pixels(
-    rows, strides, bands, filters, exists, i, start, height, width,
+    total, rows, strides, bands, filters, exists, i, start, height, width,
     P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Synthesise and write the pixels of coefficient row i; FOLD transposes the replication beyond an odd edge."""
+    """Synthesise and write the pixels of coefficient row i; FOLD transposes the replication beyond an odd edge.
+
+    Returns `total` plus the pixels written: (P, L) if CHANNELS_LAST, else (2 P, L * V), one below the other.
+    """
     r0, r1, c0, c1 = filters
     below = 2 * i + 1 < height
     upper, lower = (), ()
@@ -144,11 +168,15 @@ def _store_pixels(
         upper, lower = _sum_bands(upper, P, L, V), _sum_bands(lower, P, L, V)
         store_row(rows + 2 * i * down, strides[3], upper, exists, start, width, P, L, V, HALO, True)
         store_row(rows + (2 * i + 1) * down, strides[3], lower, exists & below, start, width, P, L, V, HALO, True)
+        total = add_pixels(total, upper, exists, start, width, L, V, HALO)
+        return add_pixels(total, lower, exists & below, start, width, L, V, HALO)
     else:
         both = tl.join(pack(upper, 4 * P, L, V), pack(lower, 4 * P, L, V))
         both = tl.permute(tl.sum(tl.reshape(both, (4, P, L * V, 2)), 0), (2, 0, 1))
         pointers, mask = _pointers(rows, strides, exists, i, start, height, width, P, L, V, HALO, ALIGN)
-        tl.store(pointers, tl.reshape(both, (2 * P, L * V)).to(rows.dtype.element_ty), mask=mask)
+        both = tl.reshape(both, (2 * P, L * V))
+        tl.store(pointers, both.to(rows.dtype.element_ty), mask=mask)
+        return total + tl.where(mask, both, 0.0)
 
 
 @triton.jit
@@ -184,22 +212,24 @@ def _store_tap_gradients(target, sums, filters, P: tl.constexpr):
 
 @triton.jit
 def wavelet_kernel(
-    x, x_strides, y, y_strides, weight, bias, in_low, in_high, out_low, out_high, size, numbers,
+    x, x_strides, added, y, y_strides, weight, bias, in_low, in_high, out_low, out_high, partials, size, numbers,
     K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ADJOINT: tl.constexpr,
 ):  # fmt: skip
-    """y = synthesis of the convolution of the analysis of x. ADJOINT: the gradient of x into y from that of y in x,
-    with the taps of synthesis first.
+    """y = synthesis of the convolution of the analysis of x; its sums over the pixels of each strip into `partials`
+    (unless None). ADJOINT: the gradient of x into y from that of y in x, with the taps of synthesis first; `added`
+    (unless None) is a part of the gradient of every pixel of a plane.
     """
     R: tl.constexpr = K // 2
     C: tl.constexpr = V // 2
-    image, strip, channel, _, start = position(size, numbers, P, L, V, HALO)
+    image, strip, channel, segment, start = position(size, numbers, P, L, V, HALO)
     batch, channels, height, width = size
     width = multiple(width, ALIGN)
     h = (height + 1) // 2
     alive = image < batch
     first = strip * numbers[1]
     last = tl.minimum(first + numbers[1], h)
+    of_sums = load_plane(added, image, channel, alive, channels, P)
     x += image * multiple(x_strides[0], ALIGN) + channel * multiple(x_strides[1], ALIGN)
     y += image * multiple(y_strides[0], ALIGN) + channel * multiple(y_strides[1], ALIGN)
     in_filters = _filters(in_low, in_high, P)
@@ -210,30 +240,38 @@ def wavelet_kernel(
     if not ADJOINT:
         offset += tl.load(bias + number, mask=_spread(alive, P, 1), other=0.0).to(tl.float32)
     sums = zeros((K - 1) * C, 4 * P, L)
+    total = _no_pixels(P, L, V, CHANNELS_LAST)
     for step in range(0, numbers[1] + 2 * R):
         i = first - R + step
         pixels = _load_pixels(
-            x, x_strides, alive & (i >= 0) & (i < h), i, start, height, width,
+            x, x_strides, of_sums, alive & (i >= 0) & (i < h), i, start, height, width,
             P, L, V, ALIGN, CHANNELS_LAST, not ADJOINT,
         )  # fmt: skip
         bands = extend(_analyse(pixels, in_filters, P, L, C), R, C, 4 * P, L)
         done, sums = convolve(sums, bands, weights, offset, K, C, ADJOINT)
         o = i - R
-        _store_pixels(
-            y, y_strides, done, out_filters, alive & (o >= first) & (o < last), o, start, height, width,
+        stored = _store_pixels(
+            total, y, y_strides, done, out_filters, alive & (o >= first) & (o < last), o, start, height, width,
             P, L, V, HALO, ALIGN, CHANNELS_LAST, ADJOINT,
         )  # fmt: skip
+        if partials is not None:
+            total = stored
+    if partials is not None:
+        if not CHANNELS_LAST:
+            total = tl.sum(tl.reshape(total, (2, P, L * V)), 0)
+        store_sums(partials, total, image, strip, channel, segment, alive, channels, numbers)
 
 
 @triton.jit
 def wavelet_backward_kernel(
-    grad, grad_strides, x, x_strides, out, out_strides, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi,
+    grad, grad_strides, grad_sums, x, x_strides, out, out_strides, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi,
     partials, tap_partials, size, numbers,
     K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x into `out` (unless None); of each strip those of weight and bias into `partials`; of each
-    program those of dec_lo, dec_hi, rec_lo, rec_hi into a column of `tap_partials` (8, programs).
+    program those of dec_lo, dec_hi, rec_lo, rec_hi into a column of `tap_partials` (8, programs). `grad_sums` (unless
+    None) is a part of the gradient of every pixel of a plane.
 
     At a step row i of x and row r = i - R of the gradient arrive; row r of the convolution and row m = r - R of its
     transpose are complete. The last 2 R rows of pixels of this program's own region are held for the latter.
@@ -260,8 +298,10 @@ def wavelet_backward_kernel(
     weights = load_weights(weight, number, every, K * K)
     nothing = tl.zeros((4 * P, L), tl.float32)
     offset = tl.load(bias + number, mask=every, other=0.0).to(tl.float32) + nothing
+    of_sums = load_plane(grad_sums, image, channel, alive, channels, P)
     sums = zeros((K - 1) * C, 4 * P, L)
-    grad_sums = zeros((K - 1) * C, 4 * P, L)
+    transposed_sums = zeros((K - 1) * C, 4 * P, L)
+    unsummed = _no_pixels(P, L, V, CHANNELS_LAST)
     held = zeros((K - 1) * 4 * C, P, L)
     weight_grads = zeros(K * K, 4 * P, L)
     bias_grad = nothing
@@ -272,17 +312,17 @@ def wavelet_backward_kernel(
         r = i - R
         m = r - R
         pixels = _load_pixels(
-            x, x_strides, alive & (i >= 0) & (i < h) & (i < last + R), i, start, height, width,
+            x, x_strides, of_sums, alive & (i >= 0) & (i < h) & (i < last + R), i, start, height, width,
             P, L, V, ALIGN, CHANNELS_LAST, True,
         )  # fmt: skip
         bands = extend(_analyse(pixels, dec, P, L, C), R, C, 4 * P, L)
         convolved, sums = convolve(sums, bands, weights, offset, K, C, False)
         grad_pixels = _load_pixels(
-            grad, grad_strides, alive & (r >= tl.maximum(first - R, 0)) & (r < h) & (r < last + R),
+            grad, grad_strides, of_sums, alive & (r >= tl.maximum(first - R, 0)) & (r < h) & (r < last + R),
             r, start, height, width, P, L, V, ALIGN, CHANNELS_LAST, False,
         )  # fmt: skip
         around = extend(_analyse(grad_pixels, rec, P, L, C), R, C, 4 * P, L)
-        transposed, grad_sums = convolve(grad_sums, around, weights, nothing, K, C, True)
+        transposed, transposed_sums = convolve(transposed_sums, around, weights, nothing, K, C, True)
 
         own_pixels = keep(grad_pixels, own & (r >= first) & (r < last), 4 * C)
         rec_grads = _add_products(rec_grads, convolved, own_pixels, P, L, C)
@@ -300,7 +340,7 @@ def wavelet_backward_kernel(
         held = held[4 * C :]
         if out is not None:
             _store_pixels(
-                out, out_strides, transposed, dec, alive & (m >= first) & (m < last), m, start, height, width,
+                unsummed, out, out_strides, transposed, dec, alive & (m >= first) & (m < last), m, start, height, width,
                 P, L, V, HALO, ALIGN, CHANNELS_LAST, True,
             )  # fmt: skip
     part = (segment * batch + image) * numbers[0] + strip
@@ -329,39 +369,55 @@ def _plan(x: Tensor, tensors: list[Tensor], radius: int) -> Plan:
     return plan(x, tensors, vector, halo=2 * radius, unit=2, reach=radius, bands=4, threads=threads)
 
 
-def _stream(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, taps: tuple[Tensor, ...], adjoint: bool) -> None:
+def _stream(
+    cut: Plan,
+    x: Tensor,
+    added: Tensor | None,
+    y: Tensor,
+    parameters: tuple[Tensor, ...],
+    partials: Tensor | None,
+    adjoint: bool,
+) -> None:
     """y = the wavelet branch of x, or its adjoint."""
-    kernel_size = weight.shape[-1]
-    cut = _plan(y, [x, y], kernel_size // 2)
     with torch.cuda.device_of(x):
         wavelet_kernel[(cut.programs,)](
-            x, x.stride(), y, y.stride(), weight.contiguous(), bias.contiguous(), *(t.contiguous() for t in taps),
-            tuple(y.shape), cut.numbers, K=kernel_size, ADJOINT=adjoint, **cut.constants,
+            x, x.stride(), added, y, y.stride(), *(p.contiguous() for p in parameters), partials, tuple(y.shape),
+            cut.numbers, K=parameters[0].shape[-1], ADJOINT=adjoint, **cut.constants,
         )  # fmt: skip
 
 
 def wavelet_mix(
-    x: Tensor, weight: Tensor, bias: Tensor, dec_lo: Tensor, dec_hi: Tensor, rec_lo: Tensor, rec_hi: Tensor
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dec_lo: Tensor,
+    dec_hi: Tensor,
+    rec_lo: Tensor,
+    rec_hi: Tensor,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor]:
     """Analysis, depthwise k x k convolution of the four sub-bands, synthesis; k = 3 or 5: `reference.wavelet_mix`.
 
     `x` is (B, C, H, W), float32, float16 or bfloat16, of any strides; `weight` is (4C, 1, k, k), and the parameters
     have any of these dtypes; arithmetic is fp32. A channels_last `x` gives a channels_last result, any other a
-    contiguous one.
+    contiguous one. The second result are the sums of the first over the pixels, (B, C) in fp32, empty unless needed.
 
     Raises:
         TypeError: `x` has another dtype.
         ValueError: `weight` has another size.
     """
-    _check(x, weight)
+    radius = _check(x, weight)
     y = empty(x, *x.shape)
+    cut = _plan(x, [x, y], radius)
+    partials = partial_sums(x, cut, need_sums)
     if x.numel():
-        _stream(x, y, weight, bias, (dec_lo, dec_hi, rec_lo, rec_hi), adjoint=False)
-    return y
+        _stream(cut, x, None, y, (weight, bias, dec_lo, dec_hi, rec_lo, rec_hi), partials, adjoint=False)
+    return y, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(2)
 
 
 def wavelet_mix_backward(
     grad: Tensor,
+    grad_sums: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -383,18 +439,20 @@ def wavelet_mix_backward(
     out = empty(x, *x.shape) if need_x else None
     parameters = (weight, bias, *taps)
     grads = parameter_gradients(x, parameters, need_params)
+    added = None if grad_sums is None else grad_sums.contiguous()
     if x.numel() and need_params:
         cut = _plan(x, [grad, x] if out is None else [grad, x, out], radius)
         partials = torch.empty((cut.parts, len(bias), (2 * radius + 1) ** 2 + 1), dtype=torch.float32, device=x.device)
         tap_partials = torch.empty((8, cut.programs), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             wavelet_backward_kernel[(cut.programs,)](
-                grad, grad.stride(), x, x.stride(), out, () if out is None else out.stride(),
+                grad, grad.stride(), added, x, x.stride(), out, () if out is None else out.stride(),
                 *(p.contiguous() for p in parameters), partials, tap_partials, tuple(x.shape), cut.numbers,
                 K=2 * radius + 1, **cut.constants,
             )  # fmt: skip
             sum_weights(partials, grads[0], grads[1])
             sum_taps(tap_partials, *grads[2:])
     elif x.numel() and out is not None:
-        _stream(grad, out, weight, bias, (rec_lo, rec_hi, dec_lo, dec_hi), adjoint=True)
+        cut = _plan(out, [grad, out], radius)
+        _stream(cut, grad, added, out, (weight, bias, rec_lo, rec_hi, dec_lo, dec_hi), None, adjoint=True)
     return (nothing if out is None else out, *grads)
