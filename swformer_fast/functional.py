@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers the operators)
+from . import ops
+from .backend import has_cpp
 from .reference.fourier import BatchNormState
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -169,27 +170,13 @@ def wavelet_mix(
 
     Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
-    return _wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, False)[0]
-
-
-def _wavelet_mix(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dec_lo: Tensor,
-    dec_hi: Tensor,
-    rec_lo: Tensor,
-    rec_hi: Tensor,
-    need_sums: bool,
-) -> tuple[Tensor, Tensor]:
-    """`wavelet_mix` and the sums of its result over the pixels, (B, C)."""
     _check_image("x", x)
     channels = 4 * x.shape[1]
     _check_parameter("weight", weight, (channels, 1, *_kernel("weight", weight)), x)
     _check_parameter("bias", bias, (channels,), x)
     for name, taps in (("dec_lo", dec_lo), ("dec_hi", dec_hi), ("rec_lo", rec_lo), ("rec_hi", rec_hi)):
         _check_parameter(name, taps, (2,), x)
-    return torch.ops.swformer_fast.wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, need_sums)
+    return torch.ops.swformer_fast.wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, False)[0]
 
 
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -209,15 +196,28 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Source: SWFormer (arXiv 2505.05504), spatial branch.
     """
-    return _depthwise_gelu(x, weight, bias, False)[0]
-
-
-def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, need_sums: bool) -> tuple[Tensor, Tensor]:
-    """`depthwise_gelu` and the sums of its result over the pixels, (B, C)."""
     _check_image("x", x)
     _check_parameter("weight", weight, (x.shape[1], 1, *_kernel("weight", weight)), x)
     _check_parameter("bias", bias, (x.shape[1],), x)
-    return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias, need_sums)
+    return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias, False)[0]
+
+
+def _local_branches(
+    x: Tensor, in_weight: Tensor, in_bias: Tensor, spatial: Sequence[Tensor], wavelet: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.local_branches`; without gradients in one pass, on the CPU, and the convolution's map never exists."""
+    _check_image("x", x)
+    channels = spatial[0].shape[0]
+    _check_parameter("in_weight", in_weight, (2 * channels, x.shape[1]), x)
+    _check_parameter("in_bias", in_bias, (2 * channels,), x)
+    for name, (weight, bias, *taps), wide in (("spatial", spatial, channels), ("wavelet", wavelet, 4 * channels)):
+        _check_parameter(f"{name} weight", weight, (wide, 1, *_kernel(f"{name} weight", weight)), x)
+        _check_parameter(f"{name} bias", bias, (wide,), x)
+        for tap in taps:
+            _check_parameter(f"{name} taps", tap, (2,), x)
+    alone = not torch.is_grad_enabled() and has_cpp(x.device.type)
+    op = torch.ops.swformer_fast.local_branches if alone else ops.local_branches
+    return op(x, in_weight, in_bias, *spatial, *wavelet)
 
 
 def fourier_mix(

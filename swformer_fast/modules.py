@@ -135,16 +135,12 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         first_weight, last_weight, last_bias = arguments[0].flatten(1), arguments[8].flatten(1), arguments[9]
         first_bias = torch.addmv(arguments[1], first_weight, bias[2 * dim :])
         first_weight = (first_weight @ weight[2 * dim :])[..., None, None]
-
-        def part(first: int) -> Tensor:
-            return op(x, None, None, weight[first : first + dim][None], bias[first : first + dim], None)
-
-        # One after the other, the one that needs most memory first: no two branches' inputs exist at a time.
+        # The branch that needs most memory first.
         arguments = (first_weight, first_bias, *arguments[2:8], None, None, *arguments[10:], True)
         frequencies = functional._fourier_mix(x, *arguments)
-        spatial = functional._depthwise_gelu(part(0), *self.spatial.arguments(), True)
-        wavelet = functional._wavelet_mix(part(dim), *self.wavelet.arguments(), True)
-        branches, sums = zip(spatial, wavelet, frequencies, strict=True)
+        local = self.spatial.arguments(), self.wavelet.arguments()
+        spatial, wavelet, *of_local = functional._local_branches(x, weight[: 2 * dim], bias[: 2 * dim], *local)
+        branches, sums = (spatial, wavelet, frequencies[0]), (*of_local, frequencies[1])
         w1, b1, w2, b2 = self.attention.arguments()
         means = [s / (x.shape[2] * x.shape[3]) for s in sums]
         means[2] = torch.addmm(last_bias, means[2], last_weight.t())

@@ -461,6 +461,46 @@ _define_differentiable(
     sums=True,
 )
 
+# mixer ----------------------------------------------------------------------------------------------------------------
+
+
+def local_branches(
+    x: Tensor, in_weight: Tensor, in_bias: Tensor, spatial_weight: Tensor, spatial_bias: Tensor, *wavelet: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The spatial and the wavelet branch of the halves of a 1x1 convolution of x, (2 * C, D): maps, then their sums."""
+    ops, channels = torch.ops.swformer_fast, spatial_weight.shape[0]
+
+    def half(first: int) -> Tensor:
+        part = slice(first, first + channels)
+        return ops.pointwise(x, None, None, in_weight[None, part], in_bias[part], None)
+
+    # One after the other: their inputs do not exist at a time.
+    spatial, spatial_sums = ops.depthwise_gelu(half(0), spatial_weight, spatial_bias, True)
+    mixed, wavelet_sums = ops.wavelet_mix(half(channels), *wavelet, True)
+    return spatial, mixed, spatial_sums, wavelet_sums
+
+
+def _local_branches_fake(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    channels, dtype = rest[0].shape[0], torch.float64 if x.dtype == torch.float64 else torch.float32
+    maps = (_empty(x, x.shape[0], channels, *x.shape[2:]) for _ in range(2))
+    return *maps, *(x.new_empty(x.shape[0], channels, dtype=dtype) for _ in range(2))
+
+
+def _local_branches_limits(backend: str, x: Tensor, *parameters: Tensor) -> str | None:
+    kernels = (_kernel_size_limits(backend, x, parameters[i]) for i in (2, 4))
+    return _pointwise_limits(backend, x) or next((reason for reason in kernels if reason), None)
+
+
+_define(
+    "local_branches(Tensor x, Tensor in_weight, Tensor in_bias, Tensor spatial_weight, Tensor spatial_bias,"
+    " Tensor wavelet_weight, Tensor wavelet_bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi)"
+    " -> (Tensor spatial, Tensor wavelet, Tensor spatial_sums, Tensor wavelet_sums)",
+    "mixer",
+    local_branches,
+    _local_branches_fake,
+    _local_branches_limits,
+)
+
 # ffn ------------------------------------------------------------------------------------------------------------------
 
 

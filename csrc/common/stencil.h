@@ -301,21 +301,26 @@ inline std::vector<A> read_plane_sums(const tensor::Tensor& x, const std::option
   return grad_sums ? tensor::read<A>(*grad_sums) : std::vector<A>(x.size(0) * x.size(1));
 }
 
+// f(k) with the kernel size as a type.
+template <class F>
+inline void specialise_kernel(int64_t k, F&& f) {
+  STD_TORCH_CHECK(k == 3 || k == 5, "expected a 3 x 3 or 5 x 5 kernel, got ", k, " x ", k);
+  if (k == 3)
+    f(std::integral_constant<int, 3>{});
+  else
+    f(std::integral_constant<int, 5>{});
+}
+
 // f(T*, channels_last, k) with the storage type, the layout and the kernel size as types.
 template <class F>
 inline void specialise(const tensor::Tensor& x, bool channels_last, int64_t k, F&& f) {
-  STD_TORCH_CHECK(k == 3 || k == 5, "expected a 3 x 3 or 5 x 5 kernel, got ", k, " x ", k);
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {
-    auto with_layout = [&](auto layout) {
-      if (k == 3)
-        f(tag, layout, std::integral_constant<int, 3>{});
+    specialise_kernel(k, [&](auto kernel) {
+      if (channels_last)
+        f(tag, std::true_type{}, kernel);
       else
-        f(tag, layout, std::integral_constant<int, 5>{});
-    };
-    if (channels_last)
-      with_layout(std::true_type{});
-    else
-      with_layout(std::false_type{});
+        f(tag, std::false_type{}, kernel);
+    });
   });
 }
 

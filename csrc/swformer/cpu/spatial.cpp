@@ -1,82 +1,32 @@
 // Depthwise k x k convolution and GELU in one pass over the rows, and their gradients, with nothing saved but the input.
-#include "gelu.h"
-#include "stencil.h"
+#include "spatial.h"
 
 namespace {
 
 using simd::Acc;
 using simd::Vec;
+using spatial::Parameters;
+using spatial::Problem;
+using spatial::start;
 using stencil::Line;
 using stencil::Padding;
 using stencil::Ring;
 using stencil::Task;
 using stencil::Tasks;
-using tensor::Strides;
 using tensor::Tensor;
-
-template <class T>
-struct Problem {
-  int64_t batch, channels, height, width;
-  const T* x;
-  Strides x_strides;
-  const T* grad = nullptr;
-  Strides grad_strides{};
-  std::vector<Acc<T>> grad_sums{};  // (B, C), part of the gradient of every pixel
-  T* out = nullptr;
-  Strides out_strides{};
-};
-
-template <class P>
-inline P* start(P* data, const Strides& strides, const Task& task) {
-  return data ? data + task.image * strides.b + task.channel * strides.c : nullptr;
-}
 
 // Returns, with kSums, the sums of the output over the pixels, (B, C).
 template <class T, bool kChannelsLast, int k, bool kSums>
-std::vector<double> forward(const Problem<T>& g, const std::vector<Acc<T>>& weight, const std::vector<Acc<T>>& bias) {
-  using A = Acc<T>;
-  using Lines = Line<T, kChannelsLast>;
-  constexpr int64_t kStep = Lines::kGroup, kDepth = k == 3 ? 4 : 8;
-  const Tasks tasks(g.batch, g.channels, g.height, Lines::kGroup);
-  const Padding<A> padding(Lines{g.width, 0, 0}.vectors(), kStep, k);
-  std::vector<double> partial(kSums ? tasks.size() * kStep : 0);
-
-  torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * kStep), [&](int64_t begin, int64_t end) {
-    A* memory = stencil::workspace<A>(padding.size(kDepth + 1)) + padding.margin;
-    const Ring<A, kDepth> rows{memory, memory + kDepth * padding.stride(), padding.stride(), g.height};
+std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
+  using F = spatial::Forward<T, kChannelsLast, k>;
+  const Tasks tasks(g.batch, g.channels, g.height, F::kStep);
+  std::vector<double> partial(kSums ? tasks.size() * F::kStep : 0);
+  torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
+    Acc<T>* memory = stencil::workspace<Acc<T>>(F::size(g.width));
     for (int64_t index = begin; index < end; ++index) {
       const Task task = tasks[index];
-      const Lines in{g.width, g.x_strides.w, task.lanes}, out{g.width, g.out_strides.w, task.lanes};
-      const T* x = start(g.x, g.x_strides, task);
-      T* y = start(g.out, g.out_strides, task);
-      Vec<A> w[k * k];
-      for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(weight, task, k * k, t);
-      const Vec<A> b = stencil::per_channel<kChannelsLast>(bias, task, 1, 0);
-      stencil::Sums<A, 1> sums;
-      int64_t loaded = std::max<int64_t>(0, task.begin - k / 2);
-      stencil::by_pairs(task.begin, task.end, [&](auto count, int64_t i) {
-        constexpr int kRows = count;
-        for (; loaded < std::min(g.height, i + kRows + k / 2); ++loaded)
-          stencil::load_row(in, x + loaded * g.x_strides.h, rows.slot(loaded));
-        const A* around[kRows + k - 1];
-        for (int r = 0; r < kRows + k - 1; ++r) around[r] = rows.row(i + r - k / 2);
-        Vec<A> run = sums.run[0];
-        stencil::convolve<k, kRows, kStep>(
-            around, w, b, out.whole(), out.vectors(), [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
-              for (int o = 0; o < kRows; ++o) {
-                const Vec<A> value = simd::gelu(z[o]);
-                out.store(y + (i + o) * g.out_strides.h, v, value, whole);
-                if (kSums) run += whole ? value : stencil::first_lanes<A>(value, out.count(v));
-              }
-            });
-        if (kSums) {
-          sums.run[0] = run;
-          sums.count(out.vectors() * kRows);
-        }
-      });
-      if (!kSums) continue;
-      sums.flush();
-      for (int lane = 0; lane < task.lanes; ++lane) partial[index * kStep + lane] = kChannelsLast ? sums.lane(0, lane) : sums.sum(0);
+      F(memory, g, task).template run<kSums>(
+          g, p, task, task.begin, task.end, std::min(g.height, task.end + k / 2), kSums ? &partial[index * F::kStep] : nullptr);
     }
   });
   return kSums ? tasks.by_plane(partial) : std::vector<double>();
@@ -185,8 +135,8 @@ std::tuple<Tensor, Tensor> depthwise_gelu(const Tensor& x, const Tensor& weight,
     Problem<T> g{x.size(0), x.size(1), x.size(2), x.size(3), static_cast<const T*>(dense.const_data_ptr()), tensor::strides_of(dense)};
     g.out = static_cast<T*>(y.mutable_data_ptr());
     g.out_strides = tensor::strides_of(y);
-    const auto w = tensor::read<Acc<T>>(weight), b = tensor::read<Acc<T>>(bias);
-    sums = need_sums ? forward<T, layout, k, true>(g, w, b) : forward<T, layout, k, false>(g, w, b);
+    const Parameters<Acc<T>> p{tensor::read<Acc<T>>(weight), tensor::read<Acc<T>>(bias)};
+    sums = need_sums ? forward<T, layout, k, true>(g, p) : forward<T, layout, k, false>(g, p);
   });
   return {y, stencil::plane_sums(x, need_sums, sums)};
 }

@@ -1,0 +1,99 @@
+// Depthwise k x k convolution and GELU: the forward pass over the rows of one channel (or one vector of channels).
+#pragma once
+
+#include "gelu.h"
+#include "stencil.h"
+
+namespace spatial {
+
+using simd::Acc;
+using simd::Vec;
+using stencil::Line;
+using stencil::Padding;
+using stencil::Ring;
+using stencil::Task;
+using tensor::Strides;
+
+template <class T>
+struct Problem {
+  int64_t batch, channels, height, width;
+  const T* x;
+  Strides x_strides;
+  const T* grad = nullptr;
+  Strides grad_strides{};
+  std::vector<Acc<T>> grad_sums{};  // (B, C), part of the gradient of every pixel
+  T* out = nullptr;
+  Strides out_strides{};
+};
+
+template <class P>
+inline P* start(P* data, const Strides& strides, const Task& task) {
+  return data ? data + task.image * strides.b + task.channel * strides.c : nullptr;
+}
+
+template <class A>
+struct Parameters {
+  std::vector<A> weight, bias;
+};
+
+// A task's ring of rows. Its output may come in several runs, each of the rows that follow the last run's.
+template <class T, bool kChannelsLast, int k>
+class Forward {
+ public:
+  using A = Acc<T>;
+  using Lines = Line<T, kChannelsLast>;
+  static constexpr int64_t kStep = Lines::kGroup, kDepth = k == 3 ? 4 : 8;
+
+  static Padding<A> padding(int64_t width) { return Padding<A>(Lines{width, 0, 0}.vectors(), kStep, k); }
+  // Elements of the memory of a ring, which must hold zeros.
+  static int64_t size(int64_t width) { return padding(width).size(kDepth + 1); }
+
+  Forward(A* memory, const Problem<T>& g, const Task& task) : loaded_(std::max<int64_t>(0, task.begin - k / 2)) {
+    const Padding<A> p = padding(g.width);
+    rows_ = {memory + p.margin, memory + p.margin + kDepth * p.stride(), p.stride(), g.height};
+  }
+
+  // Output rows [begin, end), from the rows of x up to `available`. With kSums, adds their sums to those of the task's channels.
+  template <bool kSums>
+  void run(const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available, double* totals) {
+    const Lines in{g.width, g.x_strides.w, task.lanes}, out{g.width, g.out_strides.w, task.lanes};
+    const T* x = start(g.x, g.x_strides, task);
+    T* y = start(g.out, g.out_strides, task);
+    Vec<A> w[k * k];
+    for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(p.weight, task, k * k, t);
+    const Vec<A> b = stencil::per_channel<kChannelsLast>(p.bias, task, 1, 0);
+    stencil::Sums<A, 1> sums;
+    auto load_to = [&](int64_t row) {
+      for (; loaded_ < std::min(available, row); ++loaded_) stencil::load_row(in, x + loaded_ * g.x_strides.h, rows_.slot(loaded_));
+    };
+    stencil::by_pairs(begin, end, [&](auto count, int64_t i) {
+      constexpr int kRows = count;
+      load_to(i + kRows + k / 2);
+      const A* around[kRows + k - 1];
+      for (int r = 0; r < kRows + k - 1; ++r) around[r] = rows_.row(i + r - k / 2);
+      Vec<A> run = sums.run[0];
+      stencil::convolve<k, kRows, kStep>(
+          around, w, b, out.whole(), out.vectors(), [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
+            for (int o = 0; o < kRows; ++o) {
+              const Vec<A> value = simd::gelu(z[o]);
+              out.store(y + (i + o) * g.out_strides.h, v, value, whole);
+              if (kSums) run += whole ? value : stencil::first_lanes<A>(value, out.count(v));
+            }
+          });
+      if (kSums) {
+        sums.run[0] = run;
+        sums.count(out.vectors() * kRows);
+      }
+    });
+    load_to(available);
+    if (!kSums) return;
+    sums.flush();
+    for (int lane = 0; lane < task.lanes; ++lane) totals[lane] += kChannelsLast ? sums.lane(0, lane) : sums.sum(0);
+  }
+
+ private:
+  Ring<A, kDepth> rows_;
+  int64_t loaded_;
+};
+
+}  // namespace spatial
