@@ -487,6 +487,8 @@ def _local_branches_fake(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: T
 
 
 def _local_branches_limits(backend: str, x: Tensor, *parameters: Tensor) -> str | None:
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"the kernel takes float32 and float64, not {x.dtype}"
     kernels = (_kernel_size_limits(backend, x, parameters[i]) for i in (2, 4))
     return _pointwise_limits(backend, x) or next((reason for reason in kernels if reason), None)
 

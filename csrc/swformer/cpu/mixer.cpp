@@ -7,7 +7,6 @@
 
 namespace {
 
-using simd::Acc;
 using stencil::Task;
 using tensor::Tensor;
 
@@ -18,12 +17,11 @@ constexpr int64_t kWanted = 16, kFewestRows = 32;   // tasks; rows of blocks of 
 template <class T, int ks, int kw>
 class LocalBranches {
  public:
-  using A = Acc<T>;
   using Spatial = spatial::Forward<T, false, ks>;
   using Wavelet = wavelet::Forward<T, false, kw>;
 
   LocalBranches(
-      const Tensor& x, std::vector<A> weight, std::vector<A> bias, spatial::Parameters<A> spatial, wavelet::Parameters<A> wavelet,
+      const Tensor& x, std::vector<T> weight, std::vector<T> bias, spatial::Parameters<T> spatial, wavelet::Parameters<T> wavelet,
       const Tensor& spatial_out, const Tensor& wavelet_out)
       : batch_(x.size(0)), inputs_(x.size(1)), channels_(spatial_out.size(1)), height_(x.size(2)), width_(x.size(3)),
         x_(static_cast<const T*>(x.const_data_ptr())), panels_(gemm::packed_size(2 * channels_, inputs_)), bias_(std::move(bias)),
@@ -56,15 +54,15 @@ class LocalBranches {
   int64_t block_rows() const { return (height_ + 1) / 2; }
 
   // Rows [row, row + count) of the 1x1 convolution: channel c at maps + c * pitch.
-  void convolve(int64_t image, int64_t row, int64_t count, T* maps, int64_t pitch, A* gathered) const {
+  void convolve(int64_t image, int64_t row, int64_t count, T* maps, int64_t pitch, T* gathered) const {
     const int64_t pixels = height_ * width_, end = count * width_;
     for (int64_t first = 0; first < end; first += kTile) {
       const int64_t n = std::min(kTile, end - first);
       for (int64_t c = 0; c < inputs_; ++c) {
         const T* in = x_ + (image * inputs_ + c) * pixels + row * width_ + first;
-        A* to = gathered + c * kTile;
+        T* to = gathered + c * kTile;
         int64_t i = 0;
-        for (; i + simd::kLanes<A> <= n; i += simd::kLanes<A>) simd::store(to + i, simd::load(in + i));
+        for (; i + simd::kLanes<T> <= n; i += simd::kLanes<T>) simd::store(to + i, simd::load(in + i));
         if (i < n) simd::store(to + i, simd::load_partial(in + i, static_cast<int>(n - i)));
       }
       gemm::multiply(
@@ -75,9 +73,9 @@ class LocalBranches {
 #pragma GCC unroll 8
             for (int i = 0; i < gemm::kRows; ++i, out += pitch) {
               if (e + i >= 2 * channels_) break;
-              const A b = bias_[e + i];
+              const T b = bias_[e + i];
 #pragma GCC unroll 3
-              for (int v = 0; v < vectors; ++v) simd::store(out + v * simd::kLanes<A>, sum[i][v] + b);
+              for (int v = 0; v < vectors; ++v) simd::store(out + v * simd::kLanes<T>, sum[i][v] + b);
             }
           });
     }
@@ -90,18 +88,18 @@ class LocalBranches {
     const int64_t first = std::max<int64_t>(0, 2 * begin - halo), last = std::min(height_, 2 * end + halo);
     const int64_t row_bytes = 2 * channels_ * width_ * static_cast<int64_t>(sizeof(T));
     const int64_t rows = std::clamp<int64_t>(kStripBytes / row_bytes / 2 * 2, 2, last - first + 1);
-    const int64_t pitch = gemm::round_up(rows * width_, 16) + gemm::kVectors * simd::kLanes<A>;
+    const int64_t pitch = gemm::round_up(rows * width_, 16) + gemm::kVectors * simd::kLanes<T>;
 
     workspace::Frame frame;
     T* maps = frame.take<T>(2 * channels_ * pitch);
-    A* gathered = frame.take<A>(inputs_ * kTile);
-    A* mixed = frame.zeros<A>(Wavelet::run_size(width_));
+    T* gathered = frame.take<T>(inputs_ * kTile);
+    T* mixed = frame.zeros<T>(Wavelet::run_size(width_));
     std::vector<Spatial> spatial;
     std::vector<Wavelet> wavelet;
     auto task = [&](int64_t c, int64_t from, int64_t to) { return Task{image, c, c, 1, from, to}; };
     for (int64_t c = 0; c < channels_; ++c) {
-      spatial.emplace_back(frame.zeros<A>(Spatial::size(width_)), spatial_, task(c, 2 * begin, std::min(height_, 2 * end)));
-      wavelet.emplace_back(frame.zeros<A>(Wavelet::size(width_)), wavelet_, task(c, begin, end));
+      spatial.emplace_back(frame.zeros<T>(Spatial::size(width_)), spatial_, task(c, 2 * begin, std::min(height_, 2 * end)));
+      wavelet.emplace_back(frame.zeros<T>(Wavelet::size(width_)), wavelet_, task(c, begin, end));
     }
 
     spatial::Problem<T> of_spatial = spatial_;
@@ -129,9 +127,9 @@ class LocalBranches {
 
   int64_t batch_, inputs_, channels_, height_, width_, ranges_;
   const T* x_;
-  std::vector<A> panels_, bias_;
-  spatial::Parameters<A> spatial_parameters_;
-  wavelet::Parameters<A> wavelet_parameters_;
+  std::vector<T> panels_, bias_;
+  spatial::Parameters<T> spatial_parameters_;
+  wavelet::Parameters<T> wavelet_parameters_;
   spatial::Problem<T> spatial_;
   wavelet::Problem<T> wavelet_;
 };
@@ -145,21 +143,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
   const std::vector<int64_t> size{batch, channels, x.size(2), x.size(3)};
   Tensor spatial = tensor::empty(x, size), wavelet = tensor::empty(x, size);
   std::vector<double> sums;
-  auto run = [&](auto* tag, auto ks, auto kw) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    using A = Acc<T>;
-    const LocalBranches<T, ks, kw> branches(
-        dense, tensor::read<A>(in_weight), tensor::read<A>(in_bias), {tensor::read<A>(spatial_weight), tensor::read<A>(spatial_bias)},
-        {tensor::read<A>(wavelet_weight), tensor::read<A>(wavelet_bias), {dec_lo, dec_hi}, {rec_lo, rec_hi}}, spatial, wavelet);
-    sums = branches.run();
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    stencil::specialise_kernel(spatial_weight.size(3), [&](auto ks) {
+      stencil::specialise_kernel(wavelet_weight.size(3), [&](auto kw) {
+        const LocalBranches<T, ks, kw> branches(
+            dense, tensor::read<T>(in_weight), tensor::read<T>(in_bias), {tensor::read<T>(spatial_weight), tensor::read<T>(spatial_bias)},
+            {tensor::read<T>(wavelet_weight), tensor::read<T>(wavelet_bias), {dec_lo, dec_hi}, {rec_lo, rec_hi}}, spatial, wavelet);
+        sums = branches.run();
+      });
+    });
   };
-  stencil::specialise(x, false, spatial_weight.size(3), [&](auto* tag, auto, auto ks) {
-    stencil::specialise_kernel(wavelet_weight.size(3), [&](auto kw) { run(tag, ks, kw); });
-  });
+  const bool wide = x.scalar_type() == tensor::ScalarType::Double;
+  STD_TORCH_CHECK(wide || x.scalar_type() == tensor::ScalarType::Float, "local_branches takes float32 and float64");
+  wide ? run(double{}) : run(float{});
   const double* values = sums.data();
-  auto result = [&](const double* of) {
-    return tensor::write(x, {batch, channels}, x.scalar_type() == tensor::ScalarType::Double ? x.scalar_type() : tensor::ScalarType::Float, of);
-  };
+  auto result = [&](const double* of) { return tensor::write(x, {batch, channels}, x.scalar_type(), of); };
   return {spatial, wavelet, result(values), result(values + batch * channels)};
 }
 
