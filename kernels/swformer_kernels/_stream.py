@@ -194,6 +194,17 @@ def add_pixels(total, row, exists, start, width, L: tl.constexpr, V: tl.constexp
 
 
 @triton.jit
+def add_inside(row, value, exists, start, width, L: tl.constexpr, V: tl.constexpr):
+    """A row in fp32 plus `value`, (P, 1), within the image, and zero beyond."""
+    result = ()
+    for v in tl.static_range(V):
+        column = start + v + V * tl.arange(0, L)[None, :]
+        mask = exists & (column >= 0) & (column < width)
+        result = result + (tl.where(mask, row[v].to(tl.float32) + value, 0.0),)
+    return result
+
+
+@triton.jit
 def store_sums(partials, total, image, strip, channel, segment, alive, channels, numbers):
     """Write each strip's sum of `total` to its place among those of its plane."""
     part = (image * channels + channel) * (numbers[0] * numbers[2]) + segment * numbers[0] + strip

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_taps, sum_weights
 from ._stream import (
     Plan,
-    add_pixels,
+    add_inside,
     convolve,
     correlate,
     extend,
@@ -97,19 +97,16 @@ def _load_pixels(
         both = tl.reshape(tl.load(pointers, mask=mask, other=0.0), (2, P, L * V))
         both0, both1 = tl.split(tl.permute(both, (1, 2, 0)))
         upper, lower = unpack(both0, P, L, V), unpack(both1, P, L, V)
+    if not EXTEND:
+        upper = add_inside(upper, added, exists, start, width, L, V)
+        lower = add_inside(lower, added, exists & below, start, width, L, V)
     pa, pb, pc, pd = (), (), (), ()
     for q in tl.static_range(V // 2):
         a, b = upper[2 * q].to(tl.float32), upper[2 * q + 1].to(tl.float32)
         c, d = lower[2 * q].to(tl.float32), lower[2 * q + 1].to(tl.float32)
-        column = start + V * tl.arange(0, L)[None, :] + 2 * q
-        right = column + 1 < width
         if EXTEND:
+            right = start + V * tl.arange(0, L)[None, :] + 2 * q + 1 < width
             a, b, c, d = replicate(a, b, c, d, below, right)
-        else:
-            inside = exists & (column >= 0) & (column < width)
-            even = tl.where(inside, added, 0.0)
-            odd = tl.where(inside & right, added, 0.0)
-            a, b, c, d = a + even, b + odd, c + tl.where(below, even, 0.0), d + tl.where(below, odd, 0.0)
         pa, pb, pc, pd = pa + (a,), pb + (b,), pc + (c,), pd + (d,)
     return pa + pb + pc + pd
 
@@ -136,24 +133,12 @@ def _sum_bands(row, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _no_pixels(P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Zeros to which `_store_pixels` adds."""
-    if CHANNELS_LAST:
-        return tl.zeros((P, L), tl.float32)
-    else:
-        return tl.zeros((2 * P, L * V), tl.float32)
-
-
-@triton.jit
 def _store_pixels(
-    total, rows, strides, bands, filters, exists, i, start, height, width,
+    rows, strides, bands, filters, exists, i, start, height, width,
     P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Synthesise and write the pixels of coefficient row i; FOLD transposes the replication beyond an odd edge.
-
-    Returns `total` plus the pixels written: (P, L) if CHANNELS_LAST, else (2 P, L * V), one below the other.
-    """
+    """Synthesise and write the pixels of coefficient row i; FOLD transposes the replication beyond an odd edge."""
     r0, r1, c0, c1 = filters
     below = 2 * i + 1 < height
     upper, lower = (), ()
@@ -168,15 +153,28 @@ def _store_pixels(
         upper, lower = _sum_bands(upper, P, L, V), _sum_bands(lower, P, L, V)
         store_row(rows + 2 * i * down, strides[3], upper, exists, start, width, P, L, V, HALO, True)
         store_row(rows + (2 * i + 1) * down, strides[3], lower, exists & below, start, width, P, L, V, HALO, True)
-        total = add_pixels(total, upper, exists, start, width, L, V, HALO)
-        return add_pixels(total, lower, exists & below, start, width, L, V, HALO)
     else:
         both = tl.join(pack(upper, 4 * P, L, V), pack(lower, 4 * P, L, V))
         both = tl.permute(tl.sum(tl.reshape(both, (4, P, L * V, 2)), 0), (2, 0, 1))
         pointers, mask = _pointers(rows, strides, exists, i, start, height, width, P, L, V, HALO, ALIGN)
-        both = tl.reshape(both, (2 * P, L * V))
-        tl.store(pointers, both.to(rows.dtype.element_ty), mask=mask)
-        return total + tl.where(mask, both, 0.0)
+        tl.store(pointers, tl.reshape(both, (2 * P, L * V)).to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_blocks(
+    total, bands, filters, exists, i, start, height, width,
+    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+):  # fmt: skip
+    """Add to `total`, (4 P, L), what the coefficients give to the sum of the pixels that `_store_pixels` writes."""
+    r0, r1, c0, c1 = filters
+    rows = r0 + tl.where(_spread(2 * i + 1 < height, P, 1), r1, 0.0)
+    place = V * tl.arange(0, L)[None, :]
+    own = _spread(exists, P, 1) & (place >= HALO) & (place < L * V - HALO)
+    for q in tl.static_range(V // 2):
+        column = start + place + 2 * q
+        weight = rows * (c0 + tl.where(column + 1 < width, c1, 0.0))
+        total += tl.where(own & (column < width), weight * bands[q], 0.0)
+    return total
 
 
 @triton.jit
@@ -240,7 +238,7 @@ def wavelet_kernel(
     if not ADJOINT:
         offset += tl.load(bias + number, mask=_spread(alive, P, 1), other=0.0).to(tl.float32)
     sums = zeros((K - 1) * C, 4 * P, L)
-    total = _no_pixels(P, L, V, CHANNELS_LAST)
+    total = tl.zeros((4 * P, L), tl.float32)
     for step in range(0, numbers[1] + 2 * R):
         i = first - R + step
         pixels = _load_pixels(
@@ -250,15 +248,15 @@ def wavelet_kernel(
         bands = extend(_analyse(pixels, in_filters, P, L, C), R, C, 4 * P, L)
         done, sums = convolve(sums, bands, weights, offset, K, C, ADJOINT)
         o = i - R
-        stored = _store_pixels(
-            total, y, y_strides, done, out_filters, alive & (o >= first) & (o < last), o, start, height, width,
+        exists = alive & (o >= first) & (o < last)
+        _store_pixels(
+            y, y_strides, done, out_filters, exists, o, start, height, width,
             P, L, V, HALO, ALIGN, CHANNELS_LAST, ADJOINT,
         )  # fmt: skip
         if partials is not None:
-            total = stored
+            total = _add_blocks(total, done, out_filters, exists, o, start, height, width, P, L, V, HALO)
     if partials is not None:
-        if not CHANNELS_LAST:
-            total = tl.sum(tl.reshape(total, (2, P, L * V)), 0)
+        total = tl.sum(tl.reshape(total, (4, P, L)), 0)
         store_sums(partials, total, image, strip, channel, segment, alive, channels, numbers)
 
 
@@ -301,7 +299,6 @@ def wavelet_backward_kernel(
     of_sums = load_plane(grad_sums, image, channel, alive, channels, P)
     sums = zeros((K - 1) * C, 4 * P, L)
     transposed_sums = zeros((K - 1) * C, 4 * P, L)
-    unsummed = _no_pixels(P, L, V, CHANNELS_LAST)
     held = zeros((K - 1) * 4 * C, P, L)
     weight_grads = zeros(K * K, 4 * P, L)
     bias_grad = nothing
@@ -340,7 +337,7 @@ def wavelet_backward_kernel(
         held = held[4 * C :]
         if out is not None:
             _store_pixels(
-                unsummed, out, out_strides, transposed, dec, alive & (m >= first) & (m < last), m, start, height, width,
+                out, out_strides, transposed, dec, alive & (m >= first) & (m < last), m, start, height, width,
                 P, L, V, HALO, ALIGN, CHANNELS_LAST, True,
             )  # fmt: skip
     part = (segment * batch + image) * numbers[0] + strip
