@@ -70,10 +70,13 @@ def stages(shape: tuple[int, ...]) -> Work:
     def compose() -> Tensor:
         return _fourier.compose(1e-5, math.sqrt(height * width), 1, _fourier.in_fp32(parameters))[0]
 
-    spectrum, matrix, out_matrix = _fourier.spectrum(x), compose(), out_weight.flatten(1).contiguous()
-    mixed = kernels.spectrum_mix(spectrum, matrix, out_matrix, width)
+    spectrum, matrix, out_matrix = kernels.rfft2(x), compose(), out_weight.flatten(1).contiguous()
 
-    frequencies = spectrum.shape[0] * spectrum.shape[2] * spectrum.shape[3]
+    def mix() -> Tensor:
+        return kernels.spectrum_mix(spectrum, matrix, out_matrix, height, width)
+
+    mixed, frequencies = mix(), shape[0] * height * (width // 2 + 1)
+    complex_spectrum = torch.fft.rfft2(torch.randn(shape))
     columns, products = torch.randn(matrix.shape[1], frequencies), torch.randn(out_matrix.shape[1], 2 * frequencies)
 
     def part(run: Callable[[], Any], note: str) -> Variant:
@@ -87,10 +90,14 @@ def stages(shape: tuple[int, ...]) -> Work:
         {
             "branch": part(lambda: sf.functional.fourier_mix(x, *arguments), "all stages"),
             "compose": part(compose, "parameters to one matrix"),
-            "rfft2": part(lambda: _fourier.spectrum(x, kernels), "transform"),
-            "mix": part(lambda: kernels.spectrum_mix(spectrum, matrix, out_matrix, width), "matrix, gate, last conv"),
+            "rfft2": part(lambda: kernels.rfft2(x), "transform"),
+            "torch.fft.rfft2": part(lambda: torch.fft.rfft2(x, norm="ortho"), "PyTorch's"),
+            "mix": part(mix, "matrix, gate, last conv"),
             "products": part(lambda: (matrix @ columns, out_matrix @ products), "mix's matrix products by sgemm alone"),
-            "irfft2": part(lambda: _fourier.image(kernels, mixed, out_bias, x, shape[1]), "packed inverse transform"),
+            "irfft2": part(lambda: kernels.irfft2(mixed, out_bias, x), "inverse transform"),
+            "torch.fft.irfft2": part(
+                lambda: torch.fft.irfft2(complex_spectrum, s=(height, width), norm="ortho"), "PyTorch's"
+            ),
         }
     )
 
