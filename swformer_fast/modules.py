@@ -130,16 +130,16 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         convolution; its last one, attention and `scale` go into the weights of `conv_out`.
         """
         op, dim = torch.ops.swformer_fast.pointwise, self.conv_in.in_channels
-        weight = weight.flatten(1)
+        (local_weight, weight), (local_bias, bias) = (t.split((2 * dim, dim)) for t in (weight.flatten(1), bias))
         arguments = self.fourier.arguments()
         first_weight, last_weight, last_bias = arguments[0].flatten(1), arguments[8].flatten(1), arguments[9]
-        first_bias = torch.addmv(arguments[1], first_weight, bias[2 * dim :])
-        first_weight = (first_weight @ weight[2 * dim :])[..., None, None]
+        first_bias = torch.addmv(arguments[1], first_weight, bias)
+        first_weight = (first_weight @ weight)[..., None, None]
         # The branch that needs most memory first.
         arguments = (first_weight, first_bias, *arguments[2:8], None, None, *arguments[10:], True)
         frequencies = functional._fourier_mix(x, *arguments)
         local = self.spatial.arguments(), self.wavelet.arguments()
-        spatial, wavelet, *of_local = functional._local_branches(x, weight[: 2 * dim], bias[: 2 * dim], *local)
+        spatial, wavelet, *of_local = functional._local_branches(x, local_weight, local_bias, *local)
         branches, sums = (spatial, wavelet, frequencies[0]), (*of_local, frequencies[1])
         w1, b1, w2, b2 = self.attention.arguments()
         means = [s / (x.shape[2] * x.shape[3]) for s in sums]

@@ -468,15 +468,15 @@ def local_branches(
     x: Tensor, in_weight: Tensor, in_bias: Tensor, spatial_weight: Tensor, spatial_bias: Tensor, *wavelet: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The spatial and the wavelet branch of the halves of a 1x1 convolution of x, (2 * C, D): maps, then their sums."""
-    ops, channels = torch.ops.swformer_fast, spatial_weight.shape[0]
+    ops = torch.ops.swformer_fast
+    weights, biases = in_weight[None].chunk(2, 1), in_bias.chunk(2)
 
-    def half(first: int) -> Tensor:
-        part = slice(first, first + channels)
-        return ops.pointwise(x, None, None, in_weight[None, part], in_bias[part], None)
+    def half(i: int) -> Tensor:
+        return ops.pointwise(x, None, None, weights[i], biases[i], None)
 
     # One after the other: their inputs do not exist at a time.
     spatial, spatial_sums = ops.depthwise_gelu(half(0), spatial_weight, spatial_bias, True)
-    mixed, wavelet_sums = ops.wavelet_mix(half(channels), *wavelet, True)
+    mixed, wavelet_sums = ops.wavelet_mix(half(1), *wavelet, True)
     return spatial, mixed, spatial_sums, wavelet_sums
 
 

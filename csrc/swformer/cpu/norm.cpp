@@ -40,11 +40,20 @@ Moments run_moments(const T* x, int64_t count) {
   double total = simd::sum_of_lanes(sum[0] + sum[1]);
   for (int64_t i = whole; i < count; ++i) total += static_cast<A>(x[i]);
   const A mean = static_cast<A>(total / count);
-  pairs([&](int k, simd::Vec<A> v) __attribute__((always_inline)) { squares[k] += (v - mean) * (v - mean); });
-  double centred = simd::sum_of_lanes(squares[0] + squares[1]);
-  for (int64_t i = whole; i < count; ++i) centred += (static_cast<A>(x[i]) - mean) * (static_cast<A>(x[i]) - mean);
-  const double off = total / count - mean;  // `mean` is rounded
-  return {static_cast<double>(count), total / count, std::max(0.0, centred - count * off * off)};
+  simd::Vec<A> rest[2] = {};  // sums of the differences: of numbers far from zero the first sum is a rough one
+  pairs([&](int k, simd::Vec<A> v) __attribute__((always_inline)) {
+    const simd::Vec<A> difference = v - mean;
+    rest[k] += difference;
+    squares[k] += difference * difference;
+  });
+  double off = simd::sum_of_lanes(rest[0] + rest[1]), centred = simd::sum_of_lanes(squares[0] + squares[1]);
+  for (int64_t i = whole; i < count; ++i) {
+    const A difference = static_cast<A>(x[i]) - mean;
+    off += difference;
+    centred += difference * difference;
+  }
+  off /= static_cast<double>(count);
+  return {static_cast<double>(count), mean + off, std::max(0.0, centred - static_cast<double>(count) * off * off)};
 }
 
 std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
