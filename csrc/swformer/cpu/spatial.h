@@ -63,14 +63,16 @@ class Forward {
     for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(p.weight, task, k * k, t);
     const Vec<A> b = stencil::per_channel<kChannelsLast>(p.bias, task, 1, 0);
     stencil::Sums<A, 1> sums;
+    const Ring<A, kDepth> rows = rows_;  // a local copy that no store can alias stays in registers
+    int64_t loaded = loaded_;
     auto load_to = [&](int64_t row) {
-      for (; loaded_ < std::min(available, row); ++loaded_) stencil::load_row(in, x + loaded_ * g.x_strides.h, rows_.slot(loaded_));
+      for (; loaded < std::min(available, row); ++loaded) stencil::load_row(in, x + loaded * g.x_strides.h, rows.slot(loaded));
     };
     stencil::by_pairs(begin, end, [&](auto count, int64_t i) {
       constexpr int kRows = count;
       load_to(i + kRows + k / 2);
       const A* around[kRows + k - 1];
-      for (int r = 0; r < kRows + k - 1; ++r) around[r] = rows_.row(i + r - k / 2);
+      for (int r = 0; r < kRows + k - 1; ++r) around[r] = rows.row(i + r - k / 2);
       Vec<A> run = sums.run[0];
       stencil::convolve<k, kRows, kStep>(
           around, w, b, out.whole(), out.vectors(), [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
@@ -86,6 +88,7 @@ class Forward {
       }
     });
     load_to(available);
+    loaded_ = loaded;
     if (!kSums) return;
     sums.flush();
     for (int lane = 0; lane < task.lanes; ++lane) totals[lane] += kChannelsLast ? sums.lane(0, lane) : sums.sum(0);

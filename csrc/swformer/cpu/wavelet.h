@@ -212,18 +212,20 @@ class Forward {
     const T* x = start(g.x, g.x_strides, task);
     T* y = start(g.out, g.out_strides, task);
     const int64_t stride = padding(g.width).stride();
+    const Bands<A, kDepth> bands = bands_;  // a local copy that no store can alias stays in registers
+    int64_t loaded = loaded_;
     Vec<A> weight[kBands][k * k], bias[kBands];
     read_weights<kChannelsLast, k>(p, g.channels, task, weight, bias);
     stencil::Sums<A, 1> sums;
     auto load_to = [&](int64_t row) {
-      for (; loaded_ < std::min(available, row); ++loaded_) analyse_row<true>(in, x, loaded_, p.dec, bands_);
+      for (; loaded < std::min(available, row); ++loaded) analyse_row<true>(in, x, loaded, p.dec, bands);
     };
     stencil::by_pairs(begin, end, [&](auto count, int64_t i) {
       constexpr int kRows = count;
       load_to(i + kRows + k / 2);
       for (int q = 0; q < kBands; ++q) {
         const A* around[kRows + k - 1];
-        bands_.around(q, i - k / 2, around);
+        bands.around(q, i - k / 2, around);
         A* z = mixed + q * 2 * stride;
         stencil::convolve<k, kRows, kStep>(
             around, weight[q], bias[q], out.vectors(), out.vectors(),
@@ -239,6 +241,7 @@ class Forward {
       if (kSums) sums.count(out.vectors() * kRows);
     });
     load_to(available);
+    loaded_ = loaded;
     if (!kSums) return;
     sums.flush();
     for (int lane = 0; lane < task.lanes; ++lane) totals[lane] += kChannelsLast ? sums.lane(0, lane) : sums.sum(0);
