@@ -22,6 +22,25 @@ struct Task {
   int64_t begin, end;  // rows
 };
 
+// The images of a forward or a backward pass.
+template <class T>
+struct Problem {
+  int64_t batch, channels, height, width;
+  const T* x;
+  tensor::Strides x_strides;
+  const T* grad = nullptr;
+  tensor::Strides grad_strides{};
+  std::vector<simd::Acc<T>> grad_sums{};  // (B, C), part of the gradient of every pixel
+  T* out = nullptr;
+  tensor::Strides out_strides{};
+};
+
+// Where the task's first channel begins in an image, if there is one.
+template <class P>
+inline P* start(P* data, const tensor::Strides& strides, const Task& task) {
+  return data ? data + task.image * strides.b + task.channel * strides.c : nullptr;
+}
+
 // A (B, C, rows, ...) image cut into tasks by its shape alone, so that sums over tasks are the same for every number of threads.
 class Tasks {
  public:

@@ -17,6 +17,7 @@ constexpr int64_t kWanted = 16, kFewestRows = 32;   // tasks; rows of blocks of 
 template <class T, int ks, int kw>
 class LocalBranches {
  public:
+  using Problem = stencil::Problem<T>;
   using Spatial = spatial::Forward<T, false, ks>;
   using Wavelet = wavelet::Forward<T, false, kw>;
 
@@ -25,8 +26,8 @@ class LocalBranches {
       const Tensor& spatial_out, const Tensor& wavelet_out)
       : batch_(x.size(0)), inputs_(x.size(1)), channels_(spatial_out.size(1)), height_(x.size(2)), width_(x.size(3)),
         x_(static_cast<const T*>(x.const_data_ptr())), panels_(gemm::packed_size(2 * channels_, inputs_)), bias_(std::move(bias)),
-        spatial_parameters_(std::move(spatial)), wavelet_parameters_(std::move(wavelet)), spatial_(problem<spatial::Problem<T>>(spatial_out)),
-        wavelet_(problem<wavelet::Problem<T>>(wavelet_out)) {
+        spatial_parameters_(std::move(spatial)), wavelet_parameters_(std::move(wavelet)), spatial_(problem(spatial_out)),
+        wavelet_(problem(wavelet_out)) {
     gemm::pack(2 * channels_, inputs_, panels_.data(), [&](int64_t e, int64_t c) { return weight[e * inputs_ + c]; });
     ranges_ = std::clamp<int64_t>(kWanted / std::max<int64_t>(1, batch_), 1, std::max<int64_t>(1, block_rows() / kFewestRows));
   }
@@ -44,14 +45,13 @@ class LocalBranches {
   }
 
  private:
-  template <class P>
-  P problem(const Tensor& out) const {
-    P g{batch_, channels_, height_, width_, nullptr, {}};
+  Problem problem(const Tensor& out) const {
+    Problem g{batch_, channels_, height_, width_, nullptr, {}};
     g.out = static_cast<T*>(out.mutable_data_ptr());
     g.out_strides = tensor::strides_of(out);
     return g;
   }
-  int64_t block_rows() const { return (height_ + 1) / 2; }
+  int64_t block_rows() const { return wavelet::block_rows(height_); }
 
   // Rows [row, row + count) of the 1x1 convolution: channel c at maps + c * pitch.
   void convolve(int64_t image, int64_t row, int64_t count, T* maps, int64_t pitch, T* gathered) const {
@@ -102,8 +102,7 @@ class LocalBranches {
       wavelet.emplace_back(frame.zeros<T>(Wavelet::size(width_)), wavelet_, task(c, begin, end));
     }
 
-    spatial::Problem<T> of_spatial = spatial_;
-    wavelet::Problem<T> of_wavelet = wavelet_;
+    Problem of_spatial = spatial_, of_wavelet = wavelet_;
     of_spatial.x_strides = of_wavelet.x_strides = {0, pitch, width_, 1};
     int64_t spatial_next = 2 * begin, wavelet_next = begin;
     for (int64_t row = first; row < last; row += rows) {
@@ -130,8 +129,7 @@ class LocalBranches {
   std::vector<T> panels_, bias_;
   spatial::Parameters<T> spatial_parameters_;
   wavelet::Parameters<T> wavelet_parameters_;
-  spatial::Problem<T> spatial_;
-  wavelet::Problem<T> wavelet_;
+  Problem spatial_, wavelet_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(

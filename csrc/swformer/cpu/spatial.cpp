@@ -6,11 +6,11 @@ namespace {
 using simd::Acc;
 using simd::Vec;
 using spatial::Parameters;
-using spatial::Problem;
-using spatial::start;
 using stencil::Line;
 using stencil::Padding;
+using stencil::Problem;
 using stencil::Ring;
+using stencil::start;
 using stencil::Task;
 using stencil::Tasks;
 using tensor::Tensor;

@@ -10,26 +10,9 @@ using simd::Acc;
 using simd::Vec;
 using stencil::Line;
 using stencil::Padding;
+using stencil::Problem;
 using stencil::Ring;
 using stencil::Task;
-using tensor::Strides;
-
-template <class T>
-struct Problem {
-  int64_t batch, channels, height, width;
-  const T* x;
-  Strides x_strides;
-  const T* grad = nullptr;
-  Strides grad_strides{};
-  std::vector<Acc<T>> grad_sums{};  // (B, C), part of the gradient of every pixel
-  T* out = nullptr;
-  Strides out_strides{};
-};
-
-template <class P>
-inline P* start(P* data, const Strides& strides, const Task& task) {
-  return data ? data + task.image * strides.b + task.channel * strides.c : nullptr;
-}
 
 template <class A>
 struct Parameters {
@@ -57,8 +40,8 @@ class Forward {
   template <bool kSums>
   void run(const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available, double* totals) {
     const Lines in{g.width, g.x_strides.w, task.lanes}, out{g.width, g.out_strides.w, task.lanes};
-    const T* x = start(g.x, g.x_strides, task);
-    T* y = start(g.out, g.out_strides, task);
+    const T* x = stencil::start(g.x, g.x_strides, task);
+    T* y = stencil::start(g.out, g.out_strides, task);
     Vec<A> w[k * k];
     for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(p.weight, task, k * k, t);
     const Vec<A> b = stencil::per_channel<kChannelsLast>(p.bias, task, 1, 0);

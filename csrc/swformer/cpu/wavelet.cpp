@@ -8,6 +8,8 @@ using haar::Filters;
 using simd::Acc;
 using simd::Vec;
 using stencil::Padding;
+using stencil::Problem;
+using stencil::start;
 using stencil::Task;
 using stencil::Tasks;
 using tensor::Tensor;
@@ -50,7 +52,7 @@ void synthesise_row(
 template <class T, bool kChannelsLast, int k, bool kSums>
 std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   using F = wavelet::Forward<T, kChannelsLast, k>;
-  const int64_t rows = g.rows();
+  const int64_t rows = block_rows(g.height);
   const Tasks tasks(g.batch, g.channels, rows, F::kStep);
   std::vector<double> partial(kSums ? tasks.size() * F::kStep : 0);
   torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
@@ -78,7 +80,7 @@ void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_params
   using B = Blocks<T, kChannelsLast>;
   constexpr int64_t kStep = B::kGroup, kDepth = k == 3 ? 4 : 8;
   constexpr int kTaps = k * k + 1, kFilterSums = kBands * kTaps, kCount = kFilterSums + 32;
-  const int64_t rows = g.rows(), per_task = kFilterSums * kStep + 32;
+  const int64_t rows = block_rows(g.height), per_task = kFilterSums * kStep + 32;
   const Tasks tasks(g.batch, g.channels, rows, B::kGroup);
   const Padding<A> padding(B{g.height, g.width, 0, 0, 0}.vectors(), kStep, k);
   const int64_t stride = padding.stride();

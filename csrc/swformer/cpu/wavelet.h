@@ -11,25 +11,14 @@ using haar::Filters;
 using simd::Acc;
 using simd::Vec;
 using stencil::Padding;
+using stencil::Problem;
 using stencil::Ring;
 using stencil::Task;
-using tensor::Strides;
 
 constexpr int kBands = 4;
 
-template <class T>
-struct Problem {
-  int64_t batch, channels, height, width;
-  const T* x;
-  Strides x_strides;
-  const T* grad = nullptr;
-  Strides grad_strides{};
-  std::vector<Acc<T>> grad_sums{};  // (B, C), part of the gradient of every pixel
-  T* out = nullptr;
-  Strides out_strides{};
-
-  int64_t rows() const { return (height + 1) / 2; }
-};
+// Of blocks of 2 x 2 pixels.
+inline int64_t block_rows(int64_t height) { return (height + 1) / 2; }
 
 template <class A>
 struct Parameters {
@@ -172,11 +161,6 @@ void synthesise_row(const B& blocks, int64_t i, const A* const (&bands)[kBands],
   total = run;
 }
 
-template <class P>
-inline P* start(P* data, const Strides& strides, const Task& task) {
-  return data + task.image * strides.b + task.channel * strides.c;
-}
-
 // The weights of the task's channels in the four bands, and their biases.
 template <bool kChannelsLast, int k, class A>
 void read_weights(const Parameters<A>& p, int64_t channels, const Task& task, Vec<A> (&weight)[kBands][k * k], Vec<A> (&bias)[kBands]) {
@@ -209,8 +193,8 @@ class Forward {
       const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available, A* mixed, double* totals) {
     const B in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
     const B out{g.height, g.width, g.out_strides.h, g.out_strides.w, task.lanes};
-    const T* x = start(g.x, g.x_strides, task);
-    T* y = start(g.out, g.out_strides, task);
+    const T* x = stencil::start(g.x, g.x_strides, task);
+    T* y = stencil::start(g.out, g.out_strides, task);
     const int64_t stride = padding(g.width).stride();
     const Bands<A, kDepth> bands = bands_;  // a local copy that no store can alias stays in registers
     int64_t loaded = loaded_;
@@ -249,7 +233,7 @@ class Forward {
 
  private:
   Forward(A* rows, int64_t stride, const Problem<T>& g, const Task& task)
-      : bands_(rows, rows + kBands * kDepth * stride, stride, g.rows()), loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
+      : bands_(rows, rows + kBands * kDepth * stride, stride, block_rows(g.height)), loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
 
   Bands<A, kDepth> bands_;
   int64_t loaded_;
