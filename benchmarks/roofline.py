@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from swformer_fast import backend, modules
+from swformer_fast import backend
 
 from .interpret import Known, compulsory, count_traffic
 
@@ -189,17 +188,7 @@ class Ledger(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Ops take the kernels that they would take on a GPU."""
-
-        def choose(op: Any, args: tuple[Any, ...]) -> tuple[str, str | None]:
-            reason = backend._problem(op, "triton", args)
-            return ("triton", None) if reason is None else ("reference", reason)
-
-        with (
-            mock.patch.object(backend, "_choose", choose),
-            mock.patch.object(modules, "has_cpp", return_value=False),
-            count_traffic(self.sample, self.known) as traffic,
-            self,
-        ):
+        with backend.as_on_gpu(), count_traffic(self.sample, self.known) as traffic, self:
             yield
         for kernel in traffic.kernels:
             by_program = kernel.program_loaded + kernel.program_stored

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import self_test
+
 PACKAGE = __package__ or "swformer_fast"
 BACKENDS = ("auto", "reference", "cpp", "triton")
 _ENVIRONMENT = f"{PACKAGE.upper()}_BACKEND"
 _chosen: list[str] = []
+_as_on_gpu = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Op:
     """What the C++ kernel is called, where not like the op."""
     compose: Callable[..., Any] | None = None
     """compose(kernels, *args): the op on the C++ kernels, where these are not the op itself."""
+    sample: Callable[[torch.Generator, tuple[Any, ...]], tuple[Any, ...]] | None = None
+    """sample(generator, args): small random arguments like `args`, on the CPU in fp64, for `self_test`. None where the
+    Triton kernels hold no matrix product."""
 
 
 OPS: dict[str, Op] = {}
@@ -101,13 +107,14 @@ def _problem(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
             reason = f"{op.name} has no C++ kernel"
     else:
         reason = _triton_problem()
-        if reason is None and device != "cuda" and not (device == "cpu" and _interpreting()):
+        if reason is None and device != "cuda" and not (_as_on_gpu or (device == "cpu" and _interpreting())):
             reason = (
                 f"the tensors are on {device}: no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
             )
         if reason is None and not _has_kernels(op.family):
             reason = f"{op.name} has no Triton kernel"
-    return reason or op.limits(backend, *args)
+    reason = reason or op.limits(backend, *args)
+    return self_test.problem(op, args) if reason is None and backend == "triton" else reason
 
 
 def default_backend() -> str:
@@ -127,15 +134,15 @@ def _choose(op: Op, args: tuple[Any, ...]) -> tuple[str, str | None]:
             raise RuntimeError(f"backend {asked!r} was asked for, but it cannot run {op.name}: {reason}")
         return asked, f"backend {asked!r} was asked for" if asked == "reference" else None
     device = next(a for a in args if isinstance(a, Tensor)).device.type
-    fast = "cpp" if device == "cpu" else "triton"
+    fast = "cpp" if device == "cpu" and not _as_on_gpu else "triton"
     reason = _problem(op, fast, args)
     return (fast, None) if reason is None else ("reference", f"not {fast}: {reason}")
 
 
 def has_cpp(device: str) -> bool:
     """Whether the C++ kernels run on tensors of this device type; under torch.compile, whether they may."""
-    if device != "cpu" or torch.compiler.is_compiling():
-        return device == "cpu"
+    if device != "cpu" or _as_on_gpu or torch.compiler.is_compiling():
+        return device == "cpu" and not _as_on_gpu
     return default_backend() in ("auto", "cpp") and _extension() is None
 
 
@@ -169,6 +176,20 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.pop()
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, ops take the backend that they would take on a GPU, wherever their tensors are.
+
+    For tools that count, compile or rehearse the kernels' launches.
+    """
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
 
 
 def backends() -> dict[str, str]:

@@ -11,7 +11,6 @@ functions of `swformer_fast.reference` take them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +20,16 @@ from torch import Tensor
 from . import ops
 from .backend import has_cpp
 from .reference.fourier import BatchNormState
+from .reference.haar import haar_filters
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    # torch.amp.is_autocast_available knows which devices have it, but torch 2.11 cannot compile it.
+    device = x.device.type
+    return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
 
 
 def _check_image(name: str, x: Tensor) -> None:
@@ -48,7 +55,7 @@ def _check_parameter(name: str, parameter: Tensor | None, shape: tuple[int, ...]
         raise TypeError(f"{name} must be a torch.Tensor, got {type(parameter).__name__}")
     if tuple(parameter.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
-    if parameter.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+    if parameter.dtype not in (x.dtype, torch.float32) and not autocasts(x):
         raise TypeError(f"{name} must have the dtype of the image ({x.dtype}) or float32, got {parameter.dtype}")
     if parameter.dtype not in _FLOATING:
         raise TypeError(f"{name} must be a floating tensor, got {parameter.dtype}")
@@ -70,10 +77,9 @@ def _kernel(name: str, weight: Tensor) -> tuple[int, int]:
 
 
 def _taps(low_name: str, low: Tensor | None, high_name: str, high: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    s = math.sqrt(0.5)
-    low = torch.full((2,), s, dtype=dtype, device=x.device) if low is None else low
-    high = torch.tensor((s, -s), dtype=dtype, device=x.device) if high is None else high
+    if low is None or high is None:
+        haar_low, haar_high = haar_filters(torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+        low, high = haar_low if low is None else low, haar_high if high is None else high
     _check_parameter(low_name, low, (2,), x)
     _check_parameter(high_name, high, (2,), x)
     return low, high

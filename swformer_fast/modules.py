@@ -25,9 +25,8 @@ def as_defined(kind: type[nn.Module], *modules: nn.Module) -> bool:
 
 def foldable(x: Tensor) -> bool:
     """Whether folding constants into weights keeps this input's accuracy and layout."""
-    wide, device = x.dtype in (torch.float32, torch.float64), x.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.dim() == 4 and wide and not channels_last(x) and not autocasts
+    wide = x.dtype in (torch.float32, torch.float64)
+    return x.dim() == 4 and wide and not channels_last(x) and not functional.autocasts(x)
 
 
 def _batch_statistics(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

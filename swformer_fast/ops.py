@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fourier, reference
+from . import _fourier, reference, self_test
 from .backend import OPS, Op, run
 
 NAMESPACE = "swformer_fast"
@@ -74,9 +74,10 @@ def _define(
     limits: Callable[..., str | None],
     kernel: str = "",
     compose: Callable[..., Any] | None = None,
+    sample: Callable[..., Any] | None = None,
 ) -> None:
     name = schema.split("(")[0]
-    op = OPS[name] = Op(name, family, reference, limits, kernel, compose)
+    op = OPS[name] = Op(name, family, reference, limits, kernel, compose, sample)
     _LIB.define(schema, tags=_TAGS)
     _LIB.impl(name, lambda *args: run(op, args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
@@ -146,6 +147,7 @@ def _define_differentiable(
     residual: bool = False,
     sums: bool = False,
     kernels: tuple[str, Callable[..., Any], Callable[..., Any]] | None = None,
+    products: bool = False,
 ) -> None:
     """An op, its op `NAME_backward(grad[, grad_sums], *kept, *inputs, *flags)` and the gradients of both.
 
@@ -156,7 +158,8 @@ def _define_differentiable(
     its own. sums: whether the second output, differentiable too, is the first one's sum over the pixels, (B, C), if one
     more input, the last, is true; `reference` and `fake` have neither. kernels: the name of a C++ kernel that must be
     there, and the two ops composed of C++ kernels, called as (kernels, *arguments), the backward where autograd
-    records; by default the ops are kernels themselves.
+    records; by default the ops are kernels themselves. products: whether the Triton kernels hold matrix products, which
+    are tested before their first use.
     """
     name, rest = schema.split("(", 1)
     inputs_schema = rest.rsplit(") ->", 1)[0].removesuffix(", Tensor? residual").removesuffix(", bool need_sums")
@@ -210,9 +213,33 @@ def _define_differentiable(
 
         return call
 
+    def sample(generator: torch.Generator, args: Sequence[Any]) -> tuple[Any, ...]:
+        def one(arg: Any, group: int) -> Any:
+            make = self_test.image if group == 0 else self_test.parameter
+            return make(generator, arg) if isinstance(arg, Tensor) else arg
+
+        return *map(one, args, groups), *(one(arg, 0) for arg in args[count:])
+
+    def sample_backward(generator: torch.Generator, args: Sequence[Any]) -> tuple[Any, ...]:
+        inputs = sample(generator, args[leading : leading + count])
+        results = reference(*inputs)
+        y, *others = results if isinstance(results, tuple) else (results,)
+        grad = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+        of_sums = (None if g is None else grad.mean((2, 3)) for g in args[1:outputs])
+        return grad, *of_sums, *others[: len(kept)], *inputs, *(True for _ in args[leading + count :])
+
     kernel, composed, composed_back = kernels or ("", None, None)
     whole, whole_fake = (_with_sums(reference), _with_sums(fake)) if sums else (reference, fake)
-    _define(schema, family, formatted(whole), whole_fake, limits, kernel, composed and formatted(composed))
+    _define(
+        schema,
+        family,
+        formatted(whole),
+        whole_fake,
+        limits,
+        kernel,
+        composed and formatted(composed),
+        sample if products else None,
+    )
     gradients_schema = ", ".join("Tensor" for _ in places)
     leading_schema = "Tensor grad, " + "Tensor? grad_sums, " * sums + "".join(f"Tensor {k}, " for k in kept)
     _define(
@@ -223,6 +250,7 @@ def _define_differentiable(
         lambda backend, *args: limits(backend, *args[leading:][:count]),
         kernel,
         composed_back and composed_backward(composed_back),
+        sample_backward if products else None,
     )
     backward_op = getattr(torch.ops.swformer_fast, f"{name}_backward")
 
@@ -337,6 +365,7 @@ _define_differentiable(
     _pointwise_limits,
     groups=(0, 0, 0, 1, 1),
     residual=True,
+    products=True,
 )
 
 # norm -----------------------------------------------------------------------------------------------------------------
@@ -416,6 +445,7 @@ _define_differentiable(
     kept=("moments",),
     sums=True,
     kernels=("spectrum_mix", _fourier.mix, _fourier.mix_backward),
+    products=True,
 )
 
 # wavelet --------------------------------------------------------------------------------------------------------------
@@ -530,6 +560,7 @@ _define_differentiable(
     _ffn_limits,
     groups=(0, *[1] * 10),
     residual=True,
+    products=True,
 )
 
 # attention ------------------------------------------------------------------------------------------------------------

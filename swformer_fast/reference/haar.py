@@ -10,10 +10,18 @@ HAAR_LOW = (math.sqrt(0.5), math.sqrt(0.5))
 HAAR_HIGH = (math.sqrt(0.5), -math.sqrt(0.5))
 
 
+def haar_filters(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """HAAR_LOW and HAAR_HIGH, made on the device: a copy from the host would stop a GPU's stream."""
+    low = torch.full((2,), HAAR_LOW[0], dtype=dtype, device=device)
+    return low, torch.linspace(*HAAR_HIGH, 2, dtype=dtype, device=device)
+
+
 def _filter_bank(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
     """The four 2-D filters LL, LH, HL, HH for each channel group: (4, 1, 2, 2), in the dtype of `x`."""
-    low = x.new_tensor(HAAR_LOW) if low is None else low.to(x.dtype)
-    high = x.new_tensor(HAAR_HIGH) if high is None else high.to(x.dtype)
+    if low is None or high is None:
+        haar_low, haar_high = haar_filters(x.dtype, x.device)
+        low, high = haar_low if low is None else low, haar_high if high is None else high
+    low, high = low.to(x.dtype), high.to(x.dtype)
     bands = (torch.outer(low, low), torch.outer(high, low), torch.outer(low, high), torch.outer(high, high))
     return torch.stack(bands).unsqueeze(1)
 
