@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     import argparse
     import importlib
     import tempfile
+    from dataclasses import replace
     from pathlib import Path
 
     argv = sys.argv[1:] if argv is None else argv
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(f"{__package__}.{argv[0]}").main(argv[1:])
 
     from . import records, report
+    from .harness import PRECISIONS, Case, Options, failed, measure
 
     folder = Path(__file__).parent
     suites = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
@@ -44,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         "--compile", action="store_true", help="torch.compile too, where it takes seconds (minutes in all)"
     )
     parser.add_argument("--full", action="store_true", help="torch.compile and the largest sizes everywhere")
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=["fp32"],
+        help="fp32 (default), its products in tf32, autocast to bf16",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dry-run", action="store_true", help="rehearse --device cuda on the CPU, no figures kept")
@@ -72,7 +78,6 @@ def main(argv: list[str] | None = None) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .gpu import Gpu, Rehearsal
-    from .harness import Options, failed, measure
 
     gpu, extra = None, {}
     if args.dry_run and not rehearsal:
@@ -81,26 +86,36 @@ def main(argv: list[str] | None = None) -> int:
         if not (rehearsal or torch.cuda.is_available()):
             parser.error("--device cuda: not measured: no GPU (--dry-run rehearses it on the CPU)")
         gpu = Rehearsal() if rehearsal else Gpu()
-        # fp32 means fp32 on both sides; PyTorch may choose its fastest convolutions.
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
+        torch.backends.cudnn.benchmark = True
         extra = {"peaks": gpu.peaks(), "rehearsal": rehearsal}
         print("measured peaks: " + ", ".join(f"{name} {value:,.4g}" for name, value in extra["peaks"].items()))
     torch.set_num_threads(args.threads)
     quick, device = args.quick or rehearsal, gpu.device if gpu else "cpu"
     budget = 0.01 if rehearsal else 0.1 if quick else args.budget
-    options = Options(quick, args.full, args.compile, device, budget, gpu, extra.get("peaks", {}))
-    work = {s: importlib.import_module(f"{__package__}.bench_{s}").cases(options) for s in args.suites or suites}
-    wrong = interrupted = False
+    options = Options(quick, args.full, args.compile, device, args.precision[0], budget, gpu, extra.get("peaks", {}))
+
+    def work_of(suite: str) -> list[tuple[Case, Options]]:
+        """Its cases in every precision; none where a package that it needs is not installed."""
+        try:
+            module = importlib.import_module(f"{__package__}.bench_{suite}")
+        except ModuleNotFoundError as error:
+            print(f"{suite}: not measured: {error}", file=sys.stderr)
+            return []
+        wanted = [replace(options, precision=precision) for precision in args.precision]
+        return [(case, options) for options in wanted for case in module.cases(options)]
+
+    work = {suite: work_of(suite) for suite in args.suites or suites}
+    wrong, interrupted = not all(work.values()), False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress:
         bar = progress.add_task("benchmarks", total=sum(map(len, work.values())))
         for suite, cases in work.items():
             rows: list[dict[str, object]] = []
             try:
-                for case in cases:
-                    progress.update(bar, description=f"{suite}: {case.name}")
-                    rows += measure(case, options)
-                    records.save(args.out, suite, device, rows, complete=case is cases[-1], extra=extra)
+                for i, (case, case_options) in enumerate(cases, 1):
+                    progress.update(bar, description=f"{suite}: {case.name}, {case_options.precision}")
+                    rows += measure(case, case_options)
+                    records.save(args.out, suite, device, rows, complete=i == len(cases), extra=extra)
                     progress.advance(bar)
             except KeyboardInterrupt:
                 interrupted = True

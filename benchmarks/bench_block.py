@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import swformer_fast as sf
 
 from .bench_network import randomise
+from .families import on_device
 from .harness import Case, Options, Run, Variant, Work, compiled, saved_bytes
 
 EVAL = [(1, 40, 256, 256), (1, 64, 128, 128)]
@@ -48,6 +49,8 @@ def block(shape: tuple[int, ...], kind: str, options: Options) -> Work:
     dim, train = shape[1], kind == "train step"
     reference = sf.reference.SWFormerBlock(dim)
     randomise(reference, 0.1)
+    for scale in (reference.beta, reference.gamma):
+        scale.data.normal_()  # small ones would hide an error behind the residual
     fast, wide = sf.SWFormerBlock(dim), sf.reference.SWFormerBlock(dim).double()
     for model in (fast, wide):
         model.load_state_dict(reference.state_dict())
@@ -81,7 +84,8 @@ def block(shape: tuple[int, ...], kind: str, options: Options) -> Work:
         variants["compile"] = Variant(None, note="--compile measures torch.compile")
     else:
         variants |= compiled(reference.forward, lambda f: step(reference, f)())
-    variants["ours"] = Variant(step(fast), ours=True, metrics=metrics(fast))
+    ours = on_device(options.device)
+    variants["ours"] = Variant(ours(step(fast)), ours=True, metrics=metrics(fast))
     expected = step(wide, x=x.double(), grad=grad.double())
     return Work(variants, expected, TARGETS.get((kind, dim), {}))
 

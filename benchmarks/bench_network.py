@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import torch
-from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import swformer_fast as sf
 
-from .harness import Case, Options, Run, Variant, Work, compiled
+from .families import on_device
+from .harness import LAYOUTS, Case, Options, Run, Variant, Work, compiled
 
 PRESET = "derain-s"
 TARGETS = {"reference": 3.5, "compile": 3.0}
@@ -19,6 +20,8 @@ TARGETS = {"reference": 3.5, "compile": 3.0}
 
 def photograph(side: int) -> Tensor:
     """The top left square of china.jpg, mirrored where it ends: (1, 3, side, side) in [0, 1]."""
+    from sklearn.datasets import load_sample_image
+
     image = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None].float() / 255
     for dim in (2, 3):
         while image.shape[dim] < side:
@@ -43,6 +46,20 @@ def models(device: str) -> tuple[nn.Module, nn.Module]:
     fast = sf.SWFormer.from_preset(PRESET).eval()
     fast.load_state_dict(reference.state_dict())
     return reference.to(device), fast.to(device)
+
+
+def by_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Copies of the model whose blocks are compiled, one code for all of a width, with both layout settings.
+
+    The whole network compiles for minutes.
+    """
+    copies = {}
+    for name, layout in LAYOUTS.items():
+        copies[name] = copy.deepcopy(model)
+        for block in copies[name].modules():
+            if isinstance(block, sf.reference.SWFormerBlock):
+                block.compile(dynamic=False, options={"layout_optimization": layout})
+    return copies
 
 
 def resident_peak(model: nn.Module, side: int) -> int | None:
@@ -86,11 +103,14 @@ def network(side: int, options: Options) -> Work:
         return {} if peak is None else {"peak_bytes": peak}
 
     variants = {"reference": Variant(lambda: call(reference), metrics=metrics(reference))}
-    if options.compile and side <= 256:
+    if options.compile and options.device == "cuda":
+        variants |= {name: Variant(lambda m=m: call(m)) for name, m in by_blocks(reference).items()}
+    elif options.compile and side <= 256:
         variants |= compiled(reference, call)
     else:
         variants["compile"] = Variant(None, note="compiling the network takes minutes; --compile does it at 256x256")
-    variants["ours"] = Variant(lambda: call(fast), ours=True, metrics=metrics(fast))
+    ours = on_device(options.device)
+    variants["ours"] = Variant(ours(lambda: call(fast)), ours=True, metrics=metrics(fast))
     return Work(variants, expected, TARGETS)
 
 
@@ -118,8 +138,11 @@ def train_step(batch: int, side: int, options: Options) -> Work:
         return step(wide, image.double(), target.double())()
 
     variants = {"reference": Variant(step(reference))}
-    variants["compile"] = Variant(None, note="compiling the network's backward takes many minutes")
-    variants["ours"] = Variant(step(fast), ours=True)
+    if options.compile and options.device == "cuda":
+        variants |= {name: Variant(step(m)) for name, m in by_blocks(reference).items()}
+    else:
+        variants["compile"] = Variant(None, note="compiling the network's backward takes many minutes")
+    variants["ours"] = Variant(on_device(options.device)(step(fast)), ours=True)
     return Work(variants, expected, {"reference": 2.5})
 
 

@@ -42,22 +42,32 @@ def train_run(function: Function, args: Sequence[Any], grad: Tensor) -> Run:
     return run
 
 
-def backend_variants(run: Run, op: str, args: Sequence[Any], metrics: Mapping[str, Any]) -> dict[str, Variant]:
-    """The fast function on every backend; those that cannot run here say why."""
-    variants = {}
-    fast = "triton" if tree_leaves(tuple(args))[0].is_cuda else "cpp"
+def on_backend(name: str) -> Callable[[Run], Run]:
+    """`run` on this backend; an op that cannot take it raises an error that says why."""
 
-    def on(backend: str) -> Run:
+    def wrap(run: Run) -> Run:
         def run_on_backend() -> Any:
-            with sf.use_backend(backend):
+            with sf.use_backend(name):
                 return run()
 
         return run_on_backend
 
+    return wrap
+
+
+def on_device(device: str) -> Callable[[Run], Run]:
+    """On a GPU `on_backend("triton")`, so that nothing falls back to the reference unseen and is timed as ours."""
+    return on_backend("triton" if device == "cuda" else "auto")
+
+
+def backend_variants(run: Run, op: str, args: Sequence[Any], metrics: Mapping[str, Any]) -> dict[str, Variant]:
+    """The fast function on every backend; those that cannot run here say why."""
+    variants = {}
+    fast = "triton" if tree_leaves(tuple(args))[0].is_cuda else "cpp"
     state = sf.backends()
     for backend in ("cpp", "triton"):
         if backend == fast and state[backend] == "available":
-            variants[f"ours ({backend})"] = Variant(on(backend), ours=True, metrics=metrics)
+            variants[f"ours ({backend})"] = Variant(on_backend(backend)(run), ours=True, metrics=metrics)
         else:
             note = "no GPU" if backend == "triton" else f"{op}: {state[backend]}"
             variants[f"ours ({backend})"] = Variant(None, ours=True, note=note)

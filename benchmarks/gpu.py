@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -160,10 +160,12 @@ def footprint(run: Run) -> tuple[int, int]:
     return sum(counter.read.values()) + sum(written.values()), counter.flops
 
 
-def fractions(seconds: float, moved: int, flops: int, peaks: dict[str, float]) -> dict[str, float]:
-    """Achieved rates and their shares of the measured peaks."""
+def fractions(
+    seconds: float, moved: int, flops: int, peaks: Mapping[str, float], precision: str = "fp32"
+) -> dict[str, float]:
+    """Achieved rates and their shares of the measured peaks, that of matrix products in `precision`."""
     bandwidth, rate = moved / seconds / 1e9, flops / seconds / 1e12
     shares = {"GB/s": bandwidth, "of_copy": bandwidth / peaks["copy GB/s"]}
     if flops:
-        shares |= {"TFLOP/s": rate, "of_matmul": rate / peaks["matmul fp32 TFLOP/s"]}
+        shares |= {"TFLOP/s": rate, "of_matmul": rate / peaks[f"matmul {precision} TFLOP/s"]}
     return shares

@@ -11,8 +11,9 @@ import gc
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ GRAPH = ", CUDA graph"
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 BASELINE_SLACK = 20.0
 """Baselines and peers add up in one precision: their filter gradients may miss the kernels' tolerance this far."""
+LAYOUTS = {"compile": True, "compile, no layout opt.": False}
+"""torch.compile's variants, and whether it may choose the layout of images."""
+PRECISIONS = ("fp32", "tf32", "bf16")
+"""fp32 throughout; its products in tf32, as `torch.set_float32_matmul_precision("high")` allows; autocast to bf16."""
+ROUNDED = 0.2
+"""Largest relative RMS error of a baseline in tf32 and bf16; ours may err twice as far as the baseline does."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Options:
     full: bool = False
     compile: bool = False
     device: str = "cpu"
+    precision: str = "fp32"
+    """One of PRECISIONS."""
     budget: float = 2.0
     """Seconds of timing per case."""
     gpu: Gpu | None = None
@@ -92,8 +101,7 @@ def relative_rms(actual: Any, expected: Any) -> float:
 
 def compiled(function: Callable[..., Any], call: Callable[[Callable[..., Any]], Any]) -> dict[str, Variant]:
     """`call(function)` under torch.compile with both layout settings."""
-    settings = {"compile": True, "compile, no layout opt.": False}
-    functions = {name: torch.compile(function, options={"layout_optimization": on}) for name, on in settings.items()}
+    functions = {name: torch.compile(function, options={"layout_optimization": on}) for name, on in LAYOUTS.items()}
     return {name: Variant(lambda f=f: call(f)) for name, f in functions.items()}
 
 
@@ -171,10 +179,44 @@ def percentile(values: Sequence[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Inside, matrix products and convolutions of fp32 numbers are in tf32 if `precision` is."""
+    matrix, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matrix)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def autocast_to_bf16(run: Run, device: str) -> Run:
+    """Each call enters autocast anew, as each step of a training does: no cast of a parameter is kept."""
+
+    def run_under_autocast() -> Any:
+        with torch.autocast(device, torch.bfloat16):
+            return run()
+
+    return run_under_autocast
+
+
 def measure(case: Case, options: Options) -> list[dict[str, Any]]:
     """One record for each variant of the case."""
+    with products_in(options.precision):
+        rows = _measure(case, options)
+    return rows if options.precision == "fp32" else [r | {"case": f"{r['case']}, {options.precision}"} for r in rows]
+
+
+def _measure(case: Case, options: Options) -> list[dict[str, Any]]:
     torch._dynamo.reset()
-    work = case.make()
+    if options.precision == "bf16":
+        work = autocast_to_bf16(case.make, options.device)()
+        for variant in work.variants.values():
+            variant.run = variant.run and autocast_to_bf16(variant.run, options.device)
+    else:
+        work = case.make()
     if not work.timed:
         return [
             {
@@ -190,12 +232,19 @@ def measure(case: Case, options: Options) -> list[dict[str, Any]]:
     expected = None if work.expected is None else work.expected()
     records: dict[str, dict[str, Any]] = {}
     running: dict[str, Run] = {}
-    for name, variant in work.variants.items():
-        records[name], run = try_variant(case.name, name, variant, expected)
+
+    def attempt(name: str, variant: Variant) -> None:
+        baseline = records.get(names[0], {}).get("error", ROUNDED / 2)
+        allowed = None if options.precision == "fp32" else 2 * baseline if variant.ours else ROUNDED
+        records[name], run = try_variant(case.name, name, variant, expected, allowed)
         if run is not None:
             running[name] = run
+
+    for name, variant in work.variants.items():
+        attempt(name, variant)
     if options.gpu is not None:
-        add_graphs(case.name, work, expected, records, running, options.gpu)
+        for name, variant in graphs(work, running, options.gpu).items():
+            attempt(name, variant)
     times = interleave(running, Timer(options.gpu), options.budget, work.least_rounds)
     baseline = times.get(names[0])
     for name, values in times.items():
@@ -206,13 +255,19 @@ def measure(case: Case, options: Options) -> list[dict[str, Any]]:
     if options.gpu is not None and names[0] in running:
         moved, flops = footprint(running[names[0]])
         for name, values in times.items():
-            records[name] |= fractions(statistics.median(values), moved, flops, options.peaks)
-    add_targets(work, records, times)
+            records[name] |= fractions(statistics.median(values), moved, flops, options.peaks, options.precision)
+    else:
+        add_targets(work, records, times)  # the targets are a CPU's
     return list(records.values())
 
 
-def try_variant(case: str, name: str, variant: Variant, expected: Any) -> tuple[dict[str, Any], Run | None]:
-    """The record of a variant's first call, and what to time unless it cannot run or is wrong."""
+def try_variant(
+    case: str, name: str, variant: Variant, expected: Any, allowed: float | None = None
+) -> tuple[dict[str, Any], Run | None]:
+    """The record of a variant's first call, and what to time unless it cannot run or is wrong.
+
+    allowed: the largest relative RMS error; None: what goes with the result's dtype.
+    """
     record = {"case": case, "variant": name, "ours": variant.ours, **variant.metrics}
     if variant.run is None:
         return record | {"status": f"not measured: {variant.note}"}, None
@@ -226,39 +281,28 @@ def try_variant(case: str, name: str, variant: Variant, expected: Any) -> tuple[
     if expected is not None and variant.compared:
         record["error"] = relative_rms(result, expected)
         dtype = next(leaf.dtype for leaf in tree_leaves(result))
-        limit = TOLERANCE[dtype] * (1.0 if variant.ours else BASELINE_SLACK)
+        limit = TOLERANCE[dtype] * (1.0 if variant.ours else BASELINE_SLACK) if allowed is None else allowed
         if not record["error"] <= limit:
             return record | {"status": f"FAILED: relative RMS error {record['error']:.1e} > {limit:.0e}"}, None
     return record | {"status": variant.note or "ok"}, variant.run
 
 
-def add_graphs(
-    case: str,
-    work: Work,
-    expected: Any,
-    records: dict[str, dict[str, Any]],
-    running: dict[str, Run],
-    gpu: Gpu,
-) -> None:
-    """Beside each variant that runs, its CUDA graph, which pays for no launch."""
-    for name, run in list(running.items()):
-        on_gpu = (isinstance(leaf, Tensor) and leaf.device.type == gpu.device for leaf in tree_leaves(run()))
-        if name.startswith("compile") or not any(on_gpu):
+def graphs(work: Work, running: Mapping[str, Run], gpu: Gpu) -> dict[str, Variant]:
+    """For each variant that runs, its CUDA graph, which pays for no launch."""
+    found = {}
+    for name, run in running.items():
+        if not any(isinstance(leaf, Tensor) and leaf.device.type == gpu.device for leaf in tree_leaves(run())):
             continue
-        original, graph = work.variants[name], name + GRAPH
+        original = work.variants[name]
         try:
             captured = gpu.capture(run)
         except Exception as error:
             gpu.synchronize()
-            note = (
-                f"cannot be captured: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-            )
-            work.variants[graph] = Variant(None, ours=False, note=note)
+            reason = str(error).splitlines()[0][:80] if str(error) else ""
+            found[name + GRAPH] = Variant(None, note=f"cannot be captured: {type(error).__name__}: {reason}")
         else:
-            work.variants[graph] = Variant(captured, original.ours, original.note, original.compared)
-        records[graph], checked = try_variant(case, graph, work.variants[graph], expected)
-        if checked is not None:
-            running[graph] = checked
+            found[name + GRAPH] = replace(original, run=captured, metrics={})
+    return found
 
 
 def interleave(runs: Mapping[str, Run], timer: Timer, budget: float, least_rounds: int = 5) -> dict[str, list[float]]:

@@ -51,14 +51,22 @@ class NoHostWork(TorchDispatchMode):
     """Inside, with models and images on the meta device in a GPU's place, copies from and to the host raise HostWork.
 
     A number read from a tensor, a tensor made from numbers, or one made on the host: each stops a stream, and none can
-    be captured in a CUDA graph. Our ops run their Triton launchers; `kernels` names what these launch, which does not
-    run.
+    be captured in a CUDA graph. Our ops run their Triton launchers; what these launch does not run but is handed to
+    `launch`, and `kernels` names it.
     """
 
-    def __enter__(self) -> NoHostWork:
+    def __init__(self, launch: Launch = lambda kernel, grid, args, kwargs: None) -> None:
+        super().__init__()
+        self.launch = launch
         self.kernels: list[str] = []
+
+    def _launched(self, kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.kernels.append(kernel.__name__)
+        self.launch(kernel, grid, args, kwargs)
+
+    def __enter__(self) -> NoHostWork:
         self._around = ExitStack()
-        self._around.enter_context(launches(lambda kernel, grid, args, kwargs: self.kernels.append(kernel.__name__)))
+        self._around.enter_context(launches(self._launched))
         self._around.enter_context(_NoNumbers())
         return super().__enter__()
 

@@ -35,16 +35,31 @@ def version(package: str) -> str | None:
         return None
 
 
-def git(*arguments: str) -> str:
-    run = subprocess.run(("git", *arguments), cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return run.stdout.strip()
+def git(*arguments: str) -> str | None:
+    """What git prints; None where there is no git or no repository."""
+    try:
+        run = subprocess.run(("git", *arguments), cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return None if run.returncode else run.stdout.strip()
+
+
+def version_of_sources() -> tuple[str | None, bool | None]:
+    """The commit, and whether there are changes beside it. Without git what COMMIT says; None is not known."""
+    commit = git("rev-parse", "--short", "HEAD")
+    if commit is None:
+        given = os.environ.get("COMMIT", "").split()
+        return (given[0], "dirty" in given) if given else (None, None)
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/results")
+    return commit, None if changes is None else bool(changes)
 
 
 def environment(device: str) -> dict[str, Any]:
     cuda = device == "cuda"
+    commit, dirty = version_of_sources()
     return {
-        "commit": git("rev-parse", "--short", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/results")),
+        "commit": commit,
+        "dirty": dirty,
         "device": torch.cuda.get_device_name() if cuda else processor(),
         "capability": torch.cuda.get_device_capability() if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

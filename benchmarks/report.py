@@ -230,7 +230,7 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
 
 def markdown(document: Mapping[str, Any]) -> str:
     env = document["environment"]
-    tree = "with uncommitted changes" if env["dirty"] else "clean"
+    tree = {True: "with uncommitted changes", False: "clean"}.get(env["dirty"], "changes unknown")
     place = f"{env['device']} ({env['capability']}), " if document["suite"] not in TABLES else "No GPU; "
     head = f"{place}commit {env['commit']} ({tree})"
     if not document["complete"]:

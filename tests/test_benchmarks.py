@@ -2,14 +2,19 @@
 
 import importlib
 import json
+import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+import swformer_fast as sf
 from benchmarks import __main__ as command
 from benchmarks import gpu, harness, records, report
 from benchmarks.harness import Case, Options, Timer, Variant, Work
@@ -162,6 +167,108 @@ def test_rehearsal_times_graphs_and_prints_fractions(tmp_path: Path, capsys: pyt
     assert "measured peaks: copy GB/s" in printed
     assert "REHEARSAL ON THE CPU" in (tmp_path / "README.md").read_text()
     assert "% of the measured copy rate" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("precision", harness.PRECISIONS)
+def test_precision_of_a_case(precision: str) -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    seen: list[tuple[str, bool, bool]] = []
+
+    def product() -> torch.Tensor:
+        cudnn = torch.backends.cudnn.allow_tf32
+        seen.append((torch.get_float32_matmul_precision(), cudnn, torch.is_autocast_enabled("cpu")))
+        return x @ weight
+
+    def make() -> Work:
+        return Work(
+            {"reference": Variant(product), "ours": Variant(product, ours=True)}, lambda: x.double() @ weight.double()
+        )
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    rows = harness.measure(Case("product", make), replace(QUICK, precision=precision))
+    wanted = {"fp32": ("highest", False, False), "tf32": ("high", True, False), "bf16": ("highest", False, True)}
+    assert set(seen) == {wanted[precision]}
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    assert {r["case"] for r in rows} == {"product" if precision == "fp32" else f"product, {precision}"}
+    assert all(r["status"] == "ok" for r in rows)
+    assert (rows[0]["error"] > 1e-4) == (precision == "bf16")
+
+
+def test_ours_may_err_twice_as_far_as_the_baseline() -> None:
+    x = torch.randn(1000)
+
+    def off(by: float) -> torch.Tensor:
+        return x * (1 + by)
+
+    def make() -> Work:
+        variants = {"reference": Variant(lambda: off(0.01)), "ours": Variant(lambda: off(0.019), ours=True)}
+        return Work(variants | {"ours, worse": Variant(lambda: off(0.021), ours=True)}, lambda: x.double())
+
+    rows = harness.measure(Case("off", make), replace(QUICK, precision="tf32"))
+    assert [r["status"][:6] for r in rows] == ["ok", "ok", "FAILED"]
+
+
+def test_a_suite_without_its_packages_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_step", None)
+    module = type("Suite", (), {"cases": staticmethod(lambda options: [case("first")])})
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_haar", module)
+    assert command.main(["step", "haar", "--quick", "--out", str(tmp_path)]) == 1
+    assert "step: not measured:" in capsys.readouterr().err
+    assert [d["suite"] for d in records.load(tmp_path)] == ["haar"]
+
+
+def test_sources_are_known_or_said_not_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")  # no repository
+    assert records.version_of_sources() == (None, None)
+    monkeypatch.setenv("COMMIT", "abc1234 dirty")
+    assert records.version_of_sources() == ("abc1234", True)
+    monkeypatch.setenv("PATH", "")  # no git
+    assert records.version_of_sources() == ("abc1234", True)
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert records.version_of_sources() == ("abc1234", False)
+    rows = harness.measure(case(), QUICK)
+    monkeypatch.delenv("COMMIT")
+    records.save(tmp_path, "add", "cpu", rows, complete=True)
+    assert "commit None (changes unknown)" in report.markdown(records.load(tmp_path)[0])
+
+
+def test_what_falls_back_is_not_timed_as_ours() -> None:
+    """On a GPU ours is what the Triton kernels do; an op that cannot take its input fails its row."""
+    from benchmarks.families import on_device
+
+    x, taps = torch.randn(1, 1, 4, 4, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    fallen = on_device("cuda")(lambda: sf.functional.haar_dwt2d(x, taps, taps))
+    rows = harness.measure(case(ours=Variant(fallen, ours=True)), QUICK)
+    assert rows[1]["status"].startswith("FAILED: RuntimeError: backend 'triton' was asked for")
+
+
+@pytest.mark.parametrize("name", ["multiscale_ffn", "haar_dwt2d"])
+def test_correct_finds_a_wrong_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks import correct
+
+    monkeypatch.setattr(correct, "ARGUMENTS", {name: correct.ARGUMENTS[name]})
+    assert correct.main(["--dry-run"]) == 0
+    implementation = sf.backend._implementation
+
+    def damaged(op: sf.backend.Op, backend: str) -> Any:
+        run = implementation(op, backend)
+        return (lambda *args: run(*args).roll(1, -1)) if (op.name, backend) == (name, "triton") else run
+
+    monkeypatch.setattr(sf.backend, "_implementation", damaged)
+    assert correct.main(["--dry-run"]) == 1
+
+
+def test_prefill_compiles_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "benchmarks.prefill", "sm_90", "--quick"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(list(tmp_path.rglob("*.cubin"))) == int(re.findall(r"(\d+) kernels", run.stdout)[-1]) >= 8
 
 
 def test_dry_run_is_of_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from benchmarks.gpu import Gpu, Rehearsal
 from benchmarks.harness import Options
 from benchmarks.interpret import same_bits
 from benchmarks.launches import LAUNCHES
+from swformer_fast import self_test
 
 REHEARSAL = bool(os.environ.get("GPU_REHEARSAL")) and not torch.cuda.is_available()
 GPU = Rehearsal() if REHEARSAL else Gpu()
@@ -111,6 +112,44 @@ def test_graph_of_a_training_step() -> None:
 
     captured = [t.clone() for t in GPU.capture(step)()]
     assert same_bits([t.cpu() for t in captured], [t.cpu() for t in step()])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_graph_of_the_network(train: bool) -> None:
+    """derain-s, evaluation and a training step with the losses of every scale: nothing in them needs the host."""
+    size = (1, 3, 16, 18) if REHEARSAL else (2, 3, 64, 70)
+    model = randomise(sf.SWFormer.from_preset("tiny" if REHEARSAL else "derain-s")).to(GPU.device).train(train)
+    image = _make(*size)
+
+    def run() -> tuple[Tensor, ...]:
+        if train:
+            outputs = model(image, all_scales=True)
+            return torch.autograd.grad([o.square().sum() for o in outputs], list(model.parameters()))
+        with torch.no_grad():
+            return (model(image),)
+
+    replay = GPU.capture(run)
+    image.copy_(_make(*size))
+    captured = [t.clone() for t in replay()]
+    assert same_bits([t.cpu() for t in captured], [t.cpu() for t in run()])
+
+
+@pytest.mark.skipif(REHEARSAL, reason="needs a GPU's products; tests/test_self_test.py rehearses it")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_products_pass_their_self_test(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In milliseconds once the kernels are compiled; with a warning nothing here would be a test of the kernels."""
+    monkeypatch.setattr(self_test, "doubtful", lambda device: True)
+    monkeypatch.setattr(self_test, "_verdicts", {})
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for train in (False, True):
+            fast, _ = _block(40, train)
+            x = _make(2, 40, 64, 64).requires_grad_()
+            torch.autograd.grad(fast(x).sum(), x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert self_test._verdicts
+    assert not any(self_test._verdicts.values()), self_test._verdicts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

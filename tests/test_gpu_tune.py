@@ -1,12 +1,7 @@
-"""The tuner and the script of the day when there is a GPU, as far as a CPU can rehearse them."""
+"""The tuner, as far as a CPU can rehearse it."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +14,6 @@ from swformer_kernels import haar
 from benchmarks import tune
 from benchmarks.gpu import Rehearsal
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks" / "gpu_day.sh"
 rehearsed = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on the CPU")
 
 
@@ -134,28 +127,3 @@ def test_tuner_asks_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tune.main(["no-such-table"])
     assert "unknown table no-such-table" in capsys.readouterr().err
-
-
-def test_the_day_lasts_less_than_nine_minutes() -> None:
-    limits = [int(seconds) for seconds in re.findall(r"^step \S+ (\d+) ", SCRIPT.read_text(), re.MULTILINE)]
-    assert len(limits) == 9
-    assert sum(limits) < 9 * 60
-
-
-def test_the_script_has_no_syntax_errors() -> None:
-    assert os.access(SCRIPT, os.X_OK)
-    run = subprocess.run(["bash", "-n", SCRIPT], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-
-
-@rehearsed
-@pytest.mark.slow
-def test_dry_run_of_the_day(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable}
-    command = ["bash", SCRIPT, "--dry-run", tmp_path]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout
-    summary = (tmp_path / "logs" / "summary.txt").read_text()
-    assert len(re.findall(r" ok ", summary)) == 9, summary
-    assert (tmp_path / "haar.json").exists()
-    assert "REHEARSAL ON THE CPU" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,80 @@
+"""`python -m benchmarks.correct`: every op on Triton against its reference in fp64, output and all gradients.
+
+Those with matrix products first: where a compiler's fault would show. Exits with 1 if one is wrong or cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import swformer_fast as sf
+
+from . import bench_attention, bench_ffn, bench_fourier, bench_haar, bench_spatial, bench_wavelet
+from .families import as_fp64, train_run
+from .harness import PRECISIONS, TOLERANCE, products_in, relative_rms
+
+ARGUMENTS: dict[str, Callable[..., Sequence[Any]]] = {
+    "multiscale_ffn": bench_ffn.make_args,
+    "fourier_mix": bench_fourier.branch_args,
+    "channel_attention": bench_attention.make_args,
+    "wavelet_mix": bench_wavelet.arguments,
+    "depthwise_gelu": bench_spatial.arguments,
+    "haar_dwt2d": bench_haar.dwt_args,
+    "haar_idwt2d": bench_haar.idwt_args,
+}
+"""Arguments of each public function for an image's shape."""
+LIMITS = {"fp32": 20 * TOLERANCE[torch.float32], "tf32": 1e-2, "bf16": 5e-2}
+"""Sums of gradients over 65,536 pixels may miss a kernel's own tolerance."""
+
+
+def errors(name: str, shape: tuple[int, ...], precision: str, device: str) -> list[float]:
+    """Relative RMS errors of the output and of each gradient; bf16 is the image's dtype."""
+    torch.manual_seed(0)
+    args = tuple(ARGUMENTS[name](shape))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def move(a: Any) -> Any:
+        return a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+
+    x, *rest = tree_map(move, args)
+    args = (x.detach().to(dtype).requires_grad_(), *rest)
+    fast, reference = getattr(sf.functional, name), getattr(sf.reference, name)
+    if name == "fourier_mix":
+        fast, reference = bench_fourier.in_mode(fast), bench_fourier.in_mode(reference)
+    wide = as_fp64(args)
+    with torch.no_grad():
+        grad = torch.randn_like(reference(*wide)).to(dtype)
+    with sf.use_backend("triton"):
+        results = train_run(fast, args, grad)()
+    expected = train_run(reference, wide, grad.double())()
+    return [relative_rms(ours, theirs) for ours, theirs in zip(results, expected, strict=True)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.correct", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="small, on the CPU; with TRITON_INTERPRET=1")
+    options = parser.parse_args(argv)
+    device, shape = ("cpu", (1, 4, 16, 16)) if options.dry_run else ("cuda", (1, 40, 256, 256))
+    wrong = 0
+    for name in ARGUMENTS:
+        for precision in PRECISIONS:
+            try:
+                with products_in(precision):
+                    found = errors(name, shape, precision, device)
+                text, bad = f"output {found[0]:.1e}, gradients {max(found[1:]):.1e}", max(found) > LIMITS[precision]
+            except Exception as error:
+                text, bad = f"{type(error).__name__}: {str(error)[:200]}", True
+            wrong += bad
+            print(f"{name:18s} {precision}  {text}{'  WRONG' if bad else ''}", flush=True)
+    print(f"{wrong} wrong")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
