@@ -55,10 +55,11 @@ class Family:
     products, whose operands are read many times."""
 
 
-def meta(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
-    """A tensor with size and strides but no memory."""
+def meta(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False, offset: int = 0) -> Tensor:
+    """A tensor with size and strides but no memory, that begins `offset` elements beyond a boundary of 16 bytes."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+    whole = torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+    return whole.new_empty(whole.numel() + offset).as_strided(size, whole.stride(), offset)
 
 
 def random(*size: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:

@@ -66,18 +66,17 @@ def ops() -> Iterator[Work]:
     def on_meta(a: Any) -> Any:
         return a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
 
-    def run(name: str, shape: tuple[int, ...]) -> None:
-        args = tree_map(on_meta, tuple(ARGUMENTS[name](shape)))
-        function = getattr(sf.functional, name)
-        function = in_mode(function) if name == "fourier_mix" else function
+    def run(function: Callable[..., Tensor], args: Any) -> None:
         with torch.no_grad():
             function(*args)
         leaves = [a for a in tree_leaves(args) if isinstance(a, Tensor) and a.requires_grad]
         torch.autograd.grad(function(*args).sum(), leaves)
 
     for name, make in ARGUMENTS.items():
+        function = getattr(sf.functional, name)
+        function = in_mode(function) if name == "fourier_mix" else function
         for shape in importlib.import_module(make.__module__).SHAPES:
-            yield f"{name} {shape}", partial(run, name, shape)
+            yield f"{name} {shape}", partial(run, function, tree_map(on_meta, tuple(make(shape))))
 
 
 def launches(family: str) -> Iterator[Work]:

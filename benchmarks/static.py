@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def read_amdgcn(assembly: str) -> dict[str, Any]:
 # Triton ---------------------------------------------------------------------------------------------------------------
 
 
-class _Driver:
+class Driver:
     """Stands for a GPU that is not there, so that a launch compiles for it."""
 
     def __init__(self, target: Any) -> None:
@@ -201,14 +201,23 @@ def _key(target: str, kernel: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     from torch import Tensor
 
     def describe(arg: Any) -> str:
-        return f"{arg.dtype}{tuple(arg.shape)}{arg.stride()}" if isinstance(arg, Tensor) else repr(arg)
+        if isinstance(arg, (tuple, list)):
+            return f"({', '.join(map(describe, arg))})"
+        if isinstance(arg, Tensor):
+            return f"{arg.dtype}{tuple(arg.shape)}{arg.stride()}{arg.data_ptr() % 16}"
+        return repr(arg)
 
     parts = (triton.__version__, target, kernel.cache_key, *map(describe, args), repr(sorted(kwargs.items())))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(
-    families: list[str], targets: list[str], everything: bool, fresh: bool, known: Mapping[str, dict[str, Any]]
+    families: list[str],
+    targets: list[str],
+    everything: bool,
+    fresh: bool,
+    known: Mapping[str, dict[str, Any]],
+    offset: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each launch; runs in a process of its own."""
     import triton
@@ -247,13 +256,13 @@ def _compile(
         (family, shape, launch, everything or (launch.main and shape == LAUNCHES[family].compiled[0]))
         for family in families
         for shape in LAUNCHES[family].compiled
-        for launch in LAUNCHES[family].launches(meta, shape)
+        for launch in LAUNCHES[family].launches(partial(meta, offset=offset), shape)
     ]
     if not known:
         plans = [plan for plan in plans if plan[-1]]
     yield [{"total": len(plans) * len(targets)}]
     for target in targets:
-        triton.runtime.driver.set_active(_Driver(GPUTarget(*TARGETS[target])))
+        triton.runtime.driver.set_active(Driver(GPUTarget(*TARGETS[target])))
         for family, shape, launch, wanted in plans:
             launched.clear()
             launch.launcher(*launch.args)
@@ -284,12 +293,14 @@ def triton_kernels(
     fresh: bool = False,
     known: Sequence[Resources] = (),
     progress: Callable[[int, str], None] = lambda total, description: None,
+    offset: int = 0,
 ) -> Iterator[Resources]:
     """What the launches of the families compile to on each target.
 
     everything: all launches at all shapes, not the main ones at the first. fresh: compile what the compiler's cache
     holds too, so that its time is known. known: earlier results, of any launches, taken where nothing has changed.
-    progress(total, description) is called for each launch.
+    progress(total, description) is called for each launch. offset: elements beyond a boundary of 16 bytes at which the
+    given tensors begin.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
@@ -299,6 +310,7 @@ def triton_kernels(
         "everything": everything,
         "fresh": fresh,
         "known": {r.key: asdict(r) for r in known},
+        "offset": offset,
     }
     command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.static"]
     with (
@@ -396,9 +408,11 @@ def cuda_kernels(targets: Sequence[str]) -> Iterator[Resources]:
 
 
 @cache
-def resources(families: tuple[str, ...], targets: tuple[str, ...], everything: bool = False) -> list[Resources]:
+def resources(
+    families: tuple[str, ...], targets: tuple[str, ...], everything: bool = False, offset: int = 0
+) -> list[Resources]:
     """`triton_kernels` as a list, kept."""
-    return list(triton_kernels(families, targets, everything))
+    return list(triton_kernels(families, targets, everything, offset=offset))
 
 
 # the command ----------------------------------------------------------------------------------------------------------

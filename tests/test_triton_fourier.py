@@ -252,6 +252,18 @@ def test_statistics_of_nearly_equal_channels() -> None:
     assert_close(statistics.unbind(), _defined(tuple(parameters), spectrum, moments)[1], torch.float32)
 
 
+def test_more_frequencies_than_fp32_counts() -> None:
+    """A kernel's float arguments are fp32, unless it is interpreted."""
+    parameters = tuple(p if i < 2 else p.double() for i, p in enumerate(_factors(1, 1)))
+    spectrum = torch.zeros(1, device=DEVICE).expand(1, 1, 4097, 4097, 2)
+    moments = torch.rand(2, 1, 2, dtype=torch.float64, device=DEVICE)
+    statistics = fourier.compose(EPS, 4096**2, parameters, spectrum, moments).statistics
+    weight, bias = (p.double().flatten() for p in parameters[:2])
+    sums = torch.outer(weight, moments[:, 0, 1])
+    sums[:, 0] += 4096 * bias
+    torch.testing.assert_close(statistics[::2], sums / 4097**2, rtol=1e-12, atol=0)
+
+
 def test_repeats_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fourier, "_FREQUENCIES_A_PARTIAL", 32)
     spectrum, parameters, grad = _spectrum(2, 5, 8, 10), _parameters(5, 6, 7), _spectrum(2, 7, 8, 10)

@@ -18,8 +18,16 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
 
 
+def _off_a_boundary(x: Tensor) -> Tensor:
+    """The rows of `x` as far apart as they were, but one element beyond a boundary of 16 bytes."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+_LAYOUTS = LAYOUTS | {"off a boundary": _off_a_boundary}
+
+
 def _random(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
-    return LAYOUTS[layout](torch.randn(shape, device=DEVICE).to(dtype))
+    return _LAYOUTS[layout](torch.randn(shape, device=DEVICE).to(dtype))
 
 
 def _parameters(channels: int, size: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -65,7 +73,7 @@ def test_several_strips_and_segments(layout: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", _LAYOUTS)
 def test_layouts_and_dtypes(layout: str, dtype: torch.dtype) -> None:
     y, grad_x = _check(_random((2, 3, 5, 16), layout, dtype))
     expected = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -73,10 +81,19 @@ def test_layouts_and_dtypes(layout: str, dtype: torch.dtype) -> None:
     assert grad_x.is_contiguous(memory_format=expected)
 
 
-@pytest.mark.parametrize("grad_layout", [name for name in LAYOUTS if name != "contiguous"])
+@pytest.mark.parametrize("grad_layout", [name for name in _LAYOUTS if name != "contiguous"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_layouts_of_the_gradient(layout: str, grad_layout: str) -> None:
     _check(_random((1, 2, 3, 8), layout), grad_layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [3, 5])
+def test_both_images_off_a_boundary(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_MAX_LANES", 4)
+    x = _random((1, 2, 6, 64), "off a boundary", dtype)
+    assert x.data_ptr() % 16 == x.element_size()
+    _check(x, "off a boundary", size)
 
 
 def test_half_parameters() -> None:

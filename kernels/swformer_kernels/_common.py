@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Triton 3.6 multiplies in plain tf32, for the matrix units of sm_100 and its kin, what it should multiply in "ieee".
+_EXACT_ON_BLACKWELL = "ieee" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else "tf32x3"
+
 
 def check_dtype(name: str, x: Tensor) -> None:
     """Raise TypeError unless `x` is float32, float16 or bfloat16."""
@@ -182,12 +185,14 @@ def input_precision(x: Tensor, asked: str | None = None, exact: str = "ieee") ->
     """How a matrix product takes the numbers of `x` and fp32 numbers: "ieee", "tf32x3" or "tf32".
 
     As asked, else `exact` or tf32 as `torch.set_float32_matmul_precision` says. Half-precision numbers are exact in
-    tf32. "tf32x3" rounds no worse than fp32 sums do.
+    tf32. "tf32x3" rounds no worse than fp32 sums do, and stands for "ieee" where the compiler gets that wrong.
     """
-    if architecture(x.device).startswith("gfx"):
+    target = architecture(x.device)
+    if target.startswith("gfx"):
         return "ieee"
     highest = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return asked or (exact if highest else "tf32")
+    precision = asked or (exact if highest else "tf32")
+    return _EXACT_ON_BLACKWELL if precision == "ieee" and target.startswith(("sm_10", "sm_11")) else precision
 
 
 def matrix_options(x: Tensor) -> dict[str, int | bool]:

@@ -45,9 +45,10 @@ from ._common import (
 )
 from .spatial import gelu, gelu_derivative
 
-# What the registers allow, by the way of taking products: frequencies a program of the spectrum's gradient takes, and
-# channels a program of the parameters' gradients.
+# What the registers allow, by the way of taking products: frequencies and threads of a program of the spectrum's
+# gradient, and channels of one of the parameters' gradients.
 _GRADIENT_FREQUENCIES = {"ieee": 32, "tf32x3": 16, "tf32": 16}
+_GRADIENT_THREADS = {"ieee": 256, "tf32x3": 128, "tf32": 256}
 _PARAMETER_CHANNELS = {"ieee": 32, "tf32x3": 16, "tf32": 32}
 # Frequencies a program of a reduction adds up in fp32 before the second stage goes on in fp64.
 _FREQUENCIES_A_PARTIAL = 2048
@@ -350,7 +351,7 @@ def spectrum_moments_backward_kernel(
 
 @triton.jit
 def batch_statistics_kernel(
-    spectrum, moments, weight, bias, table, statistics, products, zeros, batch, D, C, numbers, side, count,
+    spectrum, moments, weight, bias, table, statistics, products, zeros, batch, D, C, numbers, side,
     BR: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of what the normalisations take, (4, 2 C): biased in `table`, unbiased in `statistics`.
@@ -374,6 +375,7 @@ def batch_statistics_kernel(
             tl.store(zeros + image * 2 * C + row, real, mask=exists)
         sum_at_zero += real
         squares_at_zero += real * real
+    count = (numbers // 2).to(tl.float64) * batch
     rest = count - batch
     others = tl.maximum(rest, 1.0)
     ld = D + 1
@@ -501,7 +503,7 @@ def _through_moments(moments, products, share, n, mask, d, D):
 @triton.jit
 def compose_backward_kernel(
     grad, in_weight, in_bias, gate, value, moments, products, zeros, spectrum, batch, numbers,
-    weight_grad, bias_grad, gate_grads, value_grads, right, ld, D, C, side, count, eps,
+    weight_grad, bias_grad, gate_grads, value_grads, right, ld, D, C, side, eps,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters from the matrix's, of factor program_id(0) and block program_id(1) of its channels.
@@ -554,6 +556,7 @@ def compose_backward_kernel(
         mask = row < tl.where(tl.program_id(1) == 0, 2 * C, 0)
         tl.store(grads[3] + place, constant.to(grads[3].dtype.element_ty), mask=mask)
     of_first_bias = of_first_bias.to(tl.float64) * side * side
+    count = (numbers // 2).to(tl.float64) * batch
     shares = _store_norm_gradients(grads, of_slope0, of_offset0, mean0, slope0, deviation0, 2 * c, inner, side, count)
     others = _store_norm_gradients(
         grads, of_slope1, of_offset1, mean1, slope1, deviation1, 2 * c + 1, inner, side, count
@@ -676,10 +679,11 @@ def spectrum_mix_backward(
             columns = _GRADIENT_FREQUENCIES[precision]
             numbers, tiles, align = _tiles(spectrum, columns)
             block = channel_block(dim, 64)
+            options = matrix_options(spectrum)
+            options["num_warps"] = options["num_warps"] * _GRADIENT_THREADS[precision] // 256
             spectrum_mix_backward_kernel[(batch * tiles, triton.cdiv(dim, block))](
                 grad, spectrum, matrix, out_weight, scale, out, dim, channels, outputs, width, numbers, tiles,
-                BK=16, BC=16, BD=block, N=columns, ALIGN=align, PRECISION=precision,
-                **matrix_options(spectrum),
+                BK=16, BC=16, BD=block, N=columns, ALIGN=align, PRECISION=precision, **options,
             )  # fmt: skip
         if need_parameters:
             numbers, tiles, align = _tiles(spectrum, 16)
@@ -784,7 +788,7 @@ def compose(
             numbers = spectrum.shape[2] * spectrum.shape[3] * 2
             batch_statistics_kernel[(triton.cdiv(2 * channels, 4),)](
                 spectrum, moments, in_weight, in_bias, table, statistics, products, zeros,
-                batch, dim, channels, numbers, side, batch * numbers / 2,
+                batch, dim, channels, numbers, side,
                 BR=4, BE=32, BK=16, **options,
             )  # fmt: skip
             gate, value = (*table[:2], *gate[2:]), (*table[2:], *value[2:])
@@ -818,7 +822,7 @@ def compose_backward(
         compose_backward_kernel[(2, triton.cdiv(channels, 16))](
             grad, in_weight, in_bias, *composed.norms, moments, composed.products, composed.zeros, spectrum, batch,
             numbers, *grads[:2], tuple(grads[2:6]), tuple(grads[6:]), right, width, dim, channels,
-            math.sqrt(area), batch * numbers / 2, eps,
+            math.sqrt(area), eps,
             BR=16, BC=16, BD=32, **matrix_options(spectrum) | {"num_warps": 4},
         )  # fmt: skip
     grads = [g.to(parameters[i].dtype) for g, i in zip(grads, _PLACES[:10], strict=True)]

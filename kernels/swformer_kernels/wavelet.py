@@ -65,8 +65,14 @@ def _double(value, P: tl.constexpr):
 
 
 @triton.jit
+def _plane(strides, image, channel, ALIGN: tl.constexpr):
+    """Offset of each strip's plane, (P, 1)."""
+    return image * multiple(strides[0], ALIGN) + channel * multiple(strides[1], ALIGN)
+
+
+@triton.jit
 def _pointers(
-    rows, strides, exists, i, start, height, width,
+    x, plane, strides, exists, i, start, height, width,
     P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Pointers to the segments of both rows of pixels of coefficient row i, (2 P, L * V), and their mask less HALO."""
@@ -75,12 +81,14 @@ def _pointers(
     column = start + place
     mask = _double(exists, P) & (y < height) & (column >= 0) & (column < width)
     mask = mask & (place >= HALO) & (place < L * V - HALO)
-    return _double(rows, P) + y * multiple(strides[2], ALIGN) + column.to(tl.int64) * strides[3], mask
+    # Offsets, not pointers, are doubled: a compiler that forgets what divides a reshaped tensor is told again.
+    rows = x + multiple(_double(plane, P), ALIGN) + y * multiple(strides[2], ALIGN)
+    return rows + column.to(tl.int64) * strides[3], mask
 
 
 @triton.jit
 def _load_pixels(
-    rows, strides, added, exists, i, start, height, width,
+    x, plane, strides, added, exists, i, start, height, width,
     P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, EXTEND: tl.constexpr,
 ):  # fmt: skip
@@ -90,10 +98,11 @@ def _load_pixels(
     below = 2 * i + 1 < height
     if CHANNELS_LAST:
         down = multiple(strides[2], ALIGN)
+        rows = x + plane
         upper = load_row(rows + 2 * i * down, strides[3], exists, start, width, P, L, V, True)
         lower = load_row(rows + (2 * i + 1) * down, strides[3], exists & below, start, width, P, L, V, True)
     else:
-        pointers, mask = _pointers(rows, strides, exists, i, start, height, width, P, L, V, 0, ALIGN)
+        pointers, mask = _pointers(x, plane, strides, exists, i, start, height, width, P, L, V, 0, ALIGN)
         both = tl.reshape(tl.load(pointers, mask=mask, other=0.0), (2, P, L * V))
         both0, both1 = tl.split(tl.permute(both, (1, 2, 0)))
         upper, lower = unpack(both0, P, L, V), unpack(both1, P, L, V)
@@ -134,7 +143,7 @@ def _sum_bands(row, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def _store_pixels(
-    rows, strides, bands, filters, exists, i, start, height, width,
+    y, plane, strides, bands, filters, exists, i, start, height, width,
     P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -150,14 +159,15 @@ def _store_pixels(
         upper, lower = upper + (a, b), lower + (c, d)
     if CHANNELS_LAST:
         down = multiple(strides[2], ALIGN)
+        rows = y + plane
         upper, lower = _sum_bands(upper, P, L, V), _sum_bands(lower, P, L, V)
         store_row(rows + 2 * i * down, strides[3], upper, exists, start, width, P, L, V, HALO, True)
         store_row(rows + (2 * i + 1) * down, strides[3], lower, exists & below, start, width, P, L, V, HALO, True)
     else:
         both = tl.join(pack(upper, 4 * P, L, V), pack(lower, 4 * P, L, V))
         both = tl.permute(tl.sum(tl.reshape(both, (4, P, L * V, 2)), 0), (2, 0, 1))
-        pointers, mask = _pointers(rows, strides, exists, i, start, height, width, P, L, V, HALO, ALIGN)
-        tl.store(pointers, tl.reshape(both, (2 * P, L * V)).to(rows.dtype.element_ty), mask=mask)
+        pointers, mask = _pointers(y, plane, strides, exists, i, start, height, width, P, L, V, HALO, ALIGN)
+        tl.store(pointers, tl.reshape(both, (2 * P, L * V)).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -228,8 +238,7 @@ def wavelet_kernel(
     first = strip * numbers[1]
     last = tl.minimum(first + numbers[1], h)
     of_sums = load_plane(added, image, channel, alive, channels, P)
-    x += image * multiple(x_strides[0], ALIGN) + channel * multiple(x_strides[1], ALIGN)
-    y += image * multiple(y_strides[0], ALIGN) + channel * multiple(y_strides[1], ALIGN)
+    x_plane, y_plane = _plane(x_strides, image, channel, ALIGN), _plane(y_strides, image, channel, ALIGN)
     in_filters = _filters(in_low, in_high, P)
     out_filters = _filters(out_low, out_high, P)
     number = _spread(channel, P, 1) + (tl.arange(0, 4 * P) // P)[:, None] * channels
@@ -242,7 +251,7 @@ def wavelet_kernel(
     for step in range(0, numbers[1] + 2 * R):
         i = first - R + step
         pixels = _load_pixels(
-            x, x_strides, of_sums, alive & (i >= 0) & (i < h), i, start, height, width,
+            x, x_plane, x_strides, of_sums, alive & (i >= 0) & (i < h), i, start, height, width,
             P, L, V, ALIGN, CHANNELS_LAST, not ADJOINT,
         )  # fmt: skip
         bands = extend(_analyse(pixels, in_filters, P, L, C), R, C, 4 * P, L)
@@ -250,7 +259,7 @@ def wavelet_kernel(
         o = i - R
         exists = alive & (o >= first) & (o < last)
         _store_pixels(
-            y, y_strides, done, out_filters, exists, o, start, height, width,
+            y, y_plane, y_strides, done, out_filters, exists, o, start, height, width,
             P, L, V, HALO, ALIGN, CHANNELS_LAST, ADJOINT,
         )  # fmt: skip
         if partials is not None:
@@ -285,10 +294,9 @@ def wavelet_backward_kernel(
     last = tl.minimum(first + numbers[1], h)
     place = V * tl.arange(0, L)[None, :]
     own = (place >= HALO) & (place < L * V - HALO)
-    grad += image * multiple(grad_strides[0], ALIGN) + channel * multiple(grad_strides[1], ALIGN)
-    x += image * multiple(x_strides[0], ALIGN) + channel * multiple(x_strides[1], ALIGN)
+    grad_plane, x_plane = _plane(grad_strides, image, channel, ALIGN), _plane(x_strides, image, channel, ALIGN)
     if out is not None:
-        out += image * multiple(out_strides[0], ALIGN) + channel * multiple(out_strides[1], ALIGN)
+        out_plane = _plane(out_strides, image, channel, ALIGN)
     dec = _filters(dec_lo, dec_hi, P)
     rec = _filters(rec_lo, rec_hi, P)
     every = _spread(alive, P, 1)
@@ -309,14 +317,15 @@ def wavelet_backward_kernel(
         r = i - R
         m = r - R
         pixels = _load_pixels(
-            x, x_strides, of_sums, alive & (i >= 0) & (i < h) & (i < last + R), i, start, height, width,
+            x, x_plane, x_strides, of_sums, alive & (i >= 0) & (i < h) & (i < last + R), i, start, height, width,
             P, L, V, ALIGN, CHANNELS_LAST, True,
         )  # fmt: skip
         bands = extend(_analyse(pixels, dec, P, L, C), R, C, 4 * P, L)
         convolved, sums = convolve(sums, bands, weights, offset, K, C, False)
         grad_pixels = _load_pixels(
-            grad, grad_strides, of_sums, alive & (r >= tl.maximum(first - R, 0)) & (r < h) & (r < last + R),
-            r, start, height, width, P, L, V, ALIGN, CHANNELS_LAST, False,
+            grad, grad_plane, grad_strides, of_sums,
+            alive & (r >= tl.maximum(first - R, 0)) & (r < h) & (r < last + R), r, start, height, width,
+            P, L, V, ALIGN, CHANNELS_LAST, False,
         )  # fmt: skip
         around = extend(_analyse(grad_pixels, rec, P, L, C), R, C, 4 * P, L)
         transposed, transposed_sums = convolve(transposed_sums, around, weights, nothing, K, C, True)
@@ -337,8 +346,8 @@ def wavelet_backward_kernel(
         held = held[4 * C :]
         if out is not None:
             _store_pixels(
-                out, out_strides, transposed, dec, alive & (m >= first) & (m < last), m, start, height, width,
-                P, L, V, HALO, ALIGN, CHANNELS_LAST, True,
+                out, out_plane, out_strides, transposed, dec, alive & (m >= first) & (m < last),
+                m, start, height, width, P, L, V, HALO, ALIGN, CHANNELS_LAST, True,
             )  # fmt: skip
     part = (segment * batch + image) * numbers[0] + strip
     target = partials + (_spread(part, P, 1) * 4 * channels + number) * (K * K + 1)
