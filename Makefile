@@ -1,9 +1,13 @@
 # `make bench` and `make test` are the two commands; each sets up what it needs.
 PYTHON ?= python3
+# `make test TORCH=2.11` takes the versions of requirements/torch2.11.txt, in an environment of their own.
+DEFAULT_TORCH := 2.13
+TORCH ?= $(DEFAULT_TORCH)
+VENV := $(if $(filter $(DEFAULT_TORCH),$(TORCH)),.venv,.venvs/torch$(TORCH))
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: bench bench-all test test-all lint build clean
 
@@ -14,26 +18,34 @@ bench: build
 bench-all: build
 	$(PY) -m benchmarks
 
-test: lint
-	$(PY) -m pytest -m "not slow"
+# T names files or tests. Lint is of the default versions.
+test: $(if $(filter .venv,$(VENV)),lint,build) $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m "not slow" $(T)
 
-test-all: lint
-	$(PY) -m pytest
+test-all: $(if $(filter .venv,$(VENV)),lint,build) $(VENV)/installed
+	$(VENV)/bin/python -m pytest $(T)
 
 lint: build
 	ruff check .
 	ruff format --check .
 	mypy
 
-# ninja compiles only what changed.
+# Always with the default torch: one library serves every version. ninja compiles only what changed.
 build: .venv/installed
 	$(PY) setup.py -q build_ext --inplace
 
-.venv/installed: requirements-dev.txt pyproject.toml setup.py
-	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -q -r requirements-dev.txt
-	SDO_SWFORMER_SKIP_EXT=1 $(PY) -m pip install -q --no-build-isolation -e ".[diffusers,bench,examples,dev]"
-	touch $@
+define install
+test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+$(@D)/bin/python -m pip install -q -r $< -r requirements/tools.txt
+SDO_SWFORMER_SKIP_EXT=1 $(@D)/bin/python -m pip install -q -c $< --no-build-isolation -e ".[diffusers,bench,examples,dev]"
+touch $@
+endef
+
+.venv/installed: requirements/torch$(DEFAULT_TORCH).txt requirements/tools.txt pyproject.toml setup.py
+	$(install)
+
+.venvs/torch%/installed: requirements/torch%.txt requirements/tools.txt pyproject.toml setup.py
+	$(install)
 
 clean:
 	rm -rf build dist *.egg-info */_C_*.so

@@ -351,6 +351,8 @@ class ShortcutSampler:
             with torch.inference_mode():
                 outputs = self._counted(eps, x, t)
             return tuple(output.clone() for output in outputs)
+        # torch 2.10 would take the weights as autocast cast them for the calls without gradients.
+        torch.clear_autocast_cache()
         if self.checkpoint:
             return run_checkpointed(self._counted, eps, x, t, use_reentrant=False)
         return self._counted(eps, x, t)

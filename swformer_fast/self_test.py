@@ -63,8 +63,8 @@ def _verdict(op: Op, args: tuple[Any, ...], x: Tensor) -> str | None:
 
 
 def _limit(dtype: torch.dtype) -> float:
-    """Far above rounding, far below what a wrong operand gives."""
-    return 1e-3 if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else 3e-2
+    """Far above rounding, below what a wrong operand gives, or tf32 where fp32 was asked for."""
+    return 1e-4 if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else 3e-2
 
 
 def _error(op: Op, args: tuple[Any, ...]) -> float:
@@ -87,7 +87,7 @@ def _error(op: Op, args: tuple[Any, ...]) -> float:
         pairs = [(r.double().cpu(), e) for r, e in zip(_tuple(results), _tuple(expected), strict=True) if r.numel()]
     scale = max(e.norm().item() for _, e in pairs)
     # Gradients that cancel are judged by the others' size.
-    errors = [((r - e).norm() / (e.norm() + 1e-3 * scale)).item() for r, e in pairs]
+    errors = [((r - e).norm() / (e.norm() + 1e-2 * scale)).item() for r, e in pairs]
     return max(error if error == error else float("inf") for error in errors)
 
 

@@ -1,7 +1,10 @@
 """Set-up shared by all tests; it runs before any test module imports Triton."""
 
+import importlib.util
 import os
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,13 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parent.parent
+# A checkout that is not installed; subprocesses too.
+for package, folder in (("benchmarks", ROOT), ("swformer_kernels", ROOT / "kernels")):
+    if importlib.util.find_spec(package) is None:
+        sys.path.append(str(folder))
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(folder)])
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
@@ -19,6 +29,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+LASTING = ("illegal memory access", "misaligned address", "unspecified launch failure", "illegal instruction")
+LASTING += ("device-side assert",)
+"""CUDA errors after which a process can do nothing more on the GPU."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Such an error ends its worker of pytest-xdist, which begins a new one: the tests after it are not blamed."""
+    error = str(report.longrepr or "")
+    lasting = report.failed and "CUDA error" in error and any(word in error for word in LASTING)
+    if lasting and os.environ.get("PYTEST_XDIST_WORKER"):
+        sys.stderr.write(f"{report.nodeid}: {error[-600:]}\n")
+        sys.stderr.flush()
+        os._exit(3)
 
 
 @pytest.fixture(autouse=True)

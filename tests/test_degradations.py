@@ -4,17 +4,18 @@ import math
 
 import degradations
 import pytest
-import skimage.data
 import torch
 from degradations import DEGRADATIONS, GAMMA, degrade
 from torch import Generator, Tensor
+
+data = pytest.importorskip("skimage.data")
 
 SIZE = (97, 130)
 
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    pixels = torch.tensor(skimage.data.coffee()[100:197, 200:330], dtype=torch.float32)
+    pixels = torch.tensor(data.coffee()[100:197, 200:330], dtype=torch.float32)
     return (pixels / 255).permute(2, 0, 1).contiguous()
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 import swformer_fast as sf
 
 pytestmark = pytest.mark.skipif(sf.backends()["cpp"] != "available", reason="the extension is not built")
+KEEPS = torch.__version__ >= (2, 11)
+needs_pool = pytest.mark.skipif(not KEEPS, reason="torch 2.10 lacks the means to keep memory")
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +33,13 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@needs_pool
 def test_freed_memory_serves_the_next_result() -> None:
     address = large().data_ptr()
     assert large().data_ptr() == address
 
 
+@needs_pool
 def test_a_block_somewhat_larger_serves_too() -> None:
     address = sf.functional.haar_dwt2d(torch.ones(1, 8, 512, 560)).data_ptr()
     assert large().data_ptr() == address
@@ -105,7 +109,7 @@ def test_memory_is_bounded_and_given_back() -> None:
     output = subprocess.run([sys.executable, "-c", BOUNDED], check=True, capture_output=True, text=True).stdout
     used, kept, given_back = map(int, output.split())
     assert used > 450
-    assert 100 < kept < 140
+    assert 100 < kept < 140 if KEEPS else kept < 20
     assert given_back < 20
 
 

@@ -4,7 +4,6 @@ import copy
 
 import numpy as np
 import pytest
-import pywt
 import torch
 from helpers import LAYOUTS, TOLERANCE, assert_close, fp64, rel_rms, value_and_grads
 from torch import Tensor
@@ -16,6 +15,7 @@ PAIRS = [(n, n) for n in LENGTHS] + [(1, 2), (3, 64), (63, 2), (65, 96), (96, 63
 
 
 def bands(x: np.ndarray) -> Tensor:
+    pywt = pytest.importorskip("pywt")
     approximation, details = pywt.dwt2(x, "haar", axes=(2, 3))
     return torch.from_numpy(np.concatenate((approximation, *details), axis=1))
 
@@ -33,6 +33,7 @@ def test_dwt_equals_pywavelets(size):
 
 @pytest.mark.parametrize("size", [s for s in PAIRS if s[0] % 2 == 0 and s[1] % 2 == 0])
 def test_idwt_equals_pywavelets(size):
+    pywt = pytest.importorskip("pywt")
     y = torch.randn(2, 12, size[0] // 2, size[1] // 2, dtype=torch.float64)
     ll, *details = (band.numpy() for band in y.chunk(4, dim=1))
     assert_close(haar_idwt2d(y), torch.from_numpy(pywt.idwt2((ll, tuple(details)), "haar", axes=(2, 3))))

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import restore
 import torch
-import train_restore
-from degradations import degrade
-from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import swformer_fast as sf
+
+for package in ("matplotlib", "PIL", "safetensors", "skimage", "sklearn", "tqdm"):
+    pytest.importorskip(package)
+
+import restore
+import train_restore
+from degradations import degrade
+from PIL import Image
+from safetensors import safe_open
 
 SHIPPED = {"rain_streaks": 4.0, "haze": 3.0, "low_light": 3.0}
 """Tasks with weights in examples/assets, and the least gain in dB on each held-out photograph."""

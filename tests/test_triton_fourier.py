@@ -89,12 +89,13 @@ def test_mix_backward(dims: tuple[int, int, int], size: tuple[int, int]) -> None
     """Gradients of an image made from an image, through both transforms."""
     x = torch.randn(2, dims[0], *size, device=DEVICE)
     parameters = _parameters(*dims)
-    grad = torch.randn(2, dims[2] or dims[1], *size, device=DEVICE)
 
     def whole(x: Tensor, *parameters: Tensor | None) -> Tensor:
         spectrum = torch.view_as_real(torch.fft.rfft2(x, norm="ortho"))
         return _image_of(_mix(spectrum, *parameters, 0.3), *size)
 
+    # Partly the image itself: of one channel a weight's gradient is one sum, which must not cancel.
+    grad = whole(x, *parameters) + 0.3 * torch.randn(2, dims[2] or dims[1], *size, device=DEVICE)
     inputs = [None if t is None else t.double().requires_grad_() for t in (x, *parameters)]
     leaves = [t for t in inputs if t is not None]
     expected = torch.autograd.grad(whole(*inputs), leaves, grad.double())
