@@ -96,9 +96,11 @@ def _problem(op: Op, backend: str, device: str, args: tuple[Any, ...]) -> str | 
 def default_backend() -> str:
     """The backend asked for by `use_backend`, else by the environment variable, else "auto"."""
     chosen = _chosen  # one look, for other threads replace it
-    if chosen:
+    if len(chosen) > 1:
         own = threading.get_ident()
         return next((choice for choice in reversed(chosen) if choice.thread == own), chosen[-1]).name
+    if chosen:
+        return chosen[0].name
     name = os.environ.get(_ENVIRONMENT, "auto")
     if name not in BACKENDS:
         raise ValueError(f"{_ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {name!r}")

@@ -10,6 +10,8 @@ from torch import Tensor
 from . import ops
 from .model import guided
 
+_OUT_RECORDS_NOTHING = "out must be None where gradients are recorded (or use torch.no_grad()), got a tensor"
+
 
 def sampler_step(
     x: Tensor,
@@ -90,7 +92,8 @@ def sampler_step(
     if out is None:
         return ops.step(*arguments)
     _check_out("out", out, "x", x, (x, cond, uncond, *terms))
-    _refuse_gradients(x, cond, uncond, *terms)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, cond, uncond, *terms)):
+        raise RuntimeError(_OUT_RECORDS_NOTHING)
     torch.ops.sdo_fast.sampler_step_out.default(*arguments, out)
     return out
 
@@ -160,7 +163,8 @@ def shortcut_backward(
         tensor, earlier = out[k], out[:k]
         if tensor is not None:
             _check_out(f"out ({name})", tensor, "grad", grad, (grad, *inputs.values()), earlier)
-    _refuse_gradients(grad)
+    if torch.is_grad_enabled() and grad.requires_grad:
+        raise RuntimeError(_OUT_RECORDS_NOTHING)
     ops.shortcut_kernel(grad)(*arguments, *out)
     return out
 
@@ -208,11 +212,6 @@ def _check_out(
                 raise ValueError(
                     f"{name} must be the same view as an input, or other memory, got one that overlaps another tensor"
                 )
-
-
-def _refuse_gradients(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise RuntimeError("out must be None where gradients are recorded (or use torch.no_grad()), got a tensor")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -64,6 +64,7 @@ class GuidedModel:
         self.evaluations = 1 if guidance_scale is None else 2
         self.learns_guidance = isinstance(guidance_scale, Tensor)
         self.weight = None if isinstance(guidance_scale, Tensor) or learned_variance else guidance_scale
+        self._combines = guidance_scale is not None and self.weight is None
         self.joined: dict[str, Any] | None = None
         if guidance_scale is not None:
             try:
@@ -91,9 +92,9 @@ class GuidedModel:
         (uncond, _), (cond, variance) = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)
         return torch.cat([guided(uncond, cond, self.guidance_scale), variance], dim=1)
 
-    def operands(self, outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], float | None]:
-        """What a step takes: both outputs and the number that guides them, or else the one that `combine` gives."""
-        return ((self.combine(*outputs),), None) if self.weight is None else (outputs, self.weight)
+    def operands(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What a step takes beside `weight`: the outputs, or the combined one where no number guides them."""
+        return (self.combine(*outputs),) if self._combines else outputs
 
     def repeated(self, times: int) -> GuidedModel:
         """The same model for a batch of so many copies of the latents, one after the other."""

@@ -293,7 +293,7 @@ class ShortcutSampler:
                     outputs = self.evaluate(eps, stepper.scale_input(x, i), times[i], i == grad_step)
                 if reuse is not None:
                     reuse.store(i, x, eps.combine(*outputs))
-                x = stepper.step(*eps.operands(outputs), i, x)
+                x = stepper.step(eps.operands(outputs), eps.weight, i, x)
         return x if slopes is None else Slopes.apply(x, latents, *slopes[1:], eps.weight, *kept)
 
     @torch.no_grad()

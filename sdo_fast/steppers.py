@@ -89,7 +89,7 @@ class FusedStepper:
     def __init__(self, solver: Solver) -> None:
         self.recurrences: dict[int, Recurrence] = measured(solver)
         self.depth = max((j for r in self.recurrences.values() for j in (*r.states, *r.outputs)), default=0)
-        self._steps = solver.steps
+        self._start, self._steps = solver.start, solver.steps
         self._own_generator = solver.step_kwargs.get("generator")
         self._scales = {i: rule.scales for i, rule in self.recurrences.items()}
         self._clips = any(rule.clip is not None for rule in self.recurrences.values())
@@ -97,14 +97,14 @@ class FusedStepper:
     def slopes(self, s: int | None) -> tuple[float, float, float] | None:
         if self._clips:
             return None
-        start, end = self._steps.start, self._steps.stop
-        of_state, of_output = {start: 1.0}, {start: 0.0}
+        of_state, of_output = {self._start: 1.0}, {self._start: 0.0}
         for i in self._steps:
             rule = self.recurrences[i]
             for values in (of_state, of_output):
                 values[i + 1] = rule.a * values[i] + sum(k * values[i - j] for j, k in rule.states.items())
             if s is not None:
                 of_output[i + 1] += rule.b if i == s else rule.outputs.get(i - s, 0.0)
+        end = self._steps.stop
         return 0.0 if s is None else of_state[s], of_state[end], of_output[end]
 
     def begin(self, generator: torch.Generator | None = None) -> FusedStepper:
@@ -145,7 +145,7 @@ class FusedStepper:
     def _workspace(self, i: int, x: Tensor) -> Tensor:
         """Memory for x_{i+1}: of the state that no later step reads, if this pass made it and nobody shares it."""
         oldest = self._states.pop(i - self.depth, None)
-        if oldest is None or i - self.depth == self._steps.start or type(oldest) is not Tensor:
+        if oldest is None or i - self.depth == self._start or type(oldest) is not Tensor:
             return torch.empty_like(x)
         # One for the state, one for the storage object in hand.
         shared = torch._C._storage_Use_Count(oldest.untyped_storage()._cdata) > 2
