@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .model import guided
+from .model import guided_by_tensor
 
 _OUT_RECORDS_NOTHING = "out must be None where gradients are recorded (or use torch.no_grad()), got a tensor"
 
@@ -79,7 +79,7 @@ def sampler_step(
     if isinstance(guidance, Tensor):
         if uncond is None:
             raise ValueError("uncond must be given with a tensor guidance, which guides from it, got None")
-        cond, uncond, guidance = guided(uncond.to(x.dtype), cond.to(x.dtype), guidance), None, 1.0
+        cond, uncond, guidance = guided_by_tensor(uncond.to(x.dtype), cond.to(x.dtype), guidance), None, 1.0
         if cond.shape != x.shape:
             raise ValueError(
                 f"guidance must broadcast against x {tuple(x.shape)}, got one that gives {tuple(cond.shape)}"

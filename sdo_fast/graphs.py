@@ -37,7 +37,7 @@ class CapturedModel:
     """`eps.evaluate(x, t)` without a gradient: x', t' <- x, t; graph: o' <- model(x', t', **k'); a copy of o'.
 
     k' <- k, the tensors of the keyword arguments, once for each `eps`, that is once a pass of the sampler. One graph is
-    kept; `ShortcutSampler` says when it is captured anew.
+    kept; `SamplerConfig.cuda_graph` says when it is captured anew.
     """
 
     def __init__(self, capture: Callable[..., Any] = capture, device: str = "cuda") -> None:

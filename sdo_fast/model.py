@@ -65,6 +65,7 @@ class GuidedModel:
         self.learns_guidance = isinstance(guidance_scale, Tensor)
         self.weight = None if isinstance(guidance_scale, Tensor) or learned_variance else guidance_scale
         self._combines = guidance_scale is not None and self.weight is None
+        self._guided: Callable[..., Tensor] = guided_by_tensor if self.learns_guidance else guided
         self.joined: dict[str, Any] | None = None
         if guidance_scale is not None:
             try:
@@ -88,9 +89,9 @@ class GuidedModel:
             return outputs[0]
         uncond, cond = outputs
         if not self.learned_variance:
-            return guided(uncond, cond, self.guidance_scale)
+            return self._guided(uncond, cond, self.guidance_scale)
         (uncond, _), (cond, variance) = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)
-        return torch.cat([guided(uncond, cond, self.guidance_scale), variance], dim=1)
+        return torch.cat([self._guided(uncond, cond, self.guidance_scale), variance], dim=1)
 
     def operands(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What a step takes beside `weight`: the outputs, or the combined one where no number guides them."""
@@ -122,13 +123,16 @@ class GuidedModel:
         return output.to(x.dtype)
 
 
-def guided(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
-    """uncond + scale (cond - uncond), in their dtype; a tensor `scale` in float32 or wider, and rounded once."""
-    if not isinstance(scale, Tensor):
-        return uncond + scale * (cond - uncond)
-    wide = torch.promote_types(cond.dtype, torch.float32)
-    base = uncond.to(wide)
-    return (base + scale.to(cond.device, wide) * (cond.to(wide) - base)).to(cond.dtype)
+def guided(uncond: Tensor, cond: Tensor, weight: float) -> Tensor:
+    """uncond + weight (cond - uncond), in their dtype."""
+    return uncond + weight * (cond - uncond)
+
+
+def guided_by_tensor(uncond: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
+    """uncond + weight (cond - uncond), in float32 (float64 for float64), rounded once to their dtype."""
+    dtype = torch.promote_types(cond.dtype, torch.float32)
+    base = uncond.to(dtype)
+    return (base + weight.to(cond.device, dtype) * (cond.to(dtype) - base)).to(cond.dtype)
 
 
 def _takes_timestep_by_name(model: Callable[..., Any]) -> bool:

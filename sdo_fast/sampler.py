@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ._progress import bar
+from .gradients import ScaleGradient, Slopes
 from .graphs import CapturedModel
 from .model import GuidedModel
 from .paths import draw_step, grad_step_choices
@@ -360,48 +361,6 @@ class ShortcutSampler:
     def _counted(self, eps: GuidedModel, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         self.model_calls += eps.evaluations
         return eps.evaluate(x, t)
-
-
-class Slopes(torch.autograd.Function):
-    """`value`, with the derivative of a x + b eps, where eps is the guided combination of a model's outputs."""
-
-    @staticmethod
-    def forward(value: Tensor, x: Tensor, a: float, b: float, guidance: float | None, *outputs: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.factors = inputs[2:5]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, guidance = ctx.factors
-        needs = ctx.needs_input_grad[1], *reversed(ctx.needs_input_grad[5:]), False, False
-        # (x, cond, uncond), where the outputs are (uncond, cond) or the one of a model without guidance.
-        none = (None, None, None, 0.0, 0.0, 0.0, None)
-        weight = 1.0 if guidance is None else guidance
-        grads = torch.ops.sdo_fast.shortcut_backward(grad, a, b, weight, *none, *needs[:3])
-        by_x, *by_outputs = (g if need else None for g, need in zip(grads, needs, strict=False))
-        count = len(ctx.needs_input_grad) - 5
-        return None, by_x, None, None, None, *reversed(by_outputs[:count])
-
-
-class ScaleGradient(torch.autograd.Function):
-    """x in forward, factor * grad in backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.factor = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.factor * grad, None
 
 
 def _out_of_inference_mode(values: Any) -> Any:
