@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import sdo_fast
-from sdo_fast.fused import FusedSolver
-from sdo_fast.reference import Solver
+from sdo_fast.solver import Solver
+from sdo_fast.steppers import FusedStepper, SchedulerStepper, Stepper
 
 from .harness import Case, Options, Variant, Work
 
@@ -55,29 +55,20 @@ def scheduler_pass(name: str, shape: tuple[int, ...], guided: bool, options: Opt
     """A pass of STEPS steps. The scheduler's includes its copy for the pass, some percent of it."""
     torch.manual_seed(0)
     solver = Solver(schedulers()[name], STEPS)
+    weight = GUIDANCE if guided else None
     x = torch.randn(shape).to(options.device)
     pair = [tuple(torch.randn(shape).to(options.device) for _ in range(1 + guided)) for _ in range(2)]
     outputs = pair * (STEPS // 2)  # two sets in turn: a model's output has just been written, so it is in the cache
 
     @torch.no_grad()
-    def by_scheduler(x: Tensor, outputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
-        run = solver.begin()
-        for i in run.steps:
+    def sample(stepper: Stepper, x: Tensor, outputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        run = stepper.begin()
+        for i in solver.steps:
             run.scale_input(x, i)
-            uncond, cond = outputs[i][0], outputs[i][-1]
-            x = run.step(uncond + GUIDANCE * (cond - uncond) if guided else cond, i, x)
+            x = run.step(outputs[i], weight, i, x)
         return x
 
-    fused = FusedSolver(solver)
-
-    @torch.no_grad()
-    def by_steps() -> Tensor:
-        run, state = fused.begin(), x
-        for i in run.steps:
-            run.scale_input(state, i)
-            state = run.guided_step(outputs[i], GUIDANCE if guided else None, i, state)
-        return state
-
+    scheduler, fused = SchedulerStepper(solver), FusedStepper(solver)
     operands = sum(3 + guided + len(rule.scales) for rule in fused.recurrences.values())
 
     def by_copies() -> Tensor:
@@ -88,10 +79,10 @@ def scheduler_pass(name: str, shape: tuple[int, ...], guided: bool, options: Opt
         return sink
 
     def expected() -> Tensor:
-        return by_scheduler(x.double(), [tuple(t.double() for t in halves) for halves in outputs])
+        return sample(scheduler, x.double(), [tuple(t.double() for t in halves) for halves in outputs])
 
-    variants = {"scheduler": Variant(lambda: by_scheduler(x, outputs))}
-    variants |= variants_of(by_steps, options, "sampler_step in plain PyTorch")
+    variants = {"scheduler": Variant(lambda: sample(scheduler, x, outputs))}
+    variants |= variants_of(lambda: sample(fused, x, outputs), options, "sampler_step in plain PyTorch")
     variants["copies of as many bytes (floor)"] = Variant(by_copies, compared=False)
     return Work(variants, expected, {"scheduler": TARGETS[name]} if name in TARGETS and not guided else {})
 

@@ -6,13 +6,15 @@ from .inversion import Inversion, invert
 from .optimize import NonFiniteLossError, optimize_latents
 from .pipelines import from_pipeline
 from .reuse import TrajectoryCache
-from .sampler import ShortcutSampler
-from .schedulers import NotAffineError, coefficients
+from .sampler import SamplerConfig, ShortcutSampler
+from .schedulers import coefficients
+from .solver import NotAffineError
 
 __all__ = [
     "Inversion",
     "NonFiniteLossError",
     "NotAffineError",
+    "SamplerConfig",
     "ShortcutSampler",
     "TrajectoryCache",
     "backends",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,19 @@ from torch import Tensor
 PACKAGE = __package__ or "sdo_fast"
 BACKENDS = ("auto", "reference", "cpp", "cuda")
 _ENVIRONMENT = f"{PACKAGE.upper()}_BACKEND"
-_chosen: list[str] = []
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """One `use_backend` that is in force, and the thread that entered it."""
+
+    name: str
+    thread: int
+
+
+# A thread takes its own innermost choice; one without any, as autograd's are, the last that any thread has entered.
+_chosen: tuple[_Choice, ...] = ()
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,13 @@ def _problem(op: Op, backend: str, device: str, args: tuple[Any, ...]) -> str | 
 
 def default_backend() -> str:
     """The backend asked for by `use_backend`, else by the environment variable, else "auto"."""
-    name = _chosen[-1] if _chosen else os.environ.get(_ENVIRONMENT, "auto")
+    chosen = _chosen  # one look, for other threads replace it
+    if len(chosen) > 1:
+        own = threading.get_ident()
+        return next((choice for choice in reversed(chosen) if choice.thread == own), chosen[-1]).name
+    if chosen:
+        return chosen[0].name
+    name = os.environ.get(_ENVIRONMENT, "auto")
     if name not in BACKENDS:
         raise ValueError(f"{_ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -115,16 +134,21 @@ def use_backend(name: str) -> Iterator[None]:
     """Inside, every op runs on backend `name`: "auto", "reference", "cpp" or "cuda".
 
     An op that the named backend cannot run raises RuntimeError that says why; "auto" falls back to the reference
-    instead. The setting holds for the whole process, backward threads included; a backward pass takes the backend in
-    force while it runs. The environment variable SDO_FAST_BACKEND sets the default.
+    instead. The setting holds for this thread, and for threads without a setting of their own, backward threads
+    included, until another thread enters one; a backward pass takes the backend in force while it runs. The environment
+    variable SDO_FAST_BACKEND sets the default.
     """
+    global _chosen
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
-    _chosen.append(name)
+    mine = _Choice(name, threading.get_ident())
+    with _lock:
+        _chosen = (*_chosen, mine)
     try:
         yield
     finally:
-        _chosen.pop()
+        with _lock:
+            _chosen = tuple(choice for choice in _chosen if choice is not mine)
 
 
 def backends() -> dict[str, str]:

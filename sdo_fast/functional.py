@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .model import guided_by_tensor
+
+_OUT_RECORDS_NOTHING = "out must be None where gradients are recorded (or use torch.no_grad()), got a tensor"
 
 
 def sampler_step(
@@ -49,7 +52,8 @@ def sampler_step(
     Args:
         x: the state, of any shape, strides and of dtype float32, float64, float16 or bfloat16.
         cond, uncond: the model's output with the condition and, under classifier-free guidance, without; like x.
-        guidance: w; a tensor that broadcasts against x for guidance that differs between samples or is learned.
+        guidance: w; a tensor that broadcasts against x for guidance that differs between samples or is learned. It is
+            combined with cond and uncond in float32 (float64 for float64), and eps then rounded to x's dtype.
         terms, scales: further tensors like x, and their factors: noise, earlier states, earlier outputs.
         clip, c, pred_x, pred_eps: the clipped sample prediction; see above.
         out: write the result here instead of into a new tensor; no gradients. May be `x` itself or any other of the
@@ -68,24 +72,28 @@ def sampler_step(
         TypeError, ValueError: an argument is no tensor, or of another dtype, shape or device than x.
         RuntimeError: `out` is given while gradients are recorded for an input.
     """
-    if isinstance(guidance, Tensor):
-        if uncond is None:
-            raise ValueError("guidance: a tensor was given, but there is no uncond to guide from")
-        cond, uncond, guidance = uncond + guidance * (cond - uncond), None, 1.0
     _check_floating("x", x)
     _check_like("cond", cond, "x", x)
     if uncond is not None:
         _check_like("uncond", uncond, "x", x)
+    if isinstance(guidance, Tensor):
+        if uncond is None:
+            raise ValueError("uncond must be given with a tensor guidance, which guides from it, got None")
+        cond, uncond, guidance = guided_by_tensor(uncond.to(x.dtype), cond.to(x.dtype), guidance), None, 1.0
+        if cond.shape != x.shape:
+            raise ValueError(
+                f"guidance must broadcast against x {tuple(x.shape)}, got one that gives {tuple(cond.shape)}"
+            )
     for k, term in enumerate(terms):
         _check_like(f"terms[{k}]", term, "x", x)
     if len(terms) != len(scales):
-        raise ValueError(f"scales: got {len(scales)}, one for each of the {len(terms)} terms is needed")
+        raise ValueError(f"scales must have one number for each of the {len(terms)} terms, got {len(scales)}")
     arguments = (x, cond, uncond, guidance, a, b, list(terms), list(scales), c, pred_x, pred_eps, clip)
     if out is None:
         return ops.step(*arguments)
     _check_out("out", out, "x", x, (x, cond, uncond, *terms))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, cond, uncond, *terms)):
-        raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")
+        raise RuntimeError(_OUT_RECORDS_NOTHING)
     torch.ops.sdo_fast.sampler_step_out.default(*arguments, out)
     return out
 
@@ -137,11 +145,11 @@ def shortcut_backward(
     inputs = {"x": x, "cond": cond, "uncond": uncond} if clip is not None else {}
     for name, tensor in inputs.items():
         if tensor is None and (name != "uncond" or guidance is not None):
-            raise ValueError(f"{name}: needed with clip, to tell what was clipped, got None")
+            raise ValueError(f"{name} must be given with clip, to tell what was clipped, got None")
         if tensor is not None:
             _check_like(name, tensor, "grad", grad)
     if clip is not None and guidance is None and uncond is not None:
-        raise ValueError("uncond: given, but guidance is None, so nothing would use it")
+        raise ValueError("uncond must be None where guidance is, for nothing would use it, got a tensor")
     arguments = (grad, a, b, 1.0 if guidance is None else guidance, *(inputs.get(n) for n in ("x", "cond", "uncond")))
     arguments += (c, pred_x, pred_eps, clip)
     if out is None:
@@ -150,37 +158,33 @@ def shortcut_backward(
         )
         return grad_x, grad_cond, grad_uncond if guidance is not None else None
     if guidance is None and out[2] is not None:
-        raise ValueError("out: a third tensor was given, but without guidance there is no uncond half")
+        raise ValueError("out must have None in the third place without guidance (no uncond half), got a tensor")
     for k, name in enumerate(("grad_x", "grad_cond", "grad_uncond")):
         tensor, earlier = out[k], out[:k]
         if tensor is not None:
             _check_out(f"out ({name})", tensor, "grad", grad, (grad, *inputs.values()), earlier)
     if torch.is_grad_enabled() and grad.requires_grad:
-        raise RuntimeError("out: gradients cannot be recorded through it; leave it out, or use torch.no_grad()")
+        raise RuntimeError(_OUT_RECORDS_NOTHING)
     ops.shortcut_kernel(grad)(*arguments, *out)
     return out
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, a tensor is needed")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in ops.DTYPES:
-        raise TypeError(f"{name}: got {tensor.dtype}, float32, float64, float16 or bfloat16 is needed")
+        raise TypeError(f"{name} must have dtype float32, float64, float16 or bfloat16, got {tensor.dtype}")
 
 
 def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, a tensor is needed")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.shape != other.shape:
-        raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)}, that of {other_name} {tuple(other.shape)} is needed"
-        )
+        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
-        raise TypeError(f"{name}: got {tensor.dtype}, the dtype of {other_name} {other.dtype} is needed")
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
     if tensor.device != other.device:
-        raise ValueError(
-            f"{name}: got a tensor on {tensor.device}, the device of {other_name} {other.device} is needed"
-        )
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
 
 
 def _check_out(
@@ -193,11 +197,11 @@ def _check_out(
 ) -> None:
     _check_like(name, out, other_name, other)
     if out.dtype != other.dtype:
-        raise TypeError(f"{name}: got {out.dtype}, the dtype of {other_name} {other.dtype} is needed")
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {out.dtype}")
     if torch.compiler.is_compiling():
         return
     if torch._debug_has_internal_overlap(out) == 1:
-        raise ValueError(f"{name}: got a tensor whose elements share memory (expanded?), memory of its own is needed")
+        raise ValueError(f"{name} must have memory of its own, got a tensor whose elements share it (expanded?)")
     begin, end = _span(out)
     for tensors, may_be_same in ((inputs, True), (others, False)):
         for tensor in tensors:
@@ -206,7 +210,7 @@ def _check_out(
             first, last = _span(tensor)
             if first < end and begin < last and not (may_be_same and _same_view(out, tensor)):
                 raise ValueError(
-                    f"{name}: overlaps another tensor of the call; the same view as an input, or other memory is needed"
+                    f"{name} must be the same view as an input, or other memory, got one that overlaps another tensor"
                 )
 
 

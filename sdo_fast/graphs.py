@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_, tree_map_only
 
-from .reference.model import GuidedModel
+from .model import GuidedModel
 from .reuse import same
 
 WARM_UP = 3  # calls before a capture: they load kernels and choose algorithms, which it may not
@@ -37,7 +37,7 @@ class CapturedModel:
     """`eps.evaluate(x, t)` without a gradient: x', t' <- x, t; graph: o' <- model(x', t', **k'); a copy of o'.
 
     k' <- k, the tensors of the keyword arguments, once for each `eps`, that is once a pass of the sampler. One graph is
-    kept; `ShortcutSampler` says when it is captured anew.
+    kept; `SamplerConfig.cuda_graph` says when it is captured anew.
     """
 
     def __init__(self, capture: Callable[..., Any] = capture, device: str = "cuda") -> None:
@@ -49,7 +49,7 @@ class CapturedModel:
         for name, values in (("latents", latents), ("model_kwargs", eps.cond), ("uncond_kwargs", eps.uncond)):
             for leaf in tree_leaves(values):
                 if isinstance(leaf, Tensor) and leaf.device.type != self._device:
-                    raise ValueError(f"cuda_graph: got {name} on {leaf.device}, tensors on a CUDA GPU are needed")
+                    raise ValueError(f"{name} must be on a CUDA GPU with cuda_graph, got {leaf.device}")
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from ._progress import bar
 from .sampler import ShortcutSampler, check_latents
 from .schedulers import noise_levels, step_coefficients
+from .solver import is_integer
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ def invert(
     """
     check_latents(image_latents)
     solver = sampler.solver.starting_at(0)
-    if not isinstance(upto, int) or isinstance(upto, bool) or not 0 <= upto < len(solver):
-        raise ValueError(f"upto: got {upto!r}, an index into the {len(solver)} timesteps is needed")
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations: got {iterations!r}, a positive integer is needed")
+    if not is_integer(upto) or not 0 <= upto < len(solver):
+        raise ValueError(f"upto must be an index into the {len(solver)} timesteps, got {upto!r}")
+    if not is_integer(iterations) or iterations < 1:
+        raise ValueError(f"iterations must be a positive integer, got {iterations!r}")
     a, b = (coefficients.tolist() for coefficients in step_coefficients(solver))
     if 0 in a[upto:]:
         raise ValueError(
-            f"scheduler: step {a.index(0, upto)} of {type(solver.scheduler).__name__} keeps nothing of its input (as "
-            "the last step of sample prediction), so it cannot be undone"
+            f"scheduler must keep something of the input of every step, got {solver.name}, whose step "
+            f"{a.index(0, upto)} keeps nothing (as the last one of sample prediction), so it cannot be undone"
         )
     norms = [math.hypot(alpha, sigma) for alpha, sigma in zip(*noise_levels(solver), strict=True)]
     norms.append(1.0)
@@ -74,7 +75,6 @@ def invert(
             output = eps.combine(*sampler.evaluate(eps, here.scale_input(x, i), times[i]))
             x = (following - b[i] * output) / a[i]
 
-    following_steps = sampler.arithmetic(solver.starting_at(upto)).begin()
-    reconstruction = sampler.run(following_steps, eps, x, range(upto, len(solver)))
+    reconstruction = sampler.run(sampler.stepper_from(upto).begin(), eps, x, range(upto, len(solver)))
     error = ((reconstruction - image_latents).norm() / image_latents.norm()).item()
     return Inversion(x, reconstruction, error)

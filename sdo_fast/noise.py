@@ -1,18 +1,14 @@
-"""The noise that a scheduler draws: replaced while the scheduler is measured, and drawn as the scheduler draws it."""
+"""The noise that a scheduler draws: seeded while it is measured, and drawn as the scheduler draws it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from .schedulers import NotAffineError
-
-SEED = 7_450_328_911_305_622
 
 
 @dataclass(frozen=True)
@@ -31,29 +27,32 @@ class Draw:
         return noise.to(x.device, x.dtype)
 
 
-class ReplacedNoise(TorchDispatchMode):
-    """Inside, `torch.randn` for a state of float64 returns `source()` instead, and `drawn` tells how it was called.
+class SeededNoise(TorchDispatchMode):
+    """Inside, what would draw from torch's global generator draws from this one; the global one is never touched.
 
-    Raises NotAffineError where the noise comes from another random function or has another shape.
+    `sources` tells what was drawn from: "given" generators, the "global" one.
     """
 
-    def __init__(self, source: Callable[[], Tensor]) -> None:
+    def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.source, self.drawn = source, list[Draw]()
-        self.generator = torch.Generator().manual_seed(SEED)
-        """For the pass inside. It is told from others by its seed, for the object does not reach the dispatcher."""
+        self.generator, self.sources = generator, set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        if func.overloadpacket is not torch.ops.aten.randn:
-            raise NotAffineError(f"scheduler: it draws noise by {func}, torch.randn is needed")
-        noise, dtype = self.source(), kwargs.get("dtype") or torch.get_default_dtype()
-        if noise.shape != torch.Size(args[0]):
-            raise NotAffineError(f"scheduler: it draws noise of shape {list(args[0])} for a state {list(noise.shape)}")
-        generator = kwargs.get("generator")
-        if generator is not None and generator.initial_seed() != SEED:
-            raise NotAffineError("scheduler: it draws noise from a generator of its own")
-        self.drawn.append(Draw(generator is not None, None if dtype == noise.dtype else dtype))
-        return noise.to(dtype)
+        if kwargs.get("generator") is not None:
+            self.sources.add("given")
+            return func(*args, **kwargs)
+        self.sources.add("global")
+        return _with_generator(func)(*args, **{**kwargs, "generator": self.generator})
+
+
+@cache
+def _with_generator(func: Any) -> Any:
+    """The overload of a random function that takes a generator besides."""
+    names = {argument.name for argument in func._schema.arguments} | {"generator"}
+    for overload in (getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads()):
+        if {argument.name for argument in overload._schema.arguments} == names:
+            return overload
+    raise ValueError(f"scheduler must draw its noise by functions that take a generator, got {func}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._progress import bar
 from .sampler import ShortcutSampler, check_latents
+from .solver import is_integer
 
 # Coarse to fine as it was measured: the last fifth of the updates on the full schedule.
 COARSE_SHARE = 0.8
@@ -104,8 +105,8 @@ def optimize_latents(
     """
     generator = sampler_kwargs.get("generator")
     check_latents(latents, generator)
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: got {steps!r}, an integer >= 0 is needed")
+    if not is_integer(steps) or steps < 0:
+        raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
     coarse_until = 0 if coarse_steps is None else math.floor(COARSE_SHARE * steps)
     coarse = None if coarse_steps is None else sampler.with_steps(coarse_steps)
     noise = None if generator is None else generator.get_state()
@@ -165,17 +166,19 @@ def _norms(z: Tensor) -> Tensor:
 def _gradient(loss: Tensor, z: Tensor) -> Tensor:
     gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:
-        raise ValueError("loss_fn: the loss does not depend on the image by autograd (was it detached?)")
+        raise ValueError(
+            "loss_fn must return a loss of the image, got one that does not depend on it (was it detached?)"
+        )
     return gradient
 
 
 def _check_loss(loss: Tensor, iteration: int, result: Result) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: returned {got}, a scalar tensor is needed (sum over the batch)")
+        raise ValueError(f"loss_fn must return a scalar tensor (sum over the batch), got {got}")
     if not torch.isfinite(loss):
         raise NonFiniteLossError(
-            f"loss_fn: returned {loss.item()} at iteration {iteration}; lower lr, clamp the image, or check the "
-            "model's output (this error's .result holds what was done before)",
+            f"loss_fn must return a finite loss, got {loss.item()} at iteration {iteration}; lower lr, clamp the "
+            "image, or check the model's output (this error's .result holds what was done before)",
             result,
         )

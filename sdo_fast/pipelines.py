@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reference.model import GuidedModel
+from .model import GuidedModel
 from .sampler import ShortcutSampler, check_latents
 
 
@@ -35,6 +37,11 @@ class PipelineSampler(ShortcutSampler):
         self.vae = getattr(pipe, "vae", None)
         self.conditions = conditions
         self.shape = (batch, model.config.in_channels, *size)
+
+    def with_options(self, **changes: Any) -> PipelineSampler:
+        parts = SimpleNamespace(scheduler=self.solver.scheduler, vae=self.vae)
+        options = vars(replace(self.config, **changes))
+        return PipelineSampler(parts, self.network, self.conditions, self.shape[0], self.shape[2:], **options)
 
     def prepare_latents(self, generator: torch.Generator | None = None) -> Tensor:
         """Noise for step 0, in the network's dtype and on its device."""
@@ -102,8 +109,8 @@ def from_pipeline(
     scheduler = getattr(pipe, "scheduler", None)
     if network is None or scheduler is None:
         raise TypeError(
-            f"pipe: {type(pipe).__name__} has no unet or SD3 transformer with a scheduler; give its network to "
-            "ShortcutSampler in a function model(x, t, **kwargs)"
+            f"pipe must have a unet or an SD3 transformer, and a scheduler, got {type(pipe).__name__}; give its "
+            "network to ShortcutSampler in a function model(x, t, **kwargs)"
         )
     factor = getattr(pipe, "vae_scale_factor", 8) if getattr(pipe, "vae", None) is not None else 1
     own = network.config.sample_size
@@ -112,7 +119,8 @@ def from_pipeline(
 
     if not hasattr(pipe, "encode_prompt"):
         if prompt is not None or guidance_scale is not None:
-            raise ValueError(f"prompt, guidance_scale: {type(pipe).__name__} is unconditional")
+            name, value = ("prompt", prompt) if prompt is not None else ("guidance_scale", guidance_scale)
+            raise ValueError(f"{name} must be None for {type(pipe).__name__}, which is unconditional, got {value!r}")
         conditions: tuple[Any, Any] = ({}, None)
         batch = images_per_prompt
     else:

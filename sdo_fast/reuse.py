@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .reference.solver import Solver
-from .schedulers import output_jacobians, refuse_not_affine, refuse_stochastic
+from .schedulers import affine_sensitivities, output_jacobians, refuse_stochastic
+from .solver import Solver, is_integer
 
 LARGEST_GAP = 0.5
 
@@ -47,11 +47,11 @@ class TrajectoryCache:
 
     def __init__(self, refresh: float = 0.1, exact_every: int = 10, cache: str = "v", batched: bool = False) -> None:
         if not (isinstance(refresh, (int, float)) and 0 < refresh <= 1):
-            raise ValueError(f"refresh: got {refresh!r}, a share of the steps in (0, 1] is needed")
-        if not isinstance(exact_every, int) or isinstance(exact_every, bool) or exact_every < 1:
-            raise ValueError(f"exact_every: got {exact_every!r}, a positive integer is needed")
+            raise ValueError(f"refresh must be a share of the steps in (0, 1], got {refresh!r}")
+        if not is_integer(exact_every) or exact_every < 1:
+            raise ValueError(f"exact_every must be a positive integer, got {exact_every!r}")
         if cache not in ("v", "eps", "x0"):
-            raise ValueError(f"cache: got {cache!r}, one of 'v', 'eps', 'x0' is needed")
+            raise ValueError(f"cache must be one of 'v', 'eps', 'x0', got {cache!r}")
         self.refresh = refresh
         self.exact_every = exact_every
         self.cache = cache
@@ -68,7 +68,7 @@ class TrajectoryCache:
         self._next = 0
         self._calls_since_exact = 0
         self._exact_required = True
-        self._complete = False
+        self.complete = False  # whether there is a whole trajectory
 
     def require_exact(self) -> None:
         self._exact_required = True
@@ -76,18 +76,17 @@ class TrajectoryCache:
     def attach(self, solver: Solver) -> None:
         """Take a sampler's schedule; ValueError for stochastic ones, NotAffineError for those that are not affine."""
         if self._jacobians is not None:
-            raise ValueError("reuse: this TrajectoryCache belongs to another sampler; make one for each")
-        refuse_not_affine(solver)
-        refuse_stochastic(solver)
+            raise ValueError("reuse must be a new TrajectoryCache for each sampler, got that of another sampler")
+        affine_sensitivities(solver)
+        refuse_stochastic(solver, "reuse")
         self._jacobians = output_jacobians(solver, {"v": 1.0, "eps": math.inf, "x0": 0.0}[self.cache])
 
-    def warm(self, latents: Tensor, conditions: Mapping[str, Any]) -> bool:
-        """Whether there is a whole trajectory for these arguments; drops one for others."""
+    def begin(self, latents: Tensor, conditions: Mapping[str, Any]) -> None:
+        """Begin a call with these arguments; drops the trajectory of others."""
         conditions = {**conditions, "like": (tuple(latents.shape), latents.dtype, latents.device)}
         if self._conditions is None or not same(self._conditions, conditions):
             self.clear()
             self._conditions = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), conditions)
-        return self._complete
 
     def plan(self, steps: range) -> set[int]:
         """The steps that call the model this time; all of them make the call exact."""
@@ -100,7 +99,7 @@ class TrajectoryCache:
         """Note that a call with this plan is complete."""
         self.exact = len(planned) == len(steps)
         if self.exact:
-            self._complete, self._exact_required, self._calls_since_exact = True, False, 0
+            self.complete, self._exact_required, self._calls_since_exact = True, False, 0
         else:
             self._calls_since_exact += 1
             self._next = (self._next + len(planned)) % len(steps)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,15 +15,100 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ._progress import bar
-from .fused import FusedSolver
+from .gradients import ScaleGradient, Slopes
 from .graphs import CapturedModel
-from .reference.loops import draw_step, grad_step_choices
-from .reference.model import GuidedModel
-from .reference.solver import Solver
+from .model import GuidedModel
+from .paths import draw_step, grad_step_choices
 from .reuse import TrajectoryCache
-from .schedulers import refuse_not_affine, refuse_stochastic, refuse_vanishing, sensitivities
+from .schedulers import affine_sensitivities, refuse_stochastic, refuse_vanishing
+from .solver import Solver
+from .steppers import Stepper, stepper_for
+
+Sampler = TypeVar("Sampler", bound="ShortcutSampler")
 
 
+@dataclass(frozen=True, eq=False)
+class SamplerConfig:
+    """The options of a `ShortcutSampler`.
+
+    Raises:
+        ValueError, TypeError: `guidance_scale` is neither a finite number nor a floating tensor nor None.
+    """
+
+    num_inference_steps: int | None = 50
+    """n for `scheduler.set_timesteps`; None where `schedule_kwargs` holds the schedule."""
+    start: int = 0
+    """Index into `scheduler.timesteps` of the first step that runs. The steps before it are not run: the latents are
+    the input of this step, for instance the result of `warm_up` or of an inversion. (The authors' style transfer,
+    "start 45" of 50, optimises the input of step 45, so 5 model calls remain.) Multistep schedulers begin there without
+    history."""
+    grad_step: str | int = "first"
+    """s. "first" (= start), "last", an index into `scheduler.timesteps`, "random" (a new one at each call, from the
+    generator), or "identity": no model backward at all, d x_0 / d latents = A_start I."""
+    guidance_scale: float | Tensor | None = None
+    """w of classifier-free guidance, uncond + w (cond - uncond); None for none. A tensor that broadcasts against the
+    latents gives each sample its own, or gets gradients: like the scheduler's arithmetic guidance stays differentiable
+    at every step (d x_0 / d w = sum_i B_i (cond_i - uncond_i)), at two latents a step for autograd. It is combined in
+    float32 (float64 for float64)."""
+    checkpoint: bool = True
+    """Recompute the one step in backward instead of keeping its activations, so that they never overlap with those of
+    the loss; costs one more model call and changes no bit of the result."""
+    normalize: bool = False
+    """Divide the gradient, not the value, by |A_start|. It can be large (157 with epsilon prediction and a linear beta
+    schedule begun at t = 999): harmless to Adam, fatal to a plain SGD learning rate or to float16. Affine schedulers
+    only."""
+    step_kwargs: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    """Keyword arguments of `scheduler.step`, e.g. `{"eta": 1.0}`."""
+    schedule_kwargs: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    """Keyword arguments of `scheduler.set_timesteps`, e.g. `{"mu": 1.15}`."""
+    reuse: TrajectoryCache | None = field(default=None, kw_only=True)
+    """A TrajectoryCache, with which most model outputs of most calls are reused from earlier calls, and the result is
+    an estimate except where `reuse.exact` says so (experimental)."""
+    fused: bool = field(default=True, kw_only=True)
+    """Run each step as one `sampler_step` instead of the scheduler's many small operations, where the scheduler is
+    affine up to clipping; elsewhere the scheduler runs, and `why_not()` gives the reason. Noise is drawn as the
+    scheduler draws it. Values and gradients agree with the scheduler's to rounding, with False bit for bit."""
+    inference_mode: bool = field(default=False, kw_only=True)
+    """Call the model under `torch.inference_mode` where no graph is kept, which costs small models less than
+    `torch.no_grad` does. Not for models that keep tensors from one call to the next (caches of position embeddings,
+    FSDP), which autograd could not use afterwards."""
+    cuda_graph: bool = field(default=False, kw_only=True)
+    """Capture the model call of the steps that keep no graph once as a CUDA graph, and replay it at each of them, so
+    that the host no longer launches the model's kernels one by one: o_i = graph(x_i, t_i, k) for i != s, with x_i, t_i
+    and the keyword arguments' tensors k copied into the graph's own buffers. The step of the gradient, the scheduler's
+    arithmetic and the batched refresh of `reuse` run as without it. For CUDA tensors and deterministic schedulers.
+
+    Captured anew where shapes, dtypes, the structure or plain values of the keyword arguments, autocast, train or eval
+    mode, or the addresses of a module's parameters and buffers change (values may change in place; for a model that is
+    a plain function, keep all addresses). Timesteps are an input, so a schedule is not part of it. What no capture can
+    hold: reading values back to the host (`.item()`), branches on them, copies from the CPU,
+    `torch.compile(mode="reduce-overhead")`. Hooks and other Python of the model do not run in a replay: after changing
+    what they do, make a new sampler. A capture calls the model four times, which `model_calls` leaves out, but
+    statistics of batch normalisation and dropout's generator in train mode do not. The graph keeps the memory of one
+    model call without a gradient while the sampler lives. Tested on the CPU with a stand-in for the capture; not yet
+    run on a GPU."""
+
+    def __post_init__(self) -> None:
+        scale = self.guidance_scale
+        if isinstance(scale, Tensor):
+            if not scale.is_floating_point():
+                raise TypeError(f"guidance_scale must have a floating dtype, got {scale.dtype}")
+        elif scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+            raise ValueError(f"guidance_scale must be a finite number, a tensor or None, got {scale!r}")
+
+
+def _show_options(sampler: type[Sampler]) -> type[Sampler]:
+    """Gives the class every option as a property to read, and its constructor their names for `help` and editors."""
+    for option in fields(SamplerConfig):
+        if not hasattr(sampler, option.name):
+            setattr(sampler, option.name, property(attrgetter(f"config.{option.name}")))
+    constructor: Any = sampler.__init__
+    own, options = (list(inspect.signature(call).parameters.values()) for call in (constructor, SamplerConfig))
+    constructor.__signature__ = inspect.Signature([*own[:3], *options])
+    return sampler
+
+
+@_show_options
 class ShortcutSampler:
     r"""A diffusion sampler whose result carries the graph of one model call.
 
@@ -45,45 +132,7 @@ class ShortcutSampler:
             `variance_type` is learned.
         scheduler: any diffusers scheduler, or an object with `set_timesteps`, `timesteps` and `step(...)`; never
             changed, so it may be shared.
-        num_inference_steps: n for `scheduler.set_timesteps`; None where `schedule_kwargs` holds the schedule.
-        start: index into `scheduler.timesteps` of the first step that runs. The steps before it are not run: `latents`
-            are the input of this step, for instance the result of `warm_up` or of an inversion. (The authors' style
-            transfer, "start 45" of 50, optimises the input of step 45, so 5 model calls remain.) Multistep schedulers
-            begin there without history.
-        grad_step: s. "first" (= start), "last", an index into `scheduler.timesteps`, "random" (a new one at each call,
-            from the generator), or "identity": no model backward at all, d x_0 / d latents = A_start I.
-        guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond); None for none. A tensor that
-            broadcasts against the latents gives each sample its own, or gets gradients: like the scheduler's arithmetic
-            guidance stays differentiable at every step (d x_0 / d w = sum_i B_i (cond_i - uncond_i)), at two latents a
-            step for autograd.
-        checkpoint: recompute the one step in backward instead of keeping its activations, so that they never overlap
-            with those of the loss; costs one more model call and changes no bit of the result.
-        normalize: divide the gradient, not the value, by |A_start|. It can be large (157 with epsilon prediction and
-            a linear beta schedule begun at t = 999): harmless to Adam, fatal to a plain SGD learning rate or to
-            float16. Affine schedulers only.
-        step_kwargs: keyword arguments of `scheduler.step`, e.g. `{"eta": 1.0}`.
-        schedule_kwargs: keyword arguments of `scheduler.set_timesteps`, e.g. `{"mu": 1.15}`.
-        reuse: a TrajectoryCache, with which most model outputs of most calls are reused from earlier calls, and the
-            result is an estimate except where `reuse.exact` says so (experimental).
-        fused: run each step as one `sampler_step` instead of the scheduler's many small operations, where the scheduler
-            is affine up to clipping; elsewhere the scheduler runs, and `why_not()` gives the reason. Noise is drawn as
-            the scheduler draws it. Values and gradients agree with the scheduler's to rounding, with False bit for bit.
-        inference_mode: call the model under `torch.inference_mode` where no graph is kept, which costs small models
-            less than `torch.no_grad` does. Not for models that keep tensors from one call to the next (caches of
-            position embeddings, FSDP), which autograd could not use afterwards.
-        cuda_graph: capture the model call of the steps that keep no graph once as a CUDA graph, and replay it at each
-            of them, so that the host no longer launches the model's kernels one by one: o_i = graph(x_i, t_i, k) for
-            i != s, with x_i, t_i and the keyword arguments' tensors k copied into the graph's own buffers. The step of
-            the gradient, the scheduler's arithmetic and the batched refresh of `reuse` run as without it. For CUDA
-            tensors and deterministic schedulers. Captured anew where shapes, dtypes, the structure or plain values of
-            the keyword arguments, autocast, train or eval mode, or the addresses of a module's parameters and buffers
-            change (values may change in place; for a model that is a plain function, keep all addresses). Timesteps
-            are an input, so a schedule is not part of it. What no capture can hold: reading values back to the host
-            (`.item()`), branches on them, copies from the CPU, `torch.compile(mode="reduce-overhead")`. Hooks and
-            other Python of the model do not run in a replay: after changing what they do, make a new sampler. A capture
-            calls the model four times, which `model_calls` leaves out, but statistics of batch normalisation and
-            dropout's generator in train mode do not. The graph keeps the memory of one model call without a gradient
-            while the sampler lives. Tested on the CPU with a stand-in for the capture; not yet run on a GPU.
+        *options, **named_options: of `SamplerConfig`, where each is described; `sampler.config` holds them.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the gradient asked for is exactly zero (sample prediction
@@ -95,63 +144,23 @@ class ShortcutSampler:
     2505.07477. Deterministic where the model is. Works with autocast, torch.compile'd models, any floating dtype.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        scheduler: Any,
-        num_inference_steps: int | None = 50,
-        start: int = 0,
-        grad_step: str | int = "first",
-        guidance_scale: float | Tensor | None = None,
-        checkpoint: bool = True,
-        normalize: bool = False,
-        *,
-        step_kwargs: Mapping[str, Any] | None = None,
-        schedule_kwargs: Mapping[str, Any] | None = None,
-        reuse: TrajectoryCache | None = None,
-        fused: bool = True,
-        inference_mode: bool = False,
-        cuda_graph: bool = False,
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], scheduler: Any, *options: Any, **named_options: Any) -> None:
+        self.config = config = SamplerConfig(*options, **named_options)
         if not callable(model):
-            raise TypeError(f"model: got {type(model).__name__}, a callable model(x, t, **kwargs) is needed")
-        if isinstance(guidance_scale, Tensor):
-            if not guidance_scale.is_floating_point():
-                raise TypeError(f"guidance_scale: got {guidance_scale.dtype}, a floating dtype is needed")
-        elif guidance_scale is not None and not (
-            isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale)
-        ):
-            raise ValueError(f"guidance_scale: got {guidance_scale!r}, a finite number, a tensor or None is needed")
+            raise TypeError(f"model must be a callable model(x, t, **kwargs), got {type(model).__name__}")
         self.model = model
-        self.solver = Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs)
-        self.grad_step = grad_step
-        self.guidance_scale = guidance_scale
-        self.checkpoint = checkpoint
-        self.normalize = normalize
         self.model_calls = 0  # evaluations per latent so far: guidance counts two, recomputation in backward counts too
-        self._choices = refuse_vanishing(self.solver, grad_step_choices(grad_step, self.solver))
-        self._gradient_scale = 1.0
-        if normalize:
-            refuse_not_affine(self.solver)
-            a_start = sensitivities(self.solver)[0][start].item()
-            if a_start == 0:
-                raise ValueError(f"normalize: A_start is zero for {type(scheduler).__name__}; use normalize=False")
-            # |A|, for a negative A must still turn the gradient's sign.
-            self._gradient_scale = 1 / abs(a_start)
-        self.reuse = reuse
-        if reuse is not None:
-            reuse.attach(self.solver)
-        self.inference_mode = inference_mode
-        self.cuda_graph = cuda_graph
-        if cuda_graph:
-            try:
-                refuse_stochastic(self.solver)
-            except ValueError as reason:
-                raise ValueError(f"cuda_graph: {reason}") from None
-        self._captured = CapturedModel() if cuda_graph else None
-        self.fused = fused
-        self._why_not = "fused=False was asked for"
-        self._stepper = self.arithmetic(self.solver)
+        self.solver = solver = Solver(
+            scheduler, config.num_inference_steps, config.start, config.step_kwargs, config.schedule_kwargs
+        )
+        self._choices = refuse_vanishing(solver, grad_step_choices(config.grad_step, solver))
+        self._gradient_scale = _gradient_scale(solver) if config.normalize else 1.0
+        if config.cuda_graph:
+            refuse_stochastic(solver, "cuda_graph")
+        if config.reuse is not None:
+            config.reuse.attach(solver)
+        self._captured = CapturedModel() if config.cuda_graph else None
+        self._stepper, self._reason = stepper_for(solver, config.fused)
 
     @property
     def timesteps(self) -> Tensor:
@@ -159,8 +168,17 @@ class ShortcutSampler:
         return self.solver.timesteps
 
     @property
-    def start(self) -> int:
-        return self.solver.start
+    def reuse(self) -> TrajectoryCache | None:
+        return self.config.reuse
+
+    @property
+    def guidance_scale(self) -> float | Tensor | None:
+        """The one option that may change from call to call; it is part of no schedule and no graph."""
+        return self.config.guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float | Tensor | None) -> None:
+        self.config = replace(self.config, guidance_scale=scale)
 
     def __call__(
         self,
@@ -181,42 +199,27 @@ class ShortcutSampler:
         check_latents(latents, generator)
         return self.sample(latents, self.draw_grad_step(generator), model_kwargs, uncond_kwargs, generator, progress)
 
+    def with_options(self, **changes: Any) -> ShortcutSampler:
+        """A new sampler of the same model and scheduler with some options changed, e.g. `with_options(fused=False)`."""
+        return type(self)(self.model, self.solver.scheduler, **vars(replace(self.config, **changes)))
+
     def with_steps(self, num_inference_steps: int) -> ShortcutSampler:
         """The same sampler on a schedule of another number of steps, without reuse."""
-        if self.start != 0 or not isinstance(self.grad_step, str):
-            raise ValueError("coarse_steps: only for samplers with start = 0 and a named grad_step")
-        other = copy.copy(self)
-        ShortcutSampler.__init__(
-            other,
-            self.model,
-            self.solver.scheduler,
-            num_inference_steps,
-            grad_step=self.grad_step,
-            guidance_scale=self.guidance_scale,
-            checkpoint=self.checkpoint,
-            normalize=self.normalize,
-            step_kwargs=self.solver.step_kwargs,
-            schedule_kwargs=self.solver.schedule_kwargs,
-            fused=self.fused,
-            inference_mode=self.inference_mode,
-            cuda_graph=self.cuda_graph,
-        )
-        return other
+        start, grad_step = self.config.start, self.config.grad_step
+        if start != 0 or not isinstance(grad_step, str):
+            raise ValueError(
+                "coarse_steps must be None unless the sampler has start = 0 and a named grad_step, got "
+                f"{num_inference_steps} with start = {start} and grad_step = {grad_step!r}"
+            )
+        return self.with_options(num_inference_steps=num_inference_steps, reuse=None)
 
     def why_not(self) -> str:
         """What does the steps' arithmetic: `sampler_step`, or the scheduler and why not the other."""
-        return f"the scheduler runs ({self._why_not})" if self._why_not else "sampler_step runs"
+        return "sampler_step runs" if self._reason is None else f"the scheduler runs ({self._reason})"
 
-    def arithmetic(self, solver: Solver) -> Solver:
-        """The solver as this sampler runs it: by `sampler_step` where that is possible."""
-        if not self.fused:
-            return solver
-        try:
-            stepper, self._why_not = FusedSolver(solver), ""
-        except ValueError as reason:
-            self._why_not = str(reason)
-            return solver
-        return stepper
+    def stepper_from(self, start: int) -> Stepper:
+        """What runs the steps of this schedule from another one on."""
+        return stepper_for(self.solver.starting_at(start), self.config.fused)[0]
 
     def draw_grad_step(self, generator: torch.Generator | None = None) -> int | None:
         """The step of the next call's gradient; None for "identity"."""
@@ -234,29 +237,36 @@ class ShortcutSampler:
         """`__call__` with the step of the gradient given (None for the identity gradient)."""
         latents, model_kwargs, uncond_kwargs = _out_of_inference_mode((latents, model_kwargs, uncond_kwargs))
         eps = self.guided(latents, model_kwargs, uncond_kwargs)
-        steps, reuse = bar(self.solver.steps, "sampling", progress), self.reuse
-        if reuse is None:
+        steps = bar(self.solver.steps, "sampling", progress)
+        if self.config.reuse is None:
             x = self.run(self._stepper.begin(generator), eps, latents, steps, grad_step)
         else:
-            warm = reuse.warm(latents, {"cond": eps.cond, "uncond": eps.uncond, "guidance": eps.guidance_scale})
-            planned = reuse.plan(self.solver.steps)
-            exact, estimate = len(planned) == len(self.solver.steps), None
-            if warm and exact:
-                with torch.no_grad():
-                    estimate = self.run(self._stepper.begin(), eps, latents, self.solver.steps, None, reuse)
-            in_turn: set[int | None] = {*planned, grad_step}
-            if reuse.batched and not exact:
-                self.refresh(reuse, eps, latents, planned - {grad_step})
-                in_turn = {grad_step}
-            x = self.run(self._stepper.begin(), eps, latents, steps, grad_step, reuse, in_turn)
-            reuse.done(self.solver.steps, planned)
-            if estimate is not None:
-                reuse.judge(estimate, x.detach())
+            x = self._reusing(self.config.reuse, eps, latents, steps, grad_step)
         return x if self._gradient_scale == 1 else ScaleGradient.apply(x, self._gradient_scale)
+
+    def _reusing(
+        self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, steps: Iterable[int], grad_step: int | None
+    ) -> Tensor:
+        """x_0, or its estimate, from the cache and calls of the model at the planned steps."""
+        reuse.begin(latents, {"cond": eps.cond, "uncond": eps.uncond, "guidance": eps.guidance_scale})
+        planned = reuse.plan(self.solver.steps)
+        exact, estimate = len(planned) == len(self.solver.steps), None
+        if reuse.complete and exact:
+            with torch.no_grad():
+                estimate = self.run(self._stepper.begin(), eps, latents, self.solver.steps, None, reuse)
+        in_turn: set[int | None] = {*planned, grad_step}
+        if reuse.batched and not exact:
+            self.refresh(reuse, eps, latents, planned - {grad_step})
+            in_turn = {grad_step}
+        x = self.run(self._stepper.begin(), eps, latents, steps, grad_step, reuse, in_turn)
+        reuse.done(self.solver.steps, planned)
+        if estimate is not None:
+            reuse.judge(estimate, x.detach())
+        return x
 
     def run(
         self,
-        solver: Solver,
+        stepper: Stepper,
         eps: GuidedModel,
         x: Tensor,
         steps: Iterable[int],
@@ -265,40 +275,39 @@ class ShortcutSampler:
         planned: Container[int | None] = (),
     ) -> Tensor:
         """The state after `steps`; with a cache, only the planned ones call the model."""
-        times, latents = solver.timesteps.to(x.device), x
+        times, latents = self.timesteps.to(x.device), x
         kept: tuple[Tensor, ...] = ()
-        slopes = None
-        # Those of an affine solver are known; only a tensor's guidance needs the graph of every step.
-        if isinstance(solver, FusedSolver) and solver.affine and not isinstance(eps.guidance_scale, Tensor):
-            slopes = solver.derivatives(grad_step) if torch.is_grad_enabled() else None
+        # A tensor's guidance needs the graph of every step, however well the steps are known.
+        known = torch.is_grad_enabled() and not eps.learns_guidance
+        slopes = stepper.slopes(grad_step) if known else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and slopes is None):
             for i in steps:
                 if reuse is not None and i not in planned:
-                    x = solver.step(reuse.estimate(i, x), i, x)
+                    x = stepper.step((reuse.estimate(i, x),), None, i, x)
                     continue
                 if slopes is not None and i == grad_step:
                     with torch.enable_grad():
                         seen = x if x is latents else Slopes.apply(x, latents, slopes[0], 0.0, None)
-                        kept = self.evaluate(eps, solver.scale_input(seen, i), times[i], True)
+                        kept = self.evaluate(eps, stepper.scale_input(seen, i), times[i], True)
                     outputs = tuple(output.detach() for output in kept)
                 else:
-                    outputs = self.evaluate(eps, solver.scale_input(x, i), times[i], i == grad_step)
+                    outputs = self.evaluate(eps, stepper.scale_input(x, i), times[i], i == grad_step)
                 if reuse is not None:
                     reuse.store(i, x, eps.combine(*outputs))
-                x = self.advance(solver, eps, outputs, i, x)
-        return x if slopes is None else Slopes.apply(x, latents, *slopes[1:], eps.guidance_scale, *kept)
+                x = stepper.step(eps.operands(outputs), eps.weight, i, x)
+        return x if slopes is None else Slopes.apply(x, latents, *slopes[1:], eps.weight, *kept)
 
     @torch.no_grad()
     def refresh(self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, planned: set[int]) -> None:
         """One model call for all planned steps, at the states that the cache gives."""
-        times, states, solver, x = self.timesteps.to(latents.device), {}, self._stepper.begin(), latents
+        times, states, stepper, x = self.timesteps.to(latents.device), {}, self._stepper.begin(), latents
         for i in self.solver.steps:
             if i in planned:
                 states[i] = x.detach()  # an alias: the next step shall not overwrite it
             if len(states) == len(planned):
                 break
-            x = solver.step(reuse.estimate(i, x), i, x)
-        inputs = torch.cat([solver.scale_input(x, i) for i, x in states.items()])
+            x = stepper.step((reuse.estimate(i, x),), None, i, x)
+        inputs = torch.cat([stepper.scale_input(x, i) for i, x in states.items()])
         repeated = eps.repeated(len(states))
         outputs = repeated.combine(
             *self.evaluate(repeated, inputs, times[list(states)].repeat_interleave(len(latents)))
@@ -306,12 +315,6 @@ class ShortcutSampler:
         self.model_calls += (len(states) - 1) * eps.evaluations
         for (i, x), output in zip(states.items(), outputs.chunk(len(states)), strict=True):
             reuse.store(i, x, output)
-
-    def advance(self, solver: Solver, eps: GuidedModel, outputs: tuple[Tensor, ...], i: int, x: Tensor) -> Tensor:
-        """x_{i+1} from x_i and the model's outputs before guidance."""
-        if isinstance(solver, FusedSolver) and not isinstance(eps.guidance_scale, Tensor):
-            return solver.guided_step(outputs, eps.guidance_scale, i, x)
-        return solver.step(eps.combine(*outputs), i, x)
 
     @torch.no_grad()
     def warm_up(
@@ -325,15 +328,15 @@ class ShortcutSampler:
         """The input of step `start`: runs the steps before it from the input `latents` of step 0, without gradients."""
         check_latents(latents, generator)
         eps = self.guided(latents, model_kwargs, uncond_kwargs)
-        solver = self.arithmetic(self.solver.starting_at(0))
-        return self.run(solver.begin(generator), eps, latents, bar(range(self.start), "warm-up", progress))
+        steps = bar(range(self.config.start), "warm-up", progress)
+        return self.run(self.stepper_from(0).begin(generator), eps, latents, steps)
 
     def guided(
         self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
     ) -> GuidedModel:
         """The model with its guidance and arguments, as the steps call it."""
         variance = self.solver.learned_variance
-        eps = GuidedModel(self.model, len(latents), self.guidance_scale, model_kwargs, uncond_kwargs, variance)
+        eps = GuidedModel(self.model, len(latents), self.config.guidance_scale, model_kwargs, uncond_kwargs, variance)
         if self._captured is not None:
             self._captured.check(latents, eps)
         return eps
@@ -345,7 +348,7 @@ class ShortcutSampler:
             if self._captured is not None and t.ndim == 0:
                 self.model_calls += eps.evaluations
                 return self._captured(eps, x, t)
-            if not self.inference_mode:
+            if not self.config.inference_mode:
                 with torch.no_grad():
                     return self._counted(eps, x, t)
             with torch.inference_mode():
@@ -353,55 +356,13 @@ class ShortcutSampler:
             return tuple(output.clone() for output in outputs)
         # torch 2.10 would take the weights as autocast cast them for the calls without gradients.
         torch.clear_autocast_cache()
-        if self.checkpoint:
+        if self.config.checkpoint:
             return run_checkpointed(self._counted, eps, x, t, use_reentrant=False)
         return self._counted(eps, x, t)
 
     def _counted(self, eps: GuidedModel, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         self.model_calls += eps.evaluations
         return eps.evaluate(x, t)
-
-
-class Slopes(torch.autograd.Function):
-    """`value`, with the derivative of a x + b eps, where eps is the guided combination of a model's outputs."""
-
-    @staticmethod
-    def forward(value: Tensor, x: Tensor, a: float, b: float, guidance: float | None, *outputs: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.factors = inputs[2:5]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, guidance = ctx.factors
-        needs = ctx.needs_input_grad[1], *reversed(ctx.needs_input_grad[5:]), False, False
-        # (x, cond, uncond), where the outputs are (uncond, cond) or the one of a model without guidance.
-        none = (None, None, None, 0.0, 0.0, 0.0, None)
-        weight = 1.0 if guidance is None else guidance
-        grads = torch.ops.sdo_fast.shortcut_backward(grad, a, b, weight, *none, *needs[:3])
-        by_x, *by_outputs = (g if need else None for g, need in zip(grads, needs, strict=False))
-        count = len(ctx.needs_input_grad) - 5
-        return None, by_x, None, None, None, *reversed(by_outputs[:count])
-
-
-class ScaleGradient(torch.autograd.Function):
-    """x in forward, factor * grad in backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.factor = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.factor * grad, None
 
 
 def _out_of_inference_mode(values: Any) -> Any:
@@ -411,12 +372,20 @@ def _out_of_inference_mode(values: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, values)
 
 
+def _gradient_scale(solver: Solver) -> float:
+    """1 / |A_start|: by its absolute value, for a negative A must still turn the gradient's sign."""
+    a_start = affine_sensitivities(solver)[0][solver.start].item()
+    if a_start == 0:
+        raise ValueError(f"normalize must be False with {solver.name}, for which A_start is zero, got True")
+    return 1 / abs(a_start)
+
+
 def check_latents(latents: Tensor, generator: torch.Generator | None = None) -> None:
     if not isinstance(latents, Tensor):
-        raise TypeError(f"latents: got {type(latents).__name__}, a tensor (B, C, ...) is needed")
+        raise TypeError(f"latents must be a torch.Tensor (B, C, ...), got {type(latents).__name__}")
     if not latents.is_floating_point():
-        raise TypeError(f"latents: got {latents.dtype}, a floating dtype is needed")
+        raise TypeError(f"latents must have a floating dtype, got {latents.dtype}")
     if latents.ndim < 2:
-        raise ValueError(f"latents: got shape {tuple(latents.shape)}, (B, C, ...) is needed")
+        raise ValueError(f"latents must have shape (B, C, ...), got {tuple(latents.shape)}")
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: got {type(generator).__name__}, a torch.Generator or None is needed")
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")

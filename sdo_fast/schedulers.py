@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference.solver import Solver, config
+from .solver import NotAffineError, Solver, config
 
 # Relative to the largest coefficient; the smallest honest ones (late steps of a schedule of 1000) are above 1e-6.
 NEGLIGIBLE = 1e-12
 CLIPPING = ("clip_sample", "clip_denoised")
 """Flags of diffusers' schedulers that clip the predicted sample."""
-
-
-class NotAffineError(ValueError):
-    """x_0 is not an affine function of the latents and model outputs; only autograd through the scheduler is right."""
 
 
 def coefficients(
@@ -47,39 +43,43 @@ def coefficients(
     Raises:
         NotAffineError: clipping, thresholding, learned variance, or a result that is measurably not affine.
     """
-    solver = Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs)
-    refuse_not_affine(solver)
-    return sensitivities(solver)
+    return affine_sensitivities(Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs))
 
 
-def refuse_not_affine(solver: Solver, clipped: bool = False) -> None:
-    """Raise NotAffineError with the reason, from the configuration or from what the scheduler does to large numbers.
-
-    `clipped` allows for clipping of the predicted sample, and measures nothing.
-    """
-    name = type(solver.scheduler).__name__
+def refuse_by_config(solver: Solver, clipped: bool = False) -> None:
+    """NotAffineError with the reason, as far as the configuration tells; `clipped` allows a clipped prediction."""
     effects = dict.fromkeys(() if clipped else CLIPPING, "clips the predicted sample")
     effects["thresholding"] = "thresholds the predicted sample"
     for flag, effect in effects.items():
         if config(solver.scheduler, flag, False):
-            raise NotAffineError(f"scheduler: {name} {effect} ({flag}=True); set {flag}=False or use the general path")
+            raise NotAffineError(f"scheduler must be affine (with {flag}=False), got {solver.name}, which {effect}")
     if solver.learned_variance:
-        raise NotAffineError(f"scheduler: {name} reads its variance from the model (learned variance)")
-    _refuse_tensors(solver)
-    if clipped:
-        return
+        raise NotAffineError(
+            f"scheduler must be affine, got {solver.name}, which reads its variance from the model (learned variance)"
+        )
+    if _has_tensors(solver):
+        raise NotAffineError(
+            "step_kwargs must hold no tensors, whose shape a latent of one element cannot have, got some"
+        )
+
+
+def affine_sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
+    """A and B; NotAffineError with the reason, from the configuration or from what happens to large numbers."""
+    refuse_by_config(solver)
     draw = torch.Generator().manual_seed(0)
     points = torch.randn(2, 1 + len(solver), generator=draw, dtype=torch.float64) * 10
     a, b = sensitivities(solver)
-    origin, moved = (_pass(solver, point[0].reshape(1, 1, 1, 1), point[1:]).item() for point in points)
+    origin, moved = (solver.trial(point[0].reshape(1, 1, 1, 1), point[1:]).item() for point in points)
     terms = (points[1] - points[0])[[0, *(1 + i for i in solver.steps)]] * torch.cat(
         [a[solver.start, None], b[solver.start :]]
     )
     scale = terms.abs().sum().item() + abs(origin) + abs(moved)
     if not abs(moved - origin - terms.sum().item()) <= 1e-4 * scale:
         raise NotAffineError(
-            f"scheduler: the result of {name} is not an affine function of the latents and model outputs"
+            f"scheduler must be affine, got {solver.name}, whose result is not an affine function of the latents and "
+            "model outputs"
         )
+    return a, b
 
 
 def sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
@@ -87,35 +87,17 @@ def sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
     shifts = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
     outputs = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
-        x0 = _pass(solver, torch.zeros(1, 1, 1, 1, dtype=torch.float64), outputs, shifts)
+        x0 = solver.trial(torch.zeros(1, 1, 1, 1, dtype=torch.float64), outputs, shifts)
         a, b = torch.autograd.grad(x0.sum(), (shifts, outputs), allow_unused=True, materialize_grads=True)
     a[: solver.start] = b[: solver.start] = torch.nan
     return a, b
 
 
-def _pass(solver: Solver, x: Tensor, outputs: Tensor, shifts: Tensor | None = None, seed: int = 0) -> Tensor:
-    """x_0 from x and given model outputs, with the same noise for the same seed."""
-    run = solver.begin(torch.Generator().manual_seed(seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # for schedulers whose step takes no generator
-        for i in run.steps:
-            if shifts is not None:
-                x = x + shifts[i]
-            output = outputs[i].reshape(1, 1, 1, 1)
-            if run.learned_variance:
-                output = torch.cat([output, torch.zeros_like(output)], dim=1)
-            run.scale_input(x, i)
-            x = run.step(output, i, x)
-    return x
-
-
-def refuse_stochastic(solver: Solver) -> None:
+def refuse_stochastic(solver: Solver, purpose: str) -> None:
     """ValueError where the scheduler draws noise of its own."""
     zeros, outputs = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.zeros(len(solver), dtype=torch.float64)
-    if not torch.equal(*(_pass(solver, zeros, outputs, seed=seed) for seed in (0, 1))):
-        raise ValueError(
-            f"scheduler: {type(solver.scheduler).__name__} adds fresh noise, a deterministic one is needed"
-        )
+    if not torch.equal(*(solver.trial(zeros, outputs, seed=seed) for seed in (0, 1))):
+        raise ValueError(f"scheduler must be deterministic for {purpose}, got {solver.name}, which adds fresh noise")
 
 
 def step_coefficients(solver: Solver) -> tuple[Tensor, Tensor]:
@@ -123,8 +105,8 @@ def step_coefficients(solver: Solver) -> tuple[Tensor, Tensor]:
 
     float64 tensors of `len(timesteps)` entries, NaN before `start`; NotAffineError for others.
     """
-    refuse_not_affine(solver)
-    refuse_stochastic(solver)
+    affine_sensitivities(solver)
+    refuse_stochastic(solver, "inversion")
     inputs = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
     outputs = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
     coefficients = torch.full((2, len(solver)), torch.nan, dtype=torch.float64)
@@ -140,9 +122,8 @@ def step_coefficients(solver: Solver) -> tuple[Tensor, Tensor]:
             for own, row in zip(coefficients, rows, strict=True):
                 own[i] = row[i]
                 if row.count_nonzero() > (row[i] != 0):
-                    name = type(solver.scheduler).__name__
                     raise NotAffineError(
-                        f"scheduler: {name} uses the history of earlier steps, one that keeps none is needed"
+                        f"scheduler must keep no history, got {solver.name}, which uses that of earlier steps"
                     )
     return coefficients[0], coefficients[1]
 
@@ -161,7 +142,7 @@ def noise_levels(solver: Solver) -> tuple[list[float], list[float]]:
         elif hasattr(scheduler, "scale_noise"):
             pair = scheduler.scale_noise(one, t, zero), scheduler.scale_noise(zero, t, one)
         else:
-            raise ValueError(f"scheduler: {type(scheduler).__name__} has neither add_noise nor scale_noise")
+            raise ValueError(f"scheduler must have add_noise or scale_noise, got {solver.name} without either")
         alphas.append(pair[0].item())
         sigmas.append(pair[1].item())
     return alphas, sigmas
@@ -173,13 +154,13 @@ def output_jacobians(solver: Solver, variance: float) -> list[float]:
     With x = alpha x_0 + sigma noise: d E[noise | x] / d x = sigma / (alpha^2 s^2 + sigma^2) and
     d E[x_0 | x] / d x = alpha s^2 / (alpha^2 s^2 + sigma^2), of which v and flow predictions are combinations.
     """
-    name = type(solver.scheduler).__name__
     kind = config(solver.scheduler, "prediction_type") or ("flow" if hasattr(solver.scheduler, "scale_noise") else None)
     if kind not in ("epsilon", "sample", "v_prediction", "flow", "flow_prediction") or hasattr(
         solver.scheduler, "precondition_outputs"
     ):
         raise ValueError(
-            f"scheduler: what the model predicts for {name} is unknown ({kind}), so its output cannot be reused"
+            "scheduler must tell whether the model predicts epsilon, sample, v or flow, or its output cannot be "
+            f"reused, got {solver.name} ({kind})"
         )
     jacobians = []
     for alpha, sigma in zip(*noise_levels(solver), strict=True):
@@ -199,7 +180,7 @@ def output_jacobians(solver: Solver, variance: float) -> list[float]:
             }[kind]
         )
     if not all(map(math.isfinite, jacobians[solver.start :])):
-        raise ValueError(f"cache: 'eps' cannot be used with {name}, whose first state is pure noise; use 'v'")
+        raise ValueError(f"cache must be 'v' or 'x0' with {solver.name}, whose first state is pure noise, got 'eps'")
     return jacobians
 
 
@@ -210,11 +191,13 @@ def usable_steps(solver: Solver) -> tuple[list[int], bool]:
     """
     if _has_tensors(solver):
         return list(solver.steps), True
-    solver = copy.copy(solver)
-    solver.scheduler = copy.deepcopy(solver.scheduler)
-    if hasattr(solver.scheduler, "register_to_config"):
-        flags = [flag for flag in (*CLIPPING, "thresholding") if config(solver.scheduler, flag)]
-        solver.scheduler.register_to_config(**dict.fromkeys(flags, False))
+    flags = [flag for flag in (*CLIPPING, "thresholding") if config(solver.scheduler, flag)]
+    if flags and hasattr(solver.scheduler, "register_to_config"):
+        unclipped = copy.copy(solver)
+        unclipped.noise_sources = solver.noise_sources  # clipping draws none
+        unclipped.scheduler = copy.deepcopy(solver.scheduler)
+        unclipped.scheduler.register_to_config(**dict.fromkeys(flags, False))
+        solver = unclipped
     a, b = sensitivities(solver)
     floor = NEGLIGIBLE * max(a[solver.start :].abs().max().item(), b[solver.start :].abs().max().item())
     return [i for i in solver.steps if abs(b[i].item()) > floor], abs(a[solver.start].item()) > floor
@@ -226,25 +209,22 @@ def refuse_vanishing(solver: Solver, choices: Sequence[int]) -> list[int]:
     No choices stand for the identity gradient.
     """
     usable, direct = usable_steps(solver)
-    name, start = type(solver.scheduler).__name__, solver.start
-    ways = (
-        "grad_step='last'" if usable and usable[-1] == len(solver) - 1 else f"grad_step={usable[-1]}" if usable else ""
-    )
     if not choices:
         if direct:
             return []
+        last = "'last'" if usable and usable[-1] == len(solver) - 1 else str(usable[-1]) if usable else ""
         raise ValueError(
-            f"grad_step: 'identity' gives a gradient of exactly zero, for {name} drops the latents of step {start} on "
-            f"the way (A = 0, as with sample prediction): use {ways or 'a scheduler with epsilon or v prediction'}"
+            f"grad_step must be {last or 'that of a scheduler with epsilon or v prediction'}, got 'identity', whose "
+            f"gradient is exactly zero: {solver.name} drops the latents of step {solver.start} on the way (A = 0, as "
+            "with sample prediction)"
         )
     kept = [i for i in choices if i in usable]
     if kept:
         return kept
-    listed = _ranges(usable)
-    identity = "grad_step='identity', or " if direct else ""
+    identity = "'identity' or " if direct else ""
     raise ValueError(
-        f"grad_step: the model's output at step {choices[0]} does not reach x_0 with {name} (B = 0), so its gradient "
-        f"is exactly zero; use {identity}one of the steps {listed or 'of another scheduler'}"
+        f"grad_step must be {identity}one of the steps {_ranges(usable) or 'of another scheduler'}, got {choices[0]}, "
+        f"whose gradient is exactly zero: with {solver.name} the model's output there does not reach x_0 (B = 0)"
     )
 
 
@@ -261,8 +241,3 @@ def _ranges(steps: Sequence[int]) -> str:
 
 def _has_tensors(solver: Solver) -> bool:
     return any(isinstance(value, Tensor) for value in solver.step_kwargs.values())
-
-
-def _refuse_tensors(solver: Solver) -> None:
-    if _has_tensors(solver):
-        raise NotAffineError("step_kwargs: they hold tensors, whose shape a latent of one element cannot have")

@@ -9,7 +9,9 @@ import pytest
 import torch
 from sdo_models import ConvModel, gradients
 
-from sdo_fast.reference import GuidedModel, Solver, full_backprop, sdo_loop
+from sdo_fast.model import GuidedModel
+from sdo_fast.reference import full_backprop, sdo_loop
+from sdo_fast.solver import Solver
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -116,7 +118,7 @@ def test_variance_channels():
     learned = GuidedModel(lambda x, t: both, 2, 2.0, {}, {}, learned_variance=True)(x, torch.tensor(1))
     torch.testing.assert_close(learned[:, :3], both[:2, :3] + 2.0 * (both[2:, :3] - both[:2, :3]))
     assert torch.equal(learned[:, 3:], both[2:, 3:])
-    with pytest.raises(ValueError, match="model: returned shape"):
+    with pytest.raises(ValueError, match="model must return shape"):
         GuidedModel(lambda x, t: x[:, :2], 2)(x, torch.tensor(1))
 
 

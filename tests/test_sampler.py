@@ -396,7 +396,7 @@ def test_traps_name_the_way_out():
                 ShortcutSampler(model, sample, 5, grad_step=grad_step)
         x = torch.randn(1, 3, 4, 4, requires_grad=True)
         assert gradients(ShortcutSampler(model, sample, 5, grad_step="last")(x), x)[0].abs().sum() > 0
-    with pytest.raises(ValueError, match=r"B = 0.*0-4"):
+    with pytest.raises(ValueError, match=r"0-4.*B = 0"):
         ShortcutSampler(model, diffusers.PNDMScheduler(skip_prk_steps=True), 5, grad_step="last")
     with pytest.raises(ValueError, match="1, 3, 5, 7-8"):
         ShortcutSampler(model, diffusers.KDPM2DiscreteScheduler(), 5)

@@ -3,6 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import sdo_fast
 
 X = torch.randn(1, 2, 4, 4)
 EXTENSION = sdo_fast.backends()["cpp"] == "available"
+T = TypeVar("T")
 
 
 def test_backends_names_each_with_a_reason() -> None:
@@ -30,6 +35,51 @@ def test_why_not_says_what_runs(op: str) -> None:
         assert sdo_fast.why_not(op, X, X) == "reference runs (backend 'reference' was asked for)"
     wide = torch.ones((1,) * 7)
     assert sdo_fast.why_not(op, wide, wide).startswith("reference runs (not cpp: ")
+
+
+def test_use_backend_nests_and_restores() -> None:
+    before = sdo_fast.backend.default_backend()
+    with sdo_fast.use_backend("reference"):
+        with sdo_fast.use_backend("auto"):
+            assert sdo_fast.backend.default_backend() == "auto"
+        assert sdo_fast.backend.default_backend() == "reference"
+    assert sdo_fast.backend.default_backend() == before
+
+
+def in_a_thread(run: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def test_a_thread_without_a_choice_takes_the_last_one_entered() -> None:
+    """As autograd's threads do in a backward pass."""
+    with sdo_fast.use_backend("reference"):
+        assert in_a_thread(sdo_fast.backend.default_backend) == "reference"
+        with sdo_fast.use_backend("cpp"):
+            assert in_a_thread(sdo_fast.backend.default_backend) == "cpp"
+
+
+def test_threads_leave_in_any_order_and_keep_their_own_choice() -> None:
+    entered, leave = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def other() -> None:
+        with sdo_fast.use_backend("cpp"):
+            entered.set()
+            assert leave.wait(10)
+            seen.append(sdo_fast.backend.default_backend())
+
+    before = sdo_fast.backend.default_backend()
+    thread = threading.Thread(target=other)
+    with sdo_fast.use_backend("reference"):
+        thread.start()
+        assert entered.wait(10)
+        assert sdo_fast.backend.default_backend() == "reference"
+    assert sdo_fast.backend.default_backend() == "cpp"
+    leave.set()
+    thread.join()
+    assert seen == ["cpp"]
+    assert sdo_fast.backend.default_backend() == before
 
 
 def test_a_named_backend_that_cannot_run_raises() -> None:

@@ -257,13 +257,13 @@ def test_refuses_what_is_not_on_a_gpu():
     model, x = ConvModel(), torch.randn(2, 3, 6, 6)
     sampler = ShortcutSampler(model, ddim(), 3, cuda_graph=True)
     for run in (sampler, sampler.warm_up, lambda x: invert(sampler, x, 1)):
-        with pytest.raises(ValueError, match=r"cuda_graph: got latents on cpu, tensors on a CUDA GPU are needed"):
+        with pytest.raises(ValueError, match="latents must be on a CUDA GPU with cuda_graph, got cpu"):
             run(x)
     assert not model.calls
     assert "sampler_step" in sampler.why_not()
     assert sampler.with_steps(2).cuda_graph
     sampler._captured = CapturedModel(device="meta")
-    with pytest.raises(ValueError, match="cuda_graph: got model_kwargs on cpu"):
+    with pytest.raises(ValueError, match="model_kwargs must be on a CUDA GPU with cuda_graph, got cpu"):
         sampler(x.to("meta"), {"cond": [torch.ones(1)]})
 
 
@@ -275,7 +275,7 @@ def test_refuses_fresh_noise(name):
         "ddim eta": (ddim(), {"eta": 1.0}),
         "euler ancestral": (diffusers.EulerAncestralDiscreteScheduler(), {}),
     }[name]
-    with pytest.raises(ValueError, match=r"cuda_graph: .* adds fresh noise, a deterministic one is needed"):
+    with pytest.raises(ValueError, match=r"scheduler must be deterministic for cuda_graph, got .* adds fresh noise"):
         ShortcutSampler(ConvModel(), scheduler, 4, step_kwargs=step_kwargs, cuda_graph=True)
 
 

@@ -7,8 +7,8 @@ import torch
 from sdo_models import ConvModel
 
 from sdo_fast import NotAffineError, ShortcutSampler, invert
-from sdo_fast.reference import Solver
 from sdo_fast.schedulers import step_coefficients
+from sdo_fast.solver import Solver
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -231,42 +231,50 @@ ONES = torch.ones(1, 2, 3)
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, "grad: got int", lambda: functional.shortcut_backward(1, A, B)),
-        (TypeError, "grad: got torch.int64", lambda: functional.shortcut_backward(ONES.long(), A, B)),
-        (ValueError, "x: needed with clip", lambda: functional.shortcut_backward(ONES, A, B, cond=ONES, clip=1.0)),
+        (TypeError, "grad must be a torch.Tensor, got int", lambda: functional.shortcut_backward(1, A, B)),
+        (
+            TypeError,
+            "grad must have dtype .*, got torch.int64",
+            lambda: functional.shortcut_backward(ONES.long(), A, B),
+        ),
         (
             ValueError,
-            "uncond: needed with clip",
+            "x must be given with clip",
+            lambda: functional.shortcut_backward(ONES, A, B, cond=ONES, clip=1.0),
+        ),
+        (
+            ValueError,
+            "uncond must be given with clip",
             lambda: functional.shortcut_backward(ONES, A, B, 2.0, x=ONES, cond=ONES, clip=1.0),
         ),
         (
             ValueError,
-            "uncond: given, but guidance is None",
+            "uncond must be None where guidance is",
             lambda: functional.shortcut_backward(ONES, A, B, x=ONES, cond=ONES, uncond=ONES, clip=1.0),
         ),
         (
             TypeError,
-            "cond: got torch.float64",
+            "cond must have the dtype of grad, torch.float32, got torch.float64",
             lambda: functional.shortcut_backward(ONES, A, B, x=ONES, cond=ONES.double(), clip=1.0),
         ),
         (
             ValueError,
-            r"out \(grad_x\): got shape",
+            r"out \(grad_x\) must have the shape of grad",
             lambda: functional.shortcut_backward(ONES, A, B, out=(ONES[0].clone(), None, None)),
         ),
         (
             ValueError,
-            "out: a third tensor",
+            "out must have None in the third place",
             lambda: functional.shortcut_backward(ONES, A, B, out=(None, None, ONES.clone())),
         ),
         (
             ValueError,
-            r"out \(grad_cond\): overlaps",
+            r"out \(grad_cond\) must be the same view as an input",
             lambda: functional.shortcut_backward(ONES, A, B, out=(*(ONES.clone(),) * 2, None)),
         ),
         (
             RuntimeError,
-            "out: gradients cannot",
+            "out must be None where gradients are recorded",
             lambda: functional.shortcut_backward(ONES.clone().requires_grad_(), A, B, out=(ONES.clone(), None, None)),
         ),
     ],

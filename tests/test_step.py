@@ -177,8 +177,25 @@ def test_tensor_guidance(each_backend: str) -> None:
     for i in range(2):
         expected = functional.sampler_step(x[i], cond[i], uncond[i], scale[i].item(), **AFFINE)
         assert_close(functional.sampler_step(x, cond, uncond, scale, **AFFINE)[i], expected)
-    with pytest.raises(ValueError, match="no uncond"):
+    with pytest.raises(ValueError, match="uncond must be given with a tensor guidance"):
         functional.sampler_step(x, cond, None, scale, **AFFINE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensor_guidance_of_float32_beside_16_bits(each_backend: str, dtype: torch.dtype) -> None:
+    """eps is rounded once, and the guidance's gradient has its own dtype."""
+    x, cond, uncond = tensors(3, dtype)
+    scale = torch.tensor([2.31, 7.313]).reshape(2, 1, 1, 1).requires_grad_()
+    ours = functional.sampler_step(x, cond, uncond, scale, **AFFINE)
+    eps = (uncond.double() + scale.double() * (cond.double() - uncond.double())).to(dtype)
+    assert (ours != functional.sampler_step(x, eps, **AFFINE)).double().mean() < 1e-2  # eps may be a tie of rounding
+    assert_close(ours, AFFINE["a"] * x.double() + AFFINE["b"] * eps.double())
+    (grad,) = torch.autograd.grad(ours.sum(), scale)
+    exact = AFFINE["b"] * (cond.double() - uncond.double()).sum((1, 2, 3), keepdim=True)
+    assert grad.dtype == torch.float32
+    assert_close(grad, exact, dtype)
+    with pytest.raises(ValueError, match=r"guidance must broadcast against x \(2, 3, 9, 10\)"):
+        functional.sampler_step(x, cond, uncond, torch.ones(3, 1, 1, 1, 1), **AFFINE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -315,30 +332,50 @@ ONES = torch.ones(1, 2, 3)
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, "x: got list", lambda: functional.sampler_step([1.0], ONES, **AFFINE)),
-        (TypeError, "x: got torch.int64", lambda: functional.sampler_step(ONES.long(), ONES, **AFFINE)),
-        (TypeError, "cond: got torch.float64", lambda: functional.sampler_step(ONES, ONES.double(), **AFFINE)),
+        (TypeError, "x must be a torch.Tensor, got list", lambda: functional.sampler_step([1.0], ONES, **AFFINE)),
+        (
+            TypeError,
+            "x must have dtype .*, got torch.int64",
+            lambda: functional.sampler_step(ONES.long(), ONES, **AFFINE),
+        ),
+        (
+            TypeError,
+            "cond must have the dtype of x, torch.float32, got torch.float64",
+            lambda: functional.sampler_step(ONES, ONES.double(), **AFFINE),
+        ),
         (
             ValueError,
-            r"uncond: got shape \(1, 2\)",
+            r"uncond must have the shape of x, \(1, 2, 3\), got \(1, 2\)",
             lambda: functional.sampler_step(ONES, ONES, ONES[..., 0], **AFFINE),
         ),
-        (ValueError, "cond: got a tensor on meta", lambda: functional.sampler_step(ONES, ONES.to("meta"), **AFFINE)),
         (
             ValueError,
-            r"terms\[1\]: got shape",
+            "cond must be on the device of x, cpu, got meta",
+            lambda: functional.sampler_step(ONES, ONES.to("meta"), **AFFINE),
+        ),
+        (
+            ValueError,
+            r"terms\[1\] must have the shape of x",
             lambda: functional.sampler_step(ONES, ONES, terms=[ONES, ONES[0]], scales=[1.0, 1.0], **AFFINE),
         ),
-        (ValueError, "scales: got 0", lambda: functional.sampler_step(ONES, ONES, terms=[ONES], **AFFINE)),
-        (TypeError, "out: got torch.float64", lambda: functional.sampler_step(ONES, ONES, out=ONES.double(), **AFFINE)),
         (
             ValueError,
-            "out: got a tensor whose elements share",
+            "scales must have one number for each of the 1 terms, got 0",
+            lambda: functional.sampler_step(ONES, ONES, terms=[ONES], **AFFINE),
+        ),
+        (
+            TypeError,
+            "out must have the dtype of x, torch.float32, got torch.float64",
+            lambda: functional.sampler_step(ONES, ONES, out=ONES.double(), **AFFINE),
+        ),
+        (
+            ValueError,
+            "out must have memory of its own, got a tensor whose elements share",
             lambda: functional.sampler_step(ONES, ONES, out=torch.ones(1, 1, 3).expand(1, 2, 3), **AFFINE),
         ),
         (
             RuntimeError,
-            "out: gradients cannot",
+            "out must be None where gradients are recorded",
             lambda: functional.sampler_step(ONES.clone().requires_grad_(), ONES, out=ONES.clone(), **AFFINE),
         ),
     ],
@@ -350,7 +387,7 @@ def test_errors(error: type[Exception], message: str, call: Any) -> None:
 
 def test_overlap_is_refused() -> None:
     buffer = torch.randn(5, 4)
-    with pytest.raises(ValueError, match="out: overlaps"):
+    with pytest.raises(ValueError, match="out must be the same view as an input, or other memory"):
         functional.sampler_step(buffer[:4], buffer[:4], out=buffer[1:], **AFFINE)
     functional.sampler_step(buffer[:2], buffer[:2], out=buffer[3:], **AFFINE)
 

@@ -1,9 +1,7 @@
-"""Plain PyTorch definitions: the loops that the fast sampler is compared with, the operators, and what all share."""
+"""The definitions in plain PyTorch: the loops that the fast sampler is compared with, and the operators."""
 
 from .loops import full_backprop, sdo_loop
-from .model import GuidedModel
 from .shortcut import shortcut_backward
-from .solver import Solver
 from .step import sampler_step
 
-__all__ = ["GuidedModel", "Solver", "full_backprop", "sampler_step", "sdo_loop", "shortcut_backward"]
+__all__ = ["full_backprop", "sampler_step", "sdo_loop", "shortcut_backward"]

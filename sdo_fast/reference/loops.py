@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from .model import GuidedModel
-from .solver import Solver
+from ..model import GuidedModel
+from ..paths import draw_step, grad_step_choices
+from ..solver import Solver
 
 
 def full_backprop(
@@ -73,24 +74,3 @@ def sdo_loop(
         outputs = eps.evaluate(solver.scale_input(x, i), times[i])
         x = solver.step(eps.combine(*(outputs if i == chosen else (o.detach() for o in outputs))), i, x)
     return x
-
-
-def grad_step_choices(grad_step: str | int, solver: Solver) -> list[int]:
-    """The steps among which each call draws; empty for "identity"."""
-    named = {"first": [solver.start], "last": [len(solver) - 1], "random": list(solver.steps), "identity": []}
-    if isinstance(grad_step, str) and grad_step in named:
-        return named[grad_step]
-    if isinstance(grad_step, int) and not isinstance(grad_step, bool) and grad_step in solver.steps:
-        return [grad_step]
-    raise ValueError(
-        f"grad_step: got {grad_step!r}, one of {', '.join(map(repr, named))} or an integer from {solver.start} to "
-        f"{len(solver) - 1} is needed"
-    )
-
-
-def draw_step(choices: list[int], generator: torch.Generator | None) -> int | None:
-    """One of the choices, uniformly; takes nothing from the generator where there is nothing to choose."""
-    if len(choices) < 2:
-        return choices[0] if choices else None
-    device = "cpu" if generator is None else generator.device
-    return choices[int(torch.randint(len(choices), (), generator=generator, device=device))]

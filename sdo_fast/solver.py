@@ -1,15 +1,23 @@
-"""One pass of a scheduler, on a copy that nobody else sees."""
+"""A scheduler with its schedule, and its passes: copies that nobody else sees. Knows no kernel."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from .noise import SeededNoise
+
+
+class NotAffineError(ValueError):
+    """x_0 is not an affine function of the latents and model outputs; only autograd through the scheduler is right."""
 
 
 class Solver:
@@ -35,26 +43,27 @@ class Solver:
         step_kwargs: Mapping[str, Any] | None = None,
         schedule_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        for name in ("set_timesteps", "step"):
-            if not callable(getattr(scheduler, name, None)):
-                raise TypeError(
-                    f"scheduler: {type(scheduler).__name__} has no {name}(); a diffusers scheduler is needed"
-                )
-        if num_inference_steps is not None and (not _is_int(num_inference_steps) or num_inference_steps < 1):
-            raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, a positive integer is needed")
+        self.name = type(scheduler).__name__
+        for method in ("set_timesteps", "step"):
+            if not callable(getattr(scheduler, method, None)):
+                raise TypeError(f"scheduler must be a diffusers scheduler or have its {method}(), got {self.name}")
+        if num_inference_steps is not None and (not is_integer(num_inference_steps) or num_inference_steps < 1):
+            raise ValueError(f"num_inference_steps must be a positive integer or None, got {num_inference_steps!r}")
         if num_inference_steps is None and not schedule_kwargs:
-            raise ValueError("num_inference_steps: None needs schedule_kwargs with the timesteps or sigmas to use")
+            raise ValueError(
+                "schedule_kwargs must hold the timesteps or sigmas where num_inference_steps is None, "
+                f"got {schedule_kwargs!r}"
+            )
         scheduler = _detached_copy(scheduler)
         positional = () if num_inference_steps is None else (num_inference_steps,)
         scheduler.set_timesteps(*positional, **dict(schedule_kwargs or {}))
         steps = len(scheduler.timesteps)
-        if not _is_int(start) or not 0 <= start < steps:
-            raise ValueError(f"start: got {start!r}, an integer from 0 to {steps - 1} is needed ({steps} timesteps)")
+        if not is_integer(start) or not 0 <= start < steps:
+            raise ValueError(f"start must be an integer from 0 to {steps - 1} ({steps} timesteps), got {start!r}")
         order = getattr(scheduler, "order", 1)
         if start % order:
             raise ValueError(
-                f"start: got {start}, but {type(scheduler).__name__} makes {order} model calls per step: a multiple "
-                f"of {order} is needed"
+                f"start must be a multiple of {order}, the model calls in a step of {self.name}, got {start}"
             )
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)
@@ -65,7 +74,7 @@ class Solver:
         parameters = inspect.signature(scheduler.step).parameters
         unknown = self.step_kwargs.keys() - parameters.keys()
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise ValueError(f"step_kwargs: {type(scheduler).__name__}.step takes no {', '.join(sorted(unknown))}")
+            raise ValueError(f"step_kwargs must be arguments of {self.name}.step, got {', '.join(sorted(unknown))}")
         self.takes_generator = "generator" in parameters
 
     def __len__(self) -> int:
@@ -87,6 +96,7 @@ class Solver:
     def starting_at(self, start: int) -> Solver:
         """The same schedule from another step."""
         solver = copy.copy(self)
+        vars(solver).pop("noise_sources", None)  # other steps may draw
         solver.scheduler, solver.start = copy.deepcopy(self.scheduler), start
         if hasattr(solver.scheduler, "set_begin_index"):
             solver.scheduler.set_begin_index(start)
@@ -111,6 +121,37 @@ class Solver:
         result = self.scheduler.step(output, self.scheduler.timesteps[i], x, **self.step_kwargs)
         return (result.prev_sample if hasattr(result, "prev_sample") else result[0]).to(x.dtype)
 
+    @cached_property
+    def noise_sources(self) -> set[str]:
+        """Where a pass draws its noise from: a "given" generator, torch's "global" one. Found without touching that."""
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(1 + len(self), 1, 1, 1, 1, generator=generator, dtype=torch.float64)
+        with SeededNoise(generator) as noise:
+            self._pass(values[0], values[1:], generator)
+        return noise.sources
+
+    def trial(self, x: Tensor, outputs: Tensor, shifts: Tensor | None = None, seed: int = 0) -> Tensor:
+        """x_0 from x of one element and given model outputs, one for each timestep, with the same noise for a seed.
+
+        `shifts` are added to the states. No global generator is touched.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        # A mode slows every operation down.
+        with SeededNoise(generator) if "global" in self.noise_sources else nullcontext():
+            return self._pass(x, outputs, generator, shifts)
+
+    def _pass(self, x: Tensor, outputs: Tensor, generator: torch.Generator, shifts: Tensor | None = None) -> Tensor:
+        run = self.begin(generator)
+        for i in run.steps:
+            if shifts is not None:
+                x = x + shifts[i]
+            output = outputs[i].reshape(1, 1, 1, 1)
+            if run.learned_variance:
+                output = torch.cat([output, torch.zeros_like(output)], dim=1)
+            run.scale_input(x, i)
+            x = run.step(output, i, x)
+        return x
+
 
 def config(scheduler: Any, name: str, default: Any = None) -> Any:
     """`scheduler.config[name]`, or the default for schedulers without a config or without that entry."""
@@ -124,5 +165,5 @@ def _detached_copy(scheduler: Any) -> Any:
     return copy.deepcopy(scheduler, {id(tensor): tensor for tensor in graph})
 
 
-def _is_int(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

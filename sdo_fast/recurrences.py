@@ -1,26 +1,28 @@
-"""A scheduler's pass as recurrences of scalar coefficients, each step one call of `sampler_step`."""
+"""A scheduler's pass as recurrences of scalar coefficients, measured by running it."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import ops
-from .noise import Draw, ReplacedNoise
-from .reference.solver import Solver, config
-from .schedulers import CLIPPING, NotAffineError, refuse_not_affine
+from .noise import Draw
+from .ops import MAX_TERMS
+from .schedulers import CLIPPING, affine_sensitivities, refuse_by_config
+from .solver import NotAffineError, Solver, config
 
 LONGEST_HISTORY = 3
 # Relative residuals of a true recurrence: rounding alone. Some schedulers work in float32 whatever they are given.
 TOLERANCE, TOLERANCE_IN_FLOAT32 = 1e-11, 2e-7
 FAR_OUT = ((0.0, 1e4, 0.0), (0.0, 0.0, 1e4))
 """x and eps of the probes of a step that clips: where nothing is clipped, and two where it should be."""
+SEED = 7_450_328_911_305_622
 
 
 @dataclass(frozen=True)
@@ -49,111 +51,69 @@ class Recurrence:
         return [*self.states.values(), *self.outputs.values(), *self.noise]
 
 
-class FusedSolver(Solver):
-    """The same update rule as a `Solver` that is affine up to clipping, from coefficients found once.
-
-    Equal to the scheduler's own arithmetic but for rounding, with the same noise from the same generator. Every step
-    costs one pass over memory, and the scheduler is neither copied nor run.
-
-    A pass without gradients writes each state over the oldest one that it still needs, unless another tensor shares
-    that memory. So whoever keeps a state beyond its step keeps an alias of it, as the model does.
+def measured(solver: Solver) -> dict[int, Recurrence]:
+    """The recurrence of every step of a scheduler that is affine up to clipping.
 
     Raises:
         NotAffineError: the scheduler thresholds, reads a learned variance, needs too long a history, clips in another
             way than the predicted sample of a step without history, or draws its noise otherwise than by `torch.randn`
             for one step.
     """
+    found = clipped_recurrences(solver) if clips(solver) else recurrences(solver)
+    terms = max(len(rule.scales) for rule in found.values())
+    if terms > MAX_TERMS:
+        raise NotAffineError(
+            f"scheduler must need no more than {MAX_TERMS} terms for a step, got {solver.name}: {terms}"
+        )
+    return found
 
-    _states: dict[int, Tensor]
-    _outputs: dict[int, Tensor]
-    _generator: torch.Generator | None
-    _kernel: Callable[..., None] | None
 
-    def __init__(self, solver: Solver) -> None:
-        vars(self).update(vars(solver))
-        self.recurrences = clipped_recurrences(solver) if clips(solver) else recurrences(solver)
-        self.depth = max((j for r in self.recurrences.values() for j in (*r.states, *r.outputs)), default=0)
-        self._scales = {i: rule.scales for i, rule in self.recurrences.items()}
-        if max(map(len, self._scales.values())) > ops.MAX_TERMS:
-            raise NotAffineError(f"scheduler: {_name(solver)} needs more than {ops.MAX_TERMS} terms for a step")
+class ReplacedNoise(TorchDispatchMode):
+    """Inside, `torch.randn` for a state of float64 returns `source()` instead, and `drawn` tells how it was called.
 
-    @property
-    def affine(self) -> bool:
-        return all(rule.clip is None for rule in self.recurrences.values())
+    Raises NotAffineError where the noise comes from another random function or has another shape.
+    """
 
-    def derivatives(self, s: int | None) -> tuple[float, float, float]:
-        """d x_s / d x_start, d x_n / d x_start and d x_n / d eps_s; 0 for those of no step. Affine schedulers only."""
-        of_state, of_output = {self.start: 1.0}, {self.start: 0.0}
-        for i in self.steps:
-            rule = self.recurrences[i]
-            for values in (of_state, of_output):
-                values[i + 1] = rule.a * values[i] + sum(k * values[i - j] for j, k in rule.states.items())
-            if s is not None:
-                of_output[i + 1] += rule.b if i == s else rule.outputs.get(i - s, 0.0)
-        return 0.0 if s is None else of_state[s], of_state[len(self)], of_output[len(self)]
+    def __init__(self, source: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.source, self.drawn = source, list[Draw]()
+        self.generator = torch.Generator().manual_seed(SEED)
+        """For the pass inside. It is told from others by its seed, for the object does not reach the dispatcher."""
 
-    def begin(self, generator: torch.Generator | None = None) -> FusedSolver:
-        solver = copy.copy(self)
-        solver._states, solver._outputs, solver._kernel = {}, {}, None
-        solver._generator = self.step_kwargs.get("generator") if generator is None else generator
-        return solver
-
-    def scale_input(self, x: Tensor, i: int) -> Tensor:
-        scale = self.recurrences[i].scale
-        if scale != 1:
-            return x * scale
-        return x if torch.is_grad_enabled() else x.detach()  # an alias, which tells whether the model keeps it
-
-    def step(self, output: Tensor, i: int, x: Tensor) -> Tensor:
-        return self.guided_step((output,), None, i, x)
-
-    def guided_step(self, outputs: Sequence[Tensor], guidance: float | None, i: int, x: Tensor) -> Tensor:
-        """S_i(x, eps) with the model's outputs before guidance: (output,), or (uncond, cond)."""
-        rule, terms = self.recurrences[i], []
-        cond, uncond = outputs[-1], outputs[0] if guidance is not None else None
-        if self.depth:
-            unread = self._outputs.pop(i - self.depth - 1, None)
-            if uncond is not None and guidance is not None:  # combined here, for later steps read it once more
-                memory = None if torch.is_grad_enabled() else unread
-                cond, uncond = torch.lerp(uncond, cond, guidance, out=memory), None
-            self._outputs[i] = cond
-            terms = [self._states[i - j] for j in rule.states] + [self._outputs[i - j] for j in rule.outputs]
-        if rule.draws:
-            terms += [draw(x, self._generator) for draw in rule.draws]
-        clipping = (rule.c, rule.pred_x, rule.pred_eps, rule.clip)
-        arguments = (x, cond, uncond, guidance or 0.0, rule.a, rule.b, terms, self._scales[i], *clipping)
-        self._states[i] = x
-        if torch.is_grad_enabled():
-            return ops.step(*arguments)
-        if self._kernel is None:
-            self._kernel = ops.step_kernel(x)
-        out = self._workspace(i, x)
-        self._kernel(*arguments, out)
-        return out
-
-    def _workspace(self, i: int, x: Tensor) -> Tensor:
-        """Memory for x_{i+1}: of the state that no later step reads, if this pass made it and nobody shares it."""
-        oldest = self._states.pop(i - self.depth, None)
-        if oldest is None or i - self.depth == self.start or type(oldest) is not Tensor:
-            return torch.empty_like(x)
-        # One for the state, one for the storage object in hand.
-        shared = torch._C._storage_Use_Count(oldest.untyped_storage()._cdata) > 2
-        return torch.empty_like(x) if shared else oldest
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        if func.overloadpacket is not torch.ops.aten.randn:
+            raise NotAffineError(f"scheduler must draw its noise by torch.randn, got {func}")
+        noise, dtype = self.source(), kwargs.get("dtype") or torch.get_default_dtype()
+        if noise.shape != torch.Size(args[0]):
+            raise NotAffineError(
+                f"scheduler must draw noise of its state's shape {list(noise.shape)}, got {list(args[0])}"
+            )
+        generator = kwargs.get("generator")
+        if generator is not None and generator.initial_seed() != SEED:
+            raise NotAffineError("scheduler must draw from the generator that it is given, got one of its own")
+        self.drawn.append(Draw(generator is not None, None if dtype == noise.dtype else dtype))
+        return noise.to(dtype)
 
 
 def drawn_noise(solver: Solver) -> dict[int, list[Draw]]:
     """What each step draws. NotAffineError where something else than that moves the origin."""
     x = zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     drawn = {}
-    with ReplacedNoise(lambda: zero) as noise:
-        run = solver.begin(noise.generator)
+    with ReplacedNoise(lambda: zero) if solver.noise_sources else nullcontext() as noise:
+        run = solver.begin(noise and noise.generator)
         for i in run.steps:
-            before = len(noise.drawn)
+            before = len(noise.drawn) if noise else 0
             run.scale_input(x, i)
             x = run.step(zero, i, x)
-            drawn[i] = noise.drawn[before:]
+            drawn[i] = noise.drawn[before:] if noise else []
     if x.count_nonzero():
-        raise NotAffineError(f"scheduler: {_name(solver)} adds to the result what it does not draw by torch.randn")
+        raise NotAffineError(
+            f"scheduler must draw its noise by torch.randn, got {solver.name}, which adds to the result what it does "
+            "not draw"
+        )
     return drawn
 
 
@@ -174,7 +134,7 @@ def recurrences(solver: Solver) -> dict[int, Recurrence]:
     The scheduler is linear and works element by element, so in a state whose elements stand for the inputs (x_start,
     eps_start, eps_{start+1}, ..., and all noise) each element becomes the coefficient of its input.
     """
-    refuse_not_affine(solver)
+    affine_sensitivities(solver)
     drawn, known = drawn_noise(solver), 1 + len(solver)
     units = torch.eye(known + sum(map(len, drawn.values())), dtype=torch.float64)[:, None, None, None, :]
     x, tolerance = units[0], _tolerance(solver)
@@ -225,7 +185,10 @@ def _recurrence(
                 noise,
             )
     more = " or the noise of one" if own.start > 1 + len(solver) else ""
-    raise NotAffineError(f"scheduler: {_name(solver)} uses more than {LONGEST_HISTORY} earlier steps{more}")
+    raise NotAffineError(
+        f"scheduler must use at most {LONGEST_HISTORY} earlier steps, got {solver.name}, which uses more than "
+        f"{LONGEST_HISTORY} earlier steps{more}"
+    )
 
 
 def clipped_recurrences(solver: Solver) -> dict[int, Recurrence]:
@@ -234,7 +197,7 @@ def clipped_recurrences(solver: Solver) -> dict[int, Recurrence]:
     Without noise a step is odd and piecewise affine, so its slopes at zero and far out, and its value there, are all
     there is to it. Noise is added to the result.
     """
-    refuse_not_affine(solver, clipped=True)
+    refuse_by_config(solver, clipped=True)
     clip, tolerance = float(config(solver.scheduler, "clip_sample_range", 1.0)), _tolerance(solver)
     drawn, found = drawn_noise(solver), {}
     count, probes = sum(map(len, drawn.values())), len(FAR_OUT[0])
@@ -280,7 +243,10 @@ def _verify(solver: Solver, found: dict[int, Recurrence], tolerance: float) -> N
             following, expected = rule.a * x + rule.b * output + rule.c * clamped, run.step(output, i, x)
             following += sum(k * value for k, value in zip(rule.noise, noise, strict=True))
             if not (following - expected).norm() <= 100 * tolerance * expected.norm():
-                raise NotAffineError(f"scheduler: {_name(solver)} does more than to clip its predicted sample")
+                raise NotAffineError(
+                    f"scheduler must be affine up to clipping, got {solver.name}, which does more than to clip its "
+                    "predicted sample"
+                )
             x = expected
 
 
@@ -294,7 +260,7 @@ def _input_scale(run: Solver, x: Tensor, i: int, tolerance: float) -> float:
         return 1.0
     scale = (model_input.flatten() @ x.flatten() / x.square().sum()).item()
     if not torch.allclose(model_input, scale * x, rtol=tolerance):
-        raise NotAffineError(f"scheduler: {_name(run)} does more to the model's input than to scale it")
+        raise NotAffineError(f"scheduler must only scale the model's input, got {run.name}, which does more")
     return scale
 
 
@@ -311,7 +277,3 @@ def _tolerance(solver: Solver) -> float:
     atol = 1e-12 * results[0].abs().max().item()
     exact = torch.allclose(results[1], factor * results[0], rtol=1e-12, atol=atol)
     return TOLERANCE if exact else TOLERANCE_IN_FLOAT32
-
-
-def _name(solver: Solver) -> str:
-    return type(solver.scheduler).__name__

@@ -1,4 +1,4 @@
-"""The model call of a sampler: guidance, output formats, variance channels."""
+"""The model call of a sampler: guidance, output formats, variance channels. Knows no kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class GuidedModel:
     (diffusers transformers), and returns a tensor, a tuple that begins with one, or an object
     with `.sample`. Where the output has 2C channels the variance half is dropped, unless `learned_variance`: then it
     is kept, and guidance leaves it as the conditional call gave it. The output is cast to x's dtype, so that autocast
-    does not lower the precision of the sampler's state. w may be a tensor that broadcasts against x, and get gradients.
+    does not lower the precision of the sampler's state. w may be a tensor that broadcasts against x, and get gradients;
+    it is combined in float32 (float64 for float64) and the result rounded once.
     """
 
     def __init__(
@@ -39,16 +40,20 @@ class GuidedModel:
         learned_variance: bool = False,
     ) -> None:
         if not callable(model):
-            raise TypeError(f"model: got {type(model).__name__}, a callable model(x, t, **kwargs) is needed")
+            raise TypeError(f"model must be a callable model(x, t, **kwargs), got {type(model).__name__}")
         if guidance_scale is not None and uncond_kwargs is None:
             raise ValueError(
-                "uncond_kwargs: guidance needs the arguments of the unconditional call (an empty dict for none)"
+                "uncond_kwargs must be the arguments of the unconditional call (an empty dict for none) with guidance, "
+                "got None"
             )
         if guidance_scale is None and uncond_kwargs is not None:
-            raise ValueError("uncond_kwargs: given, but guidance_scale is None, so nothing would use them")
+            raise ValueError(
+                "uncond_kwargs must be None without guidance_scale, where nothing would use them, "
+                f"got {type(uncond_kwargs).__name__}"
+            )
         for name, value in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
             if value is not None and not isinstance(value, Mapping):
-                raise TypeError(f"{name}: got {type(value).__name__}, a mapping of argument names to values is needed")
+                raise TypeError(f"{name} must be a mapping of argument names to values, got {type(value).__name__}")
         self.model = model
         self.batch = batch
         self.timestep_by_name = _takes_timestep_by_name(model)
@@ -57,6 +62,10 @@ class GuidedModel:
         self.cond = dict(model_kwargs or {})
         self.uncond = dict(uncond_kwargs or {})
         self.evaluations = 1 if guidance_scale is None else 2
+        self.learns_guidance = isinstance(guidance_scale, Tensor)
+        self.weight = None if isinstance(guidance_scale, Tensor) or learned_variance else guidance_scale
+        self._combines = guidance_scale is not None and self.weight is None
+        self._guided: Callable[..., Tensor] = guided_by_tensor if self.learns_guidance else guided
         self.joined: dict[str, Any] | None = None
         if guidance_scale is not None:
             try:
@@ -79,11 +88,14 @@ class GuidedModel:
         if self.guidance_scale is None:
             return outputs[0]
         uncond, cond = outputs
-        scale = self.guidance_scale.to(cond) if isinstance(self.guidance_scale, Tensor) else self.guidance_scale
         if not self.learned_variance:
-            return uncond + scale * (cond - uncond)
+            return self._guided(uncond, cond, self.guidance_scale)
         (uncond, _), (cond, variance) = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)
-        return torch.cat([uncond + scale * (cond - uncond), variance], dim=1)
+        return torch.cat([self._guided(uncond, cond, self.guidance_scale), variance], dim=1)
+
+    def operands(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What a step takes beside `weight`: the outputs, or the combined one where no number guides them."""
+        return (self.combine(*outputs),) if self._combines else outputs
 
     def repeated(self, times: int) -> GuidedModel:
         """The same model for a batch of so many copies of the latents, one after the other."""
@@ -106,9 +118,21 @@ class GuidedModel:
             output = output[:, :channels]
         if output.shape != expected:
             raise ValueError(
-                f"model: returned shape {tuple(output.shape)} for an input of {tuple(x.shape)}, {expected} is needed"
+                f"model must return shape {expected} for an input of {tuple(x.shape)}, got {tuple(output.shape)}"
             )
         return output.to(x.dtype)
+
+
+def guided(uncond: Tensor, cond: Tensor, weight: float) -> Tensor:
+    """uncond + weight (cond - uncond), in their dtype."""
+    return uncond + weight * (cond - uncond)
+
+
+def guided_by_tensor(uncond: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
+    """uncond + weight (cond - uncond), in float32 (float64 for float64), rounded once to their dtype."""
+    dtype = torch.promote_types(cond.dtype, torch.float32)
+    base = uncond.to(dtype)
+    return (base + weight.to(cond.device, dtype) * (cond.to(dtype) - base)).to(cond.dtype)
 
 
 def _takes_timestep_by_name(model: Callable[..., Any]) -> bool:

@@ -13,10 +13,9 @@ from helpers import rel_rms
 from sdo_models import ConvModel, gradients
 from torch import Tensor
 
-from sdo_fast import ShortcutSampler, TrajectoryCache, ops
-from sdo_fast import fused as fused_module
-from sdo_fast.fused import FusedSolver
-from sdo_fast.reference import Solver
+from sdo_fast import ShortcutSampler, TrajectoryCache, ops, recurrences
+from sdo_fast.solver import Solver
+from sdo_fast.steppers import FusedStepper, SchedulerStepper
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -83,16 +82,16 @@ def scheduler(name: str) -> Any:
 @pytest.mark.parametrize("name", [*AFFINE, *CLIPPED])
 def test_recurrences_equal_the_scheduler(name: str) -> None:
     plain = Solver(scheduler(name), 8)
-    fused = FusedSolver(plain)
+    fused = FusedStepper(plain)
     assert fused.depth == {**AFFINE, **CLIPPED}[name][2]
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64) * float(getattr(plain.scheduler, "init_noise_sigma", 1.0))
-    passes = (plain.begin(), fused.begin())
+    passes = (SchedulerStepper(plain).begin(), fused.begin())
     states = [x, x]
     for i in plain.steps:
-        inputs = [solver.scale_input(state, i) for solver, state in zip(passes, states, strict=True)]
+        inputs = [stepper.scale_input(state, i) for stepper, state in zip(passes, states, strict=True)]
         assert rel_rms(inputs[1], inputs[0]) <= 1e-6
         output = torch.randn_like(x)
-        states = [solver.step(output, i, state) for solver, state in zip(passes, states, strict=True)]
+        states = [stepper.step((output,), None, i, state) for stepper, state in zip(passes, states, strict=True)]
         assert rel_rms(states[1], states[0]) <= 1e-6, i
 
 
@@ -113,7 +112,7 @@ def test_sampler_agrees_with_the_scheduler(name: str, late: bool, guidance: floa
         image = sampler(x, {"cond": cond}, {"cond": uncond} if guidance else None)
         results.append((image, *gradients(image, *inputs)))
     # Some schedulers round their state to float32 at every step, and a steep model would amplify that.
-    limit = 1e-9 if fused_module._tolerance(Solver(scheduler(name), 6)) == fused_module.TOLERANCE else 5e-6
+    limit = 1e-9 if recurrences._tolerance(Solver(scheduler(name), 6)) == recurrences.TOLERANCE else 5e-6
     for theirs, ours in zip(*results, strict=True):
         assert rel_rms(ours, theirs) <= limit
 
@@ -138,7 +137,7 @@ def test_clipping_agrees_with_autograd_through_the_scheduler(
         results.append((image, *gradients(image, *inputs)))
     for theirs, ours in zip(*results, strict=True):
         assert rel_rms(ours, theirs) <= 1e-9
-    rules = FusedSolver(Solver(scheduler(name), 6, step_kwargs=settings["step_kwargs"])).recurrences.values()
+    rules = FusedStepper(Solver(scheduler(name), 6, step_kwargs=settings["step_kwargs"])).recurrences.values()
     for rule in rules:
         predicted = rule.pred_x * x + rule.pred_eps * model(x, torch.tensor([10, 10]), cond)
         means.append((predicted.abs() > rule.clip).double().mean().item())
@@ -203,13 +202,15 @@ def test_noise_from_a_generator_among_the_step_kwargs() -> None:
 
 
 NOISES = {
-    "draws noise by aten.rand": lambda x: torch.rand(x.shape, dtype=x.dtype),
+    "must draw its noise by torch.randn, got aten.rand": lambda x: torch.rand(x.shape, dtype=x.dtype),
     "adds to the result what it does not draw": lambda x: torch.from_numpy(
         np.random.default_rng().normal(size=x.shape)
     ),
-    "a generator of its own": lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype),
-    r"noise of shape \[1\]": lambda x: torch.randn(1, dtype=x.dtype),
-    "more than 8 terms": lambda x: sum(torch.randn(x.shape, dtype=x.dtype) for _ in range(9)),
+    "must draw from the generator that it is given, got one of its own": lambda x: torch.randn(
+        x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype
+    ),
+    r"must draw noise of its state's shape .*, got \[1\]": lambda x: torch.randn(1, dtype=x.dtype),
+    "no more than 8 terms": lambda x: sum(torch.randn(x.shape, dtype=x.dtype) for _ in range(9)),
 }
 
 
