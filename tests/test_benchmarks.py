@@ -253,7 +253,7 @@ def test_correct_finds_a_wrong_kernel(name: str, monkeypatch: pytest.MonkeyPatch
     assert correct.main(["--dry-run"]) == 0
     implementation = sf.backend._implementation
 
-    def damaged(op: sf.backend.Op, backend: str) -> Any:
+    def damaged(op: sf.backend.Implementations, backend: str) -> Any:
         run = implementation(op, backend)
         return (lambda *args: run(*args).roll(1, -1)) if (op.name, backend) == (name, "triton") else run
 

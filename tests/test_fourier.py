@@ -431,7 +431,7 @@ def test_a_zeroed_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, kernels: st
             return kernel if other == name else getattr(real, other)
 
     zeroed = Zeroed()
-    monkeypatch.setattr(sf.backend, "_implementation", lambda op, _: lambda *args: op.compose(zeroed, *args))
+    monkeypatch.setattr(sf.backend, "_implementation", lambda op, _: lambda *args: op.composed(zeroed, *args))
     with pytest.raises(AssertionError):
         check(image(2, 3, 9, 10), parameters(3, 3, 3), training=training)
 

@@ -76,7 +76,7 @@ def _damage(monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Any], 
     runs: list[int] = []
     original = backend._implementation
 
-    def implementation(op: backend.Op, chosen: str) -> Callable[..., Any]:
+    def implementation(op: backend.Implementations, chosen: str) -> Callable[..., Any]:
         run = original(op, chosen)
         if op.name != name or chosen != "triton":
             return run
