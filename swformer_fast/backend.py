@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import self_test
 
@@ -154,7 +154,11 @@ class Triton:
             reason += " slowly)"
         if reason is None and not _has_kernels(op.triton):
             reason = f"{op.name} has no Triton kernel"
-        return reason or op.limits(self.name, *args) or self_test.problem(op, args, lambda op: _implementation(op, self.name))
+        return (
+            reason
+            or op.limits(self.name, *args)
+            or self_test.problem(op, args, lambda op: _implementation(op, self.name))
+        )
 
     def implementation(self, op: Implementations) -> Callable[..., Any]:
         return getattr(_kernels(op.triton), op.name)
@@ -175,7 +179,6 @@ class _Asked:
 
 
 _asked: list[_Asked] = []
-_asking: ContextVar[bool] = ContextVar("asking", default=False)
 _as_on_gpu = False
 
 
@@ -223,8 +226,6 @@ def _implementation(op: Implementations, backend: str) -> Callable[..., Any]:
 def run(op: Implementations, args: tuple[Any, ...]) -> Any:
     """Run `op` on `args` with the backend that `choose` picks."""
     choice = choose(op, args)
-    if _asking.get():
-        raise _Asking(choice)
     if choice.reason is not None:
         _log_fallback(op.name, choice.reason)
     return _implementation(op, choice.backend)(*args)
@@ -288,11 +289,19 @@ def backends() -> dict[str, str]:
     return state
 
 
-class _Asking(Exception):
-    """Ends a call of a public function where it reaches its op, with what would run."""
-
+class _Answer(Exception):
     def __init__(self, choice: Choice) -> None:
         self.choice = choice
+
+
+class _Asking(TorchDispatchMode):
+    """Ends a call of a public function where it reaches its op, with what would run; on the meta device too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace != PACKAGE:
+            return func(*args, **(kwargs or {}))
+        raise _Answer(choose(OPS[name], args))
 
 
 def why_not(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
@@ -305,22 +314,19 @@ def why_not(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> st
     """
     from . import functional
 
-    name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
+    name = function if isinstance(function, str) else getattr(function, "__name__", function)
     public = getattr(functional, name) if name in functional.__all__ else None
-    known = public is not None or name in OPS if isinstance(function, str) else function is public
+    known = name in OPS if isinstance(function, str) else public is not None and function is public
     if not known:
         names = ", ".join(sorted({*functional.__all__, *OPS}))
         raise ValueError(f"function must be one of swformer_fast.functional's or a name of {names}, got {name!r}")
-    if not any(isinstance(a, Tensor) for a in args):
-        raise TypeError(f"args must hold the tensors that {name} takes, got {args!r}")
     if public is None:
+        if kwargs or not any(isinstance(a, Tensor) for a in args):
+            raise TypeError(f"args must hold the tensors that {name} takes, in order, got {args!r} and {kwargs!r}")
         return str(choose(OPS[name], args))
-    token = _asking.set(True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _Asking():
             public(*args, **kwargs)
-    except _Asking as answer:
+    except _Answer as answer:
         return str(answer.choice)
-    finally:
-        _asking.reset(token)
     raise RuntimeError(f"{name} reached no op")

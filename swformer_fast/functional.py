@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401
-from .parameters import AttentionParameters, Factor, FfnParameters, FourierParameters, Norm, flatten
+from .parameters import (
+    AttentionParameters,
+    Convolution,
+    Factor,
+    FfnParameters,
+    FourierParameters,
+    Norm,
+    SpatialParameters,
+    WaveletParameters,
+    flatten,
+)
 from .reference.haar_dwt2d import haar_filters
 
 __all__ = [
@@ -90,6 +100,12 @@ def _kernel(name: str, weight: Tensor) -> tuple[int, int]:
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{name} must have a square kernel of odd side, got {tuple(weight.shape[2:])}")
     return weight.shape[2], weight.shape[3]
+
+
+def _check_depthwise(prefix: str, weight: Tensor, bias: Tensor, channels: int, x: Tensor) -> None:
+    name = f"{prefix}weight"
+    _check_parameter(name, weight, (channels, 1, *_kernel(name, weight)), x)
+    _check_parameter(f"{prefix}bias", bias, (channels,), x)
 
 
 def _taps(low_name: str, low: Tensor | None, high_name: str, high: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,9 +209,7 @@ def wavelet_mix(
     Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
     _check_image("x", x)
-    channels = 4 * x.shape[1]
-    _check_parameter("weight", weight, (channels, 1, *_kernel("weight", weight)), x)
-    _check_parameter("bias", bias, (channels,), x)
+    _check_depthwise("", weight, bias, 4 * x.shape[1], x)
     for name, taps in (("dec_lo", dec_lo), ("dec_hi", dec_hi), ("rec_lo", rec_lo), ("rec_hi", rec_hi)):
         _check_parameter(name, taps, (2,), x)
     return torch.ops.swformer_fast.wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, False)[0]
@@ -219,9 +233,21 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Source: SWFormer (arXiv 2505.05504), spatial branch.
     """
     _check_image("x", x)
-    _check_parameter("weight", weight, (x.shape[1], 1, *_kernel("weight", weight)), x)
-    _check_parameter("bias", bias, (x.shape[1],), x)
+    _check_depthwise("", weight, bias, x.shape[1], x)
     return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias, False)[0]
+
+
+def check_local_branches(x: Tensor, conv: Convolution, spatial: SpatialParameters, wavelet: WaveletParameters) -> None:
+    """Raise unless they fit: the kernels of the fused block read parameters of other modules."""
+    _check_image("x", x)
+    channels = spatial.weight.shape[0]
+    _check_parameter("conv.weight", conv.weight, (2 * channels, x.shape[1]), x)
+    _check_parameter("conv.bias", conv.bias, (2 * channels,), x)
+    _check_depthwise("spatial.", *spatial, channels, x)
+    weight, bias, *taps = wavelet
+    _check_depthwise("wavelet.", weight, bias, 4 * channels, x)
+    for tap in taps:
+        _check_parameter("wavelet taps", tap, (2,), x)
 
 
 def fourier_mix(
@@ -356,14 +382,13 @@ def multiscale_ffn(x: Tensor, parameters: FfnParameters) -> Tensor:
     wide = in_weight.shape[0]
     if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
         raise ValueError(f"out_weight must have shape (E, {wide}, 1, 1), got {_shape(out_weight)}")
-    if len(depthwise) != 3 or any(len(each) != 2 for each in depthwise):
-        raise ValueError(f"depthwise must hold three pairs of weight and bias, got {tuple(map(len, depthwise))}")
+    if not isinstance(depthwise, tuple) or len(depthwise) != 3:
+        raise ValueError(f"depthwise must hold three convolutions in a tuple, got {_shape(depthwise)}")
     _check_parameter("in_weight", in_weight, (wide, x.shape[1], 1, 1), x)
     _check_parameter("in_bias", in_bias, (wide,), x)
-    for i, (weight, bias) in enumerate(depthwise):
-        name = f"depthwise[{i}].weight"
-        _check_parameter(name, weight, (wide // 3, 1, *_kernel(name, weight)), x)
-        _check_parameter(f"depthwise[{i}].bias", bias, (wide // 3,), x)
+    for i, conv in enumerate(depthwise):
+        _check_bundle(f"depthwise[{i}]", conv, Convolution)
+        _check_depthwise(f"depthwise[{i}].", *conv, wide // 3, x)
     _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide, 1, 1), x)
     _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
     return torch.ops.swformer_fast.multiscale_ffn(x, *flatten(parameters), None)

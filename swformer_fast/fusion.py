@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import has_cpp
-from .functional import autocasts, fourier_mix_and_sums, update_running
+from .functional import autocasts, check_local_branches, fourier_mix_and_sums, update_running
 from .ops._operator import channels_last
 from .parameters import (
     AttentionParameters,
@@ -87,6 +87,7 @@ def local_branches(
 
     Without gradients in one pass, on the CPU, and the convolution's map never exists.
     """
+    check_local_branches(x, conv, spatial, wavelet)
     ops = torch.ops.swformer_fast
     if not torch.is_grad_enabled() and has_cpp(x.device.type):
         return ops.local_branches(x, *conv, *spatial, *wavelet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -112,11 +113,9 @@ def flatten(bundle: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
 
 def unflatten(kind: type[_Bundle], tensors: Sequence[Any]) -> _Bundle:
     """The inverse of `flatten`."""
-    rest = iter(tensors)
-    bundle = _build(kind, rest)
-    if next(rest, rest) is not rest:
-        raise ValueError(f"tensors must be as many as {kind.__name__} has, got {len(tensors)}")
-    return typing.cast(_Bundle, bundle)
+    if len(tensors) != _count(kind):
+        raise ValueError(f"tensors must be as many as {kind.__name__} has, {_count(kind)}, got {len(tensors)}")
+    return typing.cast(_Bundle, _build(kind, iter(tensors)))
 
 
 def _build(kind: Any, rest: Iterator[Any]) -> Any:
@@ -124,6 +123,13 @@ def _build(kind: Any, rest: Iterator[Any]) -> Any:
         return tuple(_build(part, rest) for part in typing.get_args(kind))
     fields = _FIELDS.get(kind)
     return next(rest) if fields is None else kind(*(_build(part, rest) for part in fields))
+
+
+@cache
+def _count(kind: Any) -> int:
+    """How many tensors one holds."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) is tuple else _FIELDS.get(kind)
+    return 1 if parts is None else sum(map(_count, parts))
 
 
 _FIELDS: dict[Any, tuple[Any, ...]] = {

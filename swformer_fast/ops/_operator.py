@@ -237,8 +237,9 @@ class Operator:
         with recording():
             leaves = [a.detach().requires_grad_() if i in wanted else a for i, a in enumerate(inputs)]
             found = self.gradients(grads, leaves, wanted, False) if wanted else {}
-        nothing = grads[0].new_empty(0)
-        return _as_result(tuple(as_output(inputs[i], found[i]) if i in found else nothing for i in self.places))
+        return _as_result(
+            tuple(as_output(inputs[i], found[i]) if i in found else grads[0].new_empty(0) for i in self.places)
+        )
 
     def fake_backward(self, *args: Any) -> Any:
         grads, _, inputs, flags = self.backward_arguments(args)

@@ -132,7 +132,8 @@ class FourierBranch(nn.Module):
         parameters = FourierParameters(*first, gate, value, *last)
         momentum = norm.momentum
         if momentum is None:  # the running statistics are the plain mean over all batches
-            momentum = 1.0 / float(cast(Tensor, norm.num_batches_tracked)) if _tracks(norm) else 0.0
+            counted = float(cast(Tensor, norm.num_batches_tracked)) if _tracks(norm) else 0.0
+            momentum = 1.0 / counted if counted else 0.0
         return parameters, norm.training, momentum, norm.eps
 
     @property
