@@ -58,18 +58,14 @@ def models() -> Iterator[Work]:
 
 def ops() -> Iterator[Work]:
     """Each op at the shapes of its suite, forward and with its gradients."""
-    import swformer_fast as sf
-
-    from .bench_fourier import in_mode
-    from .correct import ARGUMENTS
+    from .arguments import ARGUMENTS, functions
 
     def on_meta(a: Any) -> Any:
         return a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
 
     def run(name: str, shape: tuple[int, ...]) -> None:
         args = tree_map(on_meta, tuple(ARGUMENTS[name](shape)))
-        function = getattr(sf.functional, name)
-        function = in_mode(function) if name == "fourier_mix" else function
+        function, _ = functions(name)
         with torch.no_grad():
             function(*args)
         leaves = [a for a in tree_leaves(args) if isinstance(a, Tensor) and a.requires_grad]
