@@ -314,7 +314,7 @@ def why_not(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> st
     """
     from . import functional
 
-    name = function if isinstance(function, str) else getattr(function, "__name__", function)
+    name: Any = getattr(function, "__name__", function)
     public = getattr(functional, name) if name in functional.__all__ else None
     known = name in OPS if isinstance(function, str) else public is not None and function is public
     if not known:

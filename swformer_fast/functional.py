@@ -328,13 +328,12 @@ def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> 
         _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
     _check_parameter("in_weight", in_weight, (wide, x.shape[1], 1, 1), x)
     _check_parameter("in_bias", parameters.in_bias, (wide,), x)
-    for name in ("gate", "value"):
-        factor = getattr(parameters, name)
+    for name, factor in (("gate", parameters.gate), ("value", parameters.value)):
         _check_bundle(name, factor, Factor)
         _check_parameter(f"{name}.weight", factor.weight, (wide, wide, 1, 1), x)
         _check_parameter(f"{name}.bias", factor.bias, (wide,), x)
         _check_bundle(f"{name}.norm", factor.norm, Norm)
-        for part, tensor in factor.norm._asdict().items():
+        for part, tensor in zip(Norm._fields, factor.norm, strict=True):
             if tensor is not None or not part.startswith("running"):
                 _check_parameter(f"{name}.norm.{part}", tensor, (wide,), x)
     norms = parameters.gate.norm, parameters.value.norm

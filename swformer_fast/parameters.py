@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -108,28 +108,34 @@ class MixerParameters(NamedTuple):
 
 def flatten(bundle: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """The tensors of a bundle, in the order of its fields."""
-    return tuple(leaf for part in bundle for leaf in (flatten(part) if isinstance(part, tuple) else (part,)))
+    tensors: list[Tensor | None] = []
+    for part in bundle:
+        if isinstance(part, tuple):
+            tensors.extend(flatten(part))
+        else:
+            tensors.append(part)
+    return tuple(tensors)
 
 
 def unflatten(kind: type[_Bundle], tensors: Sequence[Any]) -> _Bundle:
     """The inverse of `flatten`."""
-    if len(tensors) != _count(kind):
-        raise ValueError(f"tensors must be as many as {kind.__name__} has, {_count(kind)}, got {len(tensors)}")
-    return typing.cast(_Bundle, _build(kind, iter(tensors)))
-
-
-def _build(kind: Any, rest: Iterator[Any]) -> Any:
-    if typing.get_origin(kind) is tuple:
-        return tuple(_build(part, rest) for part in typing.get_args(kind))
-    fields = _FIELDS.get(kind)
-    return next(rest) if fields is None else kind(*(_build(part, rest) for part in fields))
+    count, build = _builder(kind)
+    if len(tensors) != count:
+        raise ValueError(f"tensors must be as many as {kind.__name__} has, {count}, got {len(tensors)}")
+    return typing.cast(_Bundle, build(iter(tensors)))
 
 
 @cache
-def _count(kind: Any) -> int:
-    """How many tensors one holds."""
-    parts = typing.get_args(kind) if typing.get_origin(kind) is tuple else _FIELDS.get(kind)
-    return 1 if parts is None else sum(map(_count, parts))
+def _builder(kind: Any) -> tuple[int, Callable[[Iterator[Any]], Any]]:
+    """How many tensors one holds, and what makes one of the next so many: it runs at every call of an op."""
+    if typing.get_origin(kind) is tuple:
+        make, parts = tuple, typing.get_args(kind)
+    elif kind in _FIELDS:
+        make, parts = kind._make, _FIELDS[kind]
+    else:
+        return 1, next
+    counts, builds = zip(*map(_builder, parts), strict=True)
+    return sum(counts), lambda rest: make([build(rest) for build in builds])
 
 
 _FIELDS: dict[Any, tuple[Any, ...]] = {

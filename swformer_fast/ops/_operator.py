@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -175,12 +176,12 @@ class Operator:
 
     # inputs
 
-    @property
+    @cached_property
     def places(self) -> tuple[int, ...]:
         """Of the inputs that have a gradient. The backward op gives one for each, in order."""
         return tuple(i for i, given in enumerate(self.inputs) if given.need)
 
-    @property
+    @cached_property
     def flags(self) -> tuple[str, ...]:
         """What a backward op is asked for."""
         return tuple(dict.fromkeys(self.inputs[i].need for i in self.places))
@@ -265,11 +266,13 @@ class Operator:
     def backward_implementations(self) -> Implementations:
         composed = self.composed
         backward = composed.backward if composed else None
+        begin = 1 + self.sums + len(self.kept)
+        end = begin + len(self.inputs)
         return replace(
             self.implementations(),
             name=self.backward_name,
             reference=self.backward,
-            limits=lambda backend, *args: self.limits(backend, *self.backward_arguments(args).inputs),
+            limits=lambda backend, *args: self.limits(backend, *args[begin:end]),
             composed=None if backward is None else self._composed_backward(backward),
             sample=self.backward_sample if self.products else None,
         )
@@ -414,11 +417,17 @@ class _Saved:
 class _Backward(_Saved):
     """The gradient of an op: its backward op."""
 
+    def __init__(self, operator: Operator) -> None:
+        super().__init__(operator)
+        names = (operator.outputs[0], *["sums"] * operator.sums, *operator.outputs[1:])
+        self.kept = tuple(names.index(name) for name in operator.kept)
+        needs = [operator.inputs[i].need for i in self.places]
+        self.of_flags = [[i for i, need in zip(self.places, needs, strict=True) if need == f] for f in operator.flags]
+        self.backward_op = getattr(torch.ops.swformer_fast, operator.backward_name)
+
     def save(self, ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         op = self.operator
-        names = (op.outputs[0], *["sums"] * op.sums, *op.outputs[1:])
-        kept = [output[names.index(name)] for name in op.kept]
-        self.save_inputs(ctx, kept, args[: len(op.inputs)])
+        self.save_inputs(ctx, [output[i] for i in self.kept], args[: len(op.inputs)])
         ctx.set_materialize_grads(False)  # the outputs after the first may have none
         if op.sums and not args[-1]:
             ctx.mark_non_differentiable(output[1])
@@ -429,7 +438,7 @@ class _Backward(_Saved):
         if all(g is None for g in (grad, *of_sums)):
             return (None,) * (len(op.inputs) + op.residual + op.sums)
         needs = ctx.needs_input_grad[1:]
-        flags = [any(needs[i] for i in self.places if op.inputs[i].need == flag) for flag in op.flags]
+        flags = [any([needs[i] for i in places]) for places in self.of_flags]
         saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
         result: list[Any] = [None] * len(op.inputs)
         if any(flags):
@@ -437,8 +446,7 @@ class _Backward(_Saved):
             full = grad
             if full is None:
                 full = inputs[0].new_zeros(()).expand(*of_sums[0].shape, *inputs[0].shape[2:])
-            backward_op = getattr(torch.ops.swformer_fast, op.backward_name)
-            grads = as_tuple(backward_op(full, *of_sums, *saved[: len(op.kept)], *inputs, *flags))
+            grads = as_tuple(self.backward_op(full, *of_sums, *saved[: len(op.kept)], *inputs, *flags))
             for i, g in zip(self.places, grads, strict=True):
                 result[i] = g if needs[i] else None
         return *result, *[grad if needs[-1] else None] * op.residual, *[None] * op.sums

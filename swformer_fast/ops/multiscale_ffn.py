@@ -11,6 +11,7 @@ from ._operator import Image, Operator, Parameter, empty, register
 
 _DEPTHWISE = tuple(f"dw_{part}{scale}" for scale in (1, 2, 4) for part in ("weight", "bias"))
 _NAMES = ("in_weight", "in_bias", *_DEPTHWISE, "out_weight", "out_bias")
+_KERNELS = tuple(i for i, name in enumerate(_NAMES) if name.startswith("dw_weight"))
 
 
 def _definition(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -24,8 +25,8 @@ def _fake(x: Tensor, *parameters: Tensor) -> Tensor:
 def _limits(backend: str, x: Tensor, *args: Any) -> str | None:
     if x.dtype == torch.float64:
         return "multiscale_ffn has no float64 kernel"
-    kernels = [tuple(weight.shape[2:]) for weight, _ in unflatten(FfnParameters, args[: len(_NAMES)]).depthwise]
-    return None if kernels == [(3, 3)] * 3 else f"the depthwise kernels must be 3 x 3, got {kernels}"
+    kernels = [args[i].shape[2:] for i in _KERNELS]
+    return None if kernels == [(3, 3)] * 3 else f"the depthwise kernels must be 3 x 3, got {[*map(tuple, kernels)]}"
 
 
 OPERATOR = register(
