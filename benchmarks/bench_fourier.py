@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import swformer_fast as sf
 from swformer_fast import _fourier
@@ -38,8 +39,8 @@ def targets(kind: str, shape: tuple[int, ...]) -> Mapping[str, float]:
 
 
 def branch_args(shape: tuple[int, ...]) -> Sequence[Any]:
-    branch = sf.reference.FourierBranch(shape[1]).eval()
-    return torch.randn(shape, requires_grad=True), *branch.arguments()[:-3]
+    parameters, *_ = sf.reference.FourierBranch(shape[1]).eval().arguments()
+    return torch.randn(shape, requires_grad=True), parameters
 
 
 def in_mode(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -55,22 +56,17 @@ def in_mode(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def stages(shape: tuple[int, ...]) -> Work:
     """What the branch in evaluation is made of; values are compared in the other cases."""
     torch.manual_seed(0)
-    x, *arguments = branch_args(shape)
-    x = x.detach()
+    x, parameters = tree_map(torch.detach, branch_args(shape))
     note = sf.backends()["cpp"]
     if note != "available":
         return Work({"branch": Variant(None, note=note)})
     kernels = torch.ops._swformer_fast
-    in_weight, in_bias, gate_bn, gate_weight, gate_bias, value_bn, value_weight, value_bias, out_weight, out_bias = (
-        a if isinstance(a, tuple) else a.detach() for a in arguments
-    )
-    parameters = (in_weight, in_bias, *gate_bn, gate_weight, gate_bias, *value_bn, value_weight, value_bias)
     height, width = shape[2:]
 
     def compose() -> Tensor:
         return _fourier.compose(1e-5, math.sqrt(height * width), 1, _fourier.in_fp32(parameters))[0]
 
-    spectrum, matrix, out_matrix = kernels.rfft2(x), compose(), out_weight.flatten(1).contiguous()
+    spectrum, matrix, out_matrix = kernels.rfft2(x), compose(), parameters.out_weight.flatten(1).contiguous()
 
     def mix() -> Tensor:
         return kernels.spectrum_mix(spectrum, matrix, out_matrix, height, width)
@@ -88,13 +84,13 @@ def stages(shape: tuple[int, ...]) -> Work:
 
     return Work(
         {
-            "branch": part(lambda: sf.functional.fourier_mix(x, *arguments), "all stages"),
+            "branch": part(lambda: sf.functional.fourier_mix(x, parameters), "all stages"),
             "compose": part(compose, "parameters to one matrix"),
             "rfft2": part(lambda: kernels.rfft2(x), "transform"),
             "torch.fft.rfft2": part(lambda: torch.fft.rfft2(x, norm="ortho"), "PyTorch's"),
             "mix": part(mix, "matrix, gate, last conv"),
             "products": part(lambda: (matrix @ columns, out_matrix @ products), "mix's matrix products by sgemm alone"),
-            "irfft2": part(lambda: kernels.irfft2(mixed, out_bias, x), "inverse transform"),
+            "irfft2": part(lambda: kernels.irfft2(mixed, parameters.out_bias, x), "inverse transform"),
             "torch.fft.irfft2": part(
                 lambda: torch.fft.irfft2(complex_spectrum, s=(height, width), norm="ortho"), "PyTorch's"
             ),

@@ -6,7 +6,7 @@ Those with matrix products first: where a compiler's fault would show. Exits wit
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,10 @@ from torch.utils._pytree import tree_map
 
 import swformer_fast as sf
 
-from . import bench_attention, bench_ffn, bench_fourier, bench_haar, bench_spatial, bench_wavelet
+from .arguments import ARGUMENTS, functions
 from .families import as_fp64, train_run
 from .harness import PRECISIONS, TOLERANCE, products_in, relative_rms
 
-ARGUMENTS: dict[str, Callable[..., Sequence[Any]]] = {
-    "multiscale_ffn": bench_ffn.make_args,
-    "fourier_mix": bench_fourier.branch_args,
-    "channel_attention": bench_attention.make_args,
-    "wavelet_mix": bench_wavelet.arguments,
-    "depthwise_gelu": bench_spatial.arguments,
-    "haar_dwt2d": bench_haar.dwt_args,
-    "haar_idwt2d": bench_haar.idwt_args,
-}
-"""Arguments of each public function for an image's shape."""
 LIMITS = {"fp32": 20 * TOLERANCE[torch.float32], "tf32": 1e-2, "bf16": 5e-2}
 """Sums of gradients over 65,536 pixels may miss a kernel's own tolerance."""
 
@@ -44,9 +34,7 @@ def errors(name: str, shape: tuple[int, ...], precision: str, device: str) -> li
 
     x, *rest = tree_map(move, args)
     args = (x.detach().to(dtype).requires_grad_(), *rest)
-    fast, reference = getattr(sf.functional, name), getattr(sf.reference, name)
-    if name == "fourier_mix":
-        fast, reference = bench_fourier.in_mode(fast), bench_fourier.in_mode(reference)
+    fast, reference = functions(name)
     wide = as_fp64(args)
     with torch.no_grad():
         grad = torch.randn_like(reference(*wide)).to(dtype)

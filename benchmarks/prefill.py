@@ -58,10 +58,7 @@ def models() -> Iterator[Work]:
 
 def ops() -> Iterator[Work]:
     """Each op at the shapes of its suite, forward and with its gradients."""
-    import swformer_fast as sf
-
-    from .bench_fourier import in_mode
-    from .correct import ARGUMENTS
+    from .arguments import ARGUMENTS, functions
 
     def on_meta(a: Any) -> Any:
         return a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
@@ -73,8 +70,7 @@ def ops() -> Iterator[Work]:
         torch.autograd.grad(function(*args).sum(), leaves)
 
     for name, make in ARGUMENTS.items():
-        function = getattr(sf.functional, name)
-        function = in_mode(function) if name == "fourier_mix" else function
+        function, _ = functions(name)
         for shape in importlib.import_module(make.__module__).SHAPES:
             yield f"{name} {shape}", partial(run, function, tree_map(on_meta, tuple(make(shape))))
 

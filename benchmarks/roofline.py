@@ -208,33 +208,19 @@ class Case:
 
 
 def _op_cases(shape: tuple[int, ...]) -> Iterator[Case]:
-    import swformer_fast as sf
-
-    from . import bench_attention, bench_ffn, bench_fourier, bench_haar, bench_spatial, bench_wavelet
+    from .arguments import ARGUMENTS, functions
     from .families import forward_run, train_run
-
-    ops: dict[str, Callable[..., Sequence[Any]]] = {
-        "haar_dwt2d": bench_haar.dwt_args,
-        "haar_idwt2d": bench_haar.idwt_args,
-        "wavelet_mix": bench_wavelet.arguments,
-        "depthwise_gelu": bench_spatial.arguments,
-        "fourier_mix": bench_fourier.branch_args,
-        "multiscale_ffn": bench_ffn.make_args,
-        "channel_attention": bench_attention.make_args,
-    }
 
     def make(name: str, train: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
         torch.manual_seed(0)
-        args = ops[name](shape)
-        functions = [getattr(sf.reference, name), getattr(sf.functional, name)]
-        if name == "fourier_mix":
-            functions = [bench_fourier.in_mode(f) for f in functions]
+        args = ARGUMENTS[name](shape)
+        fast, reference = functions(name)
         with torch.no_grad():
-            grad = torch.randn_like(functions[0](*args))
-        theirs, ours = (train_run(f, args, grad) if train else forward_run(f, args) for f in functions)
+            grad = torch.randn_like(reference(*args))
+        theirs, ours = (train_run(f, args, grad) if train else forward_run(f, args) for f in (reference, fast))
         return theirs, ours
 
-    for name in ops:
+    for name in ARGUMENTS:
         for train in (False, True):
             kind = "forward+backward" if train else "forward"
             yield Case(f"{name} {kind}", lambda name=name, train=train: make(name, train))

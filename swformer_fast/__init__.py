@@ -1,12 +1,12 @@
 """Fast SWFormer modules: spatial, wavelet and Fourier mixing for image restoration, in PyTorch.
 
-`functional` and the modules run on the fastest backend that can take their input; `reference` is the same API in plain
-PyTorch. Importing loads no compiler, no Triton and no compiled extension: those load at the first call.
+`functional` and the modules run on the fastest backend that can take their input; `reference` defines both in plain
+PyTorch, with the same state_dicts. Importing loads no compiler, no Triton and no compiled extension: those load at the
+first call.
 """
 
-from . import functional, reference
+from . import functional, parameters, reference
 from .backend import backends, empty_cache, use_backend, why_not
-from .model import PRESETS, SWFormer
 from .modules import (
     ChannelAttention,
     FourierBranch,
@@ -18,6 +18,7 @@ from .modules import (
     SWFormerBlock,
     WaveletBranch,
 )
+from .network import PRESETS, SWFormer
 from .replace import accelerate
 from .tiling import restore_tiled
 
@@ -39,6 +40,7 @@ __all__ = [
     "backends",
     "empty_cache",
     "functional",
+    "parameters",
     "reference",
     "restore_tiled",
     "use_backend",

@@ -14,11 +14,12 @@ Triton kernels of this algebra are tested against.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .parameters import Factor, FourierParameters, flatten, unflatten
 
 
 class _Spread(torch.autograd.Function):
@@ -58,25 +59,17 @@ def batch_statistics(
     return mean.T.flatten(), ((spread + shift) / count).T.flatten()
 
 
-def _factor(
-    eps: float,
-    side: float,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-) -> Tensor:
+def _factor(eps: float, side: float, in_weight: Tensor, in_bias: Tensor, factor: Factor) -> Tensor:
     """One factor's half of the matrix, (2, C, 2, D + 1)."""
     channels = in_bias.shape[0]
+    mean, variance, scale, shift = factor.norm
+    assert mean is not None
+    assert variance is not None
     slope = scale * torch.rsqrt(variance + eps)
-    offset = (shift - mean * slope).to(weight.dtype)
-    slope = slope.to(weight.dtype)
-    mixing = (weight * slope).view(channels, 2, channels, 2).permute(1, 0, 3, 2).contiguous()
-    constant = (weight @ offset + bias).view(channels, 2).T
+    offset = (shift - mean * slope).to(factor.weight.dtype)
+    slope = slope.to(factor.weight.dtype)
+    mixing = (factor.weight * slope).view(channels, 2, channels, 2).permute(1, 0, 3, 2).contiguous()
+    constant = (factor.weight @ offset + factor.bias).view(channels, 2).T
     at_zero = mixing[:, :, 0] @ in_bias * side
     combined = (mixing.view(-1, channels) @ in_weight).view(2, channels, 2, -1)
     return torch.cat((combined, torch.stack((constant, at_zero), 2).unsqueeze(3)), 3)
@@ -86,34 +79,47 @@ def compose(
     eps: float,
     side: float,
     count: int,
-    parameters: Sequence[Any],
+    parameters: FourierParameters,
     moments: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> tuple[Tensor, list[Any]]:
-    """The matrix, (4 * C, 2 * (D + 1)), and the statistics in use: gate mean, variance, value mean, variance."""
-    in_weight, in_bias, *rest = parameters
-    statistics = [rest[0], rest[1], rest[6], rest[7]]
+    """The matrix, (4 * C, 2 * (D + 1)), and the statistics in use: gate mean, variance, value mean, variance.
+
+    The weights are matrices.
+    """
+    in_weight, in_bias, factors = parameters.in_weight, parameters.in_bias, list(parameters.factors)
     if moments is not None and zero is not None:
-        mean, variance = batch_statistics(in_weight.double(), in_bias.double(), moments, zero, side, count)
-        statistics = [part for pair in zip(mean.chunk(2), variance.chunk(2), strict=True) for part in pair]
-    in_weights, in_biases = in_weight.chunk(2), in_bias.chunk(2)
-    factors = [
-        _factor(eps, side, in_weights[i], in_biases[i], *statistics[2 * i : 2 * i + 2], *rest[6 * i + 2 : 6 * i + 6])
-        for i in range(2)
-    ]
-    return torch.cat(factors).flatten(2).flatten(0, 1), statistics
+        found = batch_statistics(in_weight.double(), in_bias.double(), moments, zero, side, count)
+        factors = [
+            factor._replace(norm=factor.norm._replace(running_mean=mean, running_var=variance))
+            for factor, mean, variance in zip(factors, *(t.chunk(2) for t in found), strict=True)
+        ]
+    halves = zip(in_weight.chunk(2), in_bias.chunk(2), factors, strict=True)
+    matrix = torch.cat([_factor(eps, side, *half) for half in halves])
+    statistics = [t for factor in factors for t in (factor.norm.running_mean, factor.norm.running_var)]
+    return matrix.flatten(2).flatten(0, 1), statistics
 
 
-def in_fp32(parameters: Sequence[Any]) -> list[Any]:
+def in_fp32(parameters: FourierParameters) -> FourierParameters:
     """In fp32, convolutions' weights as matrices."""
-    return [
-        None if p is None else p.detach().float().flatten(1) if p.dim() == 4 else p.detach().float() for p in parameters
-    ]
+
+    def convert(p: Tensor | None) -> Tensor | None:
+        return None if p is None else p.detach().float().flatten(1) if p.dim() == 4 else p.detach().float()
+
+    return unflatten(FourierParameters, [convert(p) for p in flatten(parameters)])
 
 
-def output_channels(parameters: Sequence[Any]) -> int:
+def learnable(parameters: FourierParameters) -> tuple[Tensor | None, ...]:
+    """All but the running statistics, in order."""
+    of_factors = (t for f in parameters.factors for t in (f.norm.weight, f.norm.bias, f.weight, f.bias))
+    first = parameters.in_weight, parameters.in_bias
+    return *first, *of_factors, parameters.out_weight, parameters.out_bias
+
+
+def output_channels(parameters: FourierParameters) -> int:
     """Of `fourier_mix` with these parameters."""
-    return parameters[0].shape[0] // 2 if parameters[-2] is None else parameters[-2].shape[0]
+    last = parameters.out_weight
+    return parameters.in_weight.shape[0] // 2 if last is None else last.shape[0]
 
 
 def _last_weight(x: Tensor, out_weight: Tensor | None) -> Tensor:
@@ -125,10 +131,10 @@ def _last_weight(x: Tensor, out_weight: Tensor | None) -> Tensor:
 
 def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op `fourier_mix`."""
-    *parameters, eps, need_sums = arguments
+    *flat, eps, need_sums = arguments
+    parameters = unflatten(FourierParameters, flat)
     batch, _, height, width = x.shape
-    own_statistics = parameters[2] is None
-    out_weight, out_bias = parameters[-2:]
+    own_statistics = parameters.gate.norm.running_mean is None
     channels = output_channels(parameters)
     sums = x.new_empty((0, channels) if need_sums else 0, dtype=torch.float32)
     if batch == 0:
@@ -138,24 +144,25 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     moments = kernels.spectrum_moments(z, height, width) if own_statistics else None
     zero = z[:, :, 0, 0, 0].double() if own_statistics else None
     matrix, statistics = compose(eps, side, count, in_fp32(parameters), moments, zero)
-    weight = _last_weight(x, out_weight)
+    weight = _last_weight(x, parameters.out_weight)
     mixed = kernels.spectrum_mix(z, matrix.contiguous(), weight, height, width)
     del z
+    bias = parameters.out_bias
     if need_sums:
         sums = mixed[:, :, 0, 0, 0] * side
-        sums = sums if out_bias is None else sums + out_bias.float() * side**2
-    y = kernels.irfft2(mixed, out_bias, x)
+        sums = sums if bias is None else sums + bias.float() * side**2
+    y = kernels.irfft2(mixed, bias, x)
     if moments is None:
         return y, sums, *no_statistics(x, parameters)
     unbiased = count / max(count - 1, 1)
     table = torch.stack([s * unbiased if i % 2 else s for i, s in enumerate(statistics)])
-    return y, sums, moments, table.to(parameters[4].dtype)
+    return y, sums, moments, table.to(parameters.gate.norm.weight.dtype)
 
 
-def no_statistics(x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def no_statistics(x: Tensor, parameters: FourierParameters) -> tuple[Tensor, Tensor]:
     """The moments and statistics that `fourier_mix` returns where there are none: empty, or 0 for an empty batch."""
-    scale = parameters[4]
-    own, dim = parameters[2] is None, x.shape[1]
+    norm, dim = parameters.gate.norm, x.shape[1]
+    own, scale = norm.running_mean is None, norm.weight
     moments = torch.zeros((2, dim, dim + 1) if own else (0,), dtype=torch.float64, device=x.device)
     return moments, torch.zeros((4, scale.shape[0]) if own else (0,), dtype=scale.dtype, device=x.device)
 
@@ -167,51 +174,39 @@ def mix_backward(
 
     Recomputed from x: its spectrum and, in the kernel, the tiles of pre-activations.
     """
-    *parameters, eps, need_x, need_parameters = arguments
-    own_statistics = parameters[2] is None
-    places = [i for i in range(len(parameters)) if i not in (2, 3, 8, 9)]
+    *flat, eps, need_images, need_parameters = arguments
+    parameters = unflatten(FourierParameters, flat)
+    own_statistics, given = parameters.gate.norm.running_mean is None, learnable(parameters)
     if x.shape[0] == 0:
-        zeros = [
-            x.new_empty(0) if parameters[i] is None or not need_parameters else torch.zeros_like(parameters[i])
-            for i in places
-        ]
-        return x.new_empty(x.shape if need_x else (0,)), *zeros
+        zeros = (x.new_empty(0) if p is None or not need_parameters else torch.zeros_like(p) for p in given)
+        return x.new_empty(x.shape if need_images else (0,)), *zeros
     x, grad = x.detach(), grad.detach()
     batch, _, height, width = x.shape
     z, grad_mixed = kernels.rfft2(x.contiguous()), kernels.rfft2(grad.contiguous())
     count, side = batch * height * (width // 2 + 1), math.sqrt(height * width)
     if grad_sums is not None:
         grad_mixed[:, :, 0, 0, 0] += grad_sums.detach() * side
-    terms = in_fp32(parameters[:-2])
-    leaves = [terms[i] for i in places[:-2]]
-    if own_statistics:
-        leaves += [moments.detach(), z[:, :, 0, 0, 0].double()]
-    for leaf in leaves:
+    terms = in_fp32(parameters._replace(out_weight=None, out_bias=None))
+    leaves = [t for t in learnable(terms) if t is not None]
+    statistics = [moments.detach(), z[:, :, 0, 0, 0].double()] if own_statistics else []
+    for leaf in (*leaves, *statistics):
         leaf.requires_grad_()
-    matrix, _ = compose(eps, side, count, terms, *(leaves[-2:] if own_statistics else ()))
-    weight = _last_weight(x, parameters[-2])
+    matrix, _ = compose(eps, side, count, terms, *statistics)
+    weight = _last_weight(x, parameters.out_weight)
+    through = need_parameters or own_statistics
     grad_z, grad_matrix, grad_weight = kernels.spectrum_mix_backward(
-        grad_mixed,
-        z,
-        matrix.detach().contiguous(),
-        weight,
-        height,
-        width,
-        need_x,
-        need_parameters or own_statistics,
+        grad_mixed, z, matrix.detach().contiguous(), weight, height, width, need_images, through
     )
-    grads = []
-    if need_parameters or own_statistics:
-        grads = list(torch.autograd.grad(matrix, leaves, grad_matrix.to(matrix.dtype)))
-    if need_x and own_statistics:
-        grad_z[:, :, 0, 0, 0] += grads[-1]
-        grad_z = kernels.spectrum_moments_backward(grad_z, z, grads[-2], height, width)
-    grad_x = kernels.irfft2(grad_z, None, x) if need_x else x.new_empty(0)
+    grads: list[Tensor] = []
+    if through:
+        grads = list(torch.autograd.grad(matrix, [*leaves, *statistics], grad_matrix.to(matrix.dtype)))
+    if need_images and own_statistics:
+        of_moments, of_zero = grads[len(leaves) :]
+        grad_z[:, :, 0, 0, 0] += of_zero
+        grad_z = kernels.spectrum_moments_backward(grad_z, z, of_moments, height, width)
+    grad_x = kernels.irfft2(grad_z, None, x) if need_images else x.new_empty(0)
     if not need_parameters:
-        return grad_x, *(x.new_empty(0) for _ in places)
+        return grad_x, *(x.new_empty(0) for _ in given)
     grad_bias = grad_mixed[:, :, 0, 0, 0].double().sum(0) * side
-    given = [*grads[: len(places) - 2], grad_weight, grad_bias]
-    return grad_x, *(
-        x.new_empty(0) if parameters[i] is None else g.to(parameters[i].dtype).reshape(parameters[i].shape).contiguous()
-        for i, g in zip(places, given, strict=True)
-    )
+    found = zip(given, (*grads[: len(leaves)], grad_weight, grad_bias), strict=True)
+    return grad_x, *(x.new_empty(0) if p is None else g.to(p.dtype).reshape(p.shape).contiguous() for p, g in found)

@@ -4,46 +4,76 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import self_test
 
 PACKAGE = __package__ or "swformer_fast"
-BACKENDS = ("auto", "reference", "cpp", "triton")
 _ENVIRONMENT = f"{PACKAGE.upper()}_BACKEND"
-_chosen: list[str] = []
-_as_on_gpu = False
+_log = logging.getLogger(PACKAGE)
 
 
 @dataclass(frozen=True)
-class Op:
-    """One operator and its implementations, all with the same signature."""
+class Implementations:
+    """What the backends run for one op; all have its signature."""
 
     name: str
-    family: str
+    triton: str
+    """The file of the Triton kernels; the launcher is called like the op."""
     reference: Callable[..., Any]
     limits: Callable[..., str | None]
     """limits(backend, *args): why that backend cannot take these arguments, or None."""
     kernel: str = ""
     """What the C++ kernel is called, where not like the op."""
-    compose: Callable[..., Any] | None = None
-    """compose(kernels, *args): the op on the C++ kernels, where these are not the op itself."""
+    composed: Callable[..., Any] | None = None
+    """composed(kernels, *args): the op on the C++ kernels, where these are not the op itself."""
     sample: Callable[[torch.Generator, tuple[Any, ...]], tuple[Any, ...]] | None = None
     """sample(generator, args): small random arguments like `args`, on the CPU in fp64, for `self_test`. None where the
     Triton kernels hold no matrix product."""
 
 
-OPS: dict[str, Op] = {}
+OPS: dict[str, Implementations] = {}
+"""Every op, backward ops included, by name."""
+
+
+class Backend(Protocol):
+    """One way to run the ops."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here at all, or None."""
+
+    def problem(self, op: Implementations, device: torch.device, args: tuple[Any, ...]) -> str | None:
+        """Why it cannot run `op` on `args`, in words, or None."""
+
+    def implementation(self, op: Implementations) -> Callable[..., Any]: ...
+
+
+class Reference:
+    """Plain PyTorch; takes everything."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def problem(self, op: Implementations, device: torch.device, args: tuple[Any, ...]) -> str | None:
+        return None
+
+    def implementation(self, op: Implementations) -> Callable[..., Any]:
+        return op.reference
 
 
 @cache
@@ -62,18 +92,25 @@ def _extension() -> str | None:
     return "the compiled extension was not built (install with a C++ compiler and pip install --no-build-isolation)"
 
 
-@cache
-def _triton_problem() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+class Cpp:
+    """The compiled extension, on the CPU."""
 
+    name = "cpp"
 
-def _has_kernels(family: str) -> bool:
-    try:
-        return importlib.util.find_spec(f"swformer_kernels.{family}") is not None
-    except ModuleNotFoundError:
-        return False
+    def unavailable(self) -> str | None:
+        return _extension()
+
+    def problem(self, op: Implementations, device: torch.device, args: tuple[Any, ...]) -> str | None:
+        if device.type != "cpu":
+            return f"the tensors are on {device.type}, not on the CPU"
+        reason = _extension()
+        if reason is None and not hasattr(torch.ops._swformer_fast, op.kernel or op.name):
+            reason = f"{op.name} has no C++ kernel"
+        return reason or op.limits(self.name, *args)
+
+    def implementation(self, op: Implementations) -> Callable[..., Any]:
+        kernels = torch.ops._swformer_fast
+        return getattr(kernels, op.name) if op.composed is None else partial(op.composed, kernels)
 
 
 def _interpreting() -> bool:
@@ -81,84 +118,124 @@ def _interpreting() -> bool:
 
 
 @cache
-def _kernels(family: str) -> ModuleType:
-    return importlib.import_module(f"swformer_kernels.{family}")
+def _without_triton() -> str | None:
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
-def _implementation(op: Op, backend: str) -> Callable[..., Any]:
-    if backend == "reference":
-        return op.reference
-    if backend == "triton":
-        return getattr(_kernels(op.family), op.name)
-    kernels = torch.ops._swformer_fast
-    return getattr(kernels, op.name) if op.compose is None else partial(op.compose, kernels)
+@cache
+def _has_kernels(file: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"swformer_kernels.{file}") is not None
+    except ModuleNotFoundError:
+        return False
 
 
-def _problem(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
-    """Why `backend` cannot run `op` on `args`, in words, or None."""
-    if backend == "reference":
-        return None
-    device = next(a for a in args if isinstance(a, Tensor)).device.type
-    if backend == "cpp":
-        if device != "cpu":
-            return f"the tensors are on {device}, not on the CPU"
-        reason = _extension()
-        if reason is None and not hasattr(torch.ops._swformer_fast, op.kernel or op.name):
-            reason = f"{op.name} has no C++ kernel"
-    else:
-        reason = _triton_problem()
-        if reason is None and device != "cuda" and not (_as_on_gpu or (device == "cpu" and _interpreting())):
-            reason = (
-                f"the tensors are on {device}: no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
-            )
-        if reason is None and not _has_kernels(op.family):
+@cache
+def _kernels(file: str) -> Any:
+    return importlib.import_module(f"swformer_kernels.{file}")
+
+
+class Triton:
+    """The Triton kernels, on a GPU; with TRITON_INTERPRET=1 interpreted on the CPU."""
+
+    name = "triton"
+
+    def unavailable(self) -> str | None:
+        reason = _without_triton()
+        if reason is None and not torch.cuda.is_available() and not _interpreting():
+            reason = "no GPU (TRITON_INTERPRET=1 interprets the kernels)"
+        return reason
+
+    def problem(self, op: Implementations, device: torch.device, args: tuple[Any, ...]) -> str | None:
+        here = device.type == "cuda" or _as_on_gpu or (device.type == "cpu" and _interpreting())
+        reason = _without_triton()
+        if reason is None and not here:
+            reason = f"the tensors are on {device.type}: no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU,"
+            reason += " slowly)"
+        if reason is None and not _has_kernels(op.triton):
             reason = f"{op.name} has no Triton kernel"
-    reason = reason or op.limits(backend, *args)
-    return self_test.problem(op, args) if reason is None and backend == "triton" else reason
+        return (
+            reason
+            or op.limits(self.name, *args)
+            or self_test.problem(op, args, lambda op: _implementation(op, self.name))
+        )
+
+    def implementation(self, op: Implementations) -> Callable[..., Any]:
+        return getattr(_kernels(op.triton), op.name)
+
+
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Reference(), Cpp(), Triton())}
+BACKENDS = ("auto", *_BACKENDS)
+
+
+# the chooser ----------------------------------------------------------------------------------------------------------
+
+
+class _Asked:
+    """An entry of `use_backend`. Each is removed by identity: threads that use it at a time never take each other's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+_asked: list[_Asked] = []
+_as_on_gpu = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    backend: str
+    reason: str | None
+    """Why the fast backend of this device does not run; None if it does."""
+
+    def __str__(self) -> str:
+        return f"{self.backend} runs" if self.reason is None else f"{self.backend} runs ({self.reason})"
 
 
 def default_backend() -> str:
     """The backend asked for by `use_backend`, else by the environment variable, else "auto"."""
-    name = _chosen[-1] if _chosen else os.environ.get(_ENVIRONMENT, "auto")
+    name = _asked[-1].name if _asked else os.environ.get(_ENVIRONMENT, "auto")
     if name not in BACKENDS:
         raise ValueError(f"{_ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
-def _choose(op: Op, args: tuple[Any, ...]) -> tuple[str, str | None]:
-    """The backend that runs `op` on `args`, and why the fast one of this device does not (None if it does)."""
+def choose(op: Implementations, args: tuple[Any, ...]) -> Choice:
+    """The backend that runs `op` on `args`."""
+    device = next(a for a in args if isinstance(a, Tensor)).device
     asked = default_backend()
-    if asked != "auto":
-        reason = _problem(op, asked, args)
-        if reason is not None:
-            raise RuntimeError(f"backend {asked!r} was asked for, but it cannot run {op.name}: {reason}")
-        return asked, f"backend {asked!r} was asked for" if asked == "reference" else None
-    device = next(a for a in args if isinstance(a, Tensor)).device.type
-    fast = "cpp" if device == "cpu" and not _as_on_gpu else "triton"
-    reason = _problem(op, fast, args)
-    return (fast, None) if reason is None else ("reference", f"not {fast}: {reason}")
+    fast = asked if asked != "auto" else "cpp" if device.type == "cpu" and not _as_on_gpu else "triton"
+    reason = _BACKENDS[fast].problem(op, device, args)
+    if asked == "auto":
+        return Choice(fast, None) if reason is None else Choice("reference", f"not {fast}: {reason}")
+    if reason is not None:
+        raise RuntimeError(f"backend {asked!r} was asked for, but it cannot run {op.name}: {reason}")
+    return Choice(asked, f"backend {asked!r} was asked for" if asked == "reference" else None)
+
+
+@cache
+def _log_fallback(name: str, reason: str) -> None:
+    """Once for each op and reason."""
+    _log.info("%s runs on the reference: %s", name, reason)
+
+
+def _implementation(op: Implementations, backend: str) -> Callable[..., Any]:
+    return _BACKENDS[backend].implementation(op)
+
+
+def run(op: Implementations, args: tuple[Any, ...]) -> Any:
+    """Run `op` on `args` with the backend that `choose` picks."""
+    choice = choose(op, args)
+    if choice.reason is not None:
+        _log_fallback(op.name, choice.reason)
+    return _implementation(op, choice.backend)(*args)
 
 
 def has_cpp(device: str) -> bool:
     """Whether the C++ kernels run on tensors of this device type; under torch.compile, whether they may."""
-    if device != "cpu" or _as_on_gpu or torch.compiler.is_compiling():
-        return device == "cpu" and not _as_on_gpu
-    return default_backend() in ("auto", "cpp") and _extension() is None
-
-
-def run(op: Op, args: tuple[Any, ...]) -> Any:
-    """Run `op` on `args` with the backend that `_choose` picks."""
-    return _implementation(op, _choose(op, args)[0])(*args)
-
-
-def empty_cache() -> None:
-    """Give back the memory that the C++ kernels keep for their next large results.
-
-    Results of 4 MiB and more come from a pool that keeps at most 128 MiB of what was freed: fresh pages would cost
-    more than most operators' arithmetic. (torch 2.10 lacks the means for it; there nothing is kept.)
-    """
-    if _extension() is None:
-        torch.ops._swformer_fast.empty_cache()
+    if device != "cpu" or _as_on_gpu:
+        return False
+    return torch.compiler.is_compiling() or (default_backend() in ("auto", "cpp") and _extension() is None)
 
 
 @contextmanager
@@ -166,16 +243,18 @@ def use_backend(name: str) -> Iterator[None]:
     """Inside, every op runs on backend `name`: "auto", "reference", "cpp" or "triton".
 
     An op that the named backend cannot run raises RuntimeError that says why; "auto" falls back to the reference
-    instead. The setting holds for the whole process, backward threads included; a backward pass takes the backend in
-    force while it runs. The environment variable SWFORMER_FAST_BACKEND sets the default.
+    instead. The setting holds for the whole process, backward threads included; of several threads' the last one
+    entered and not yet left counts. A backward pass takes the backend in force while it runs. The environment variable
+    SWFORMER_FAST_BACKEND sets the default.
     """
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
-    _chosen.append(name)
+    entry = _Asked(name)
+    _asked.append(entry)
     try:
         yield
     finally:
-        _chosen.pop()
+        _asked.remove(entry)
 
 
 @contextmanager
@@ -192,23 +271,62 @@ def as_on_gpu() -> Iterator[None]:
         _as_on_gpu = before
 
 
+def empty_cache() -> None:
+    """Give back the memory that the C++ kernels keep for their next large results.
+
+    Results of 4 MiB and more come from a pool that keeps at most 128 MiB of what was freed: fresh pages would cost
+    more than most operators' arithmetic. (torch 2.10 lacks the means for it; there nothing is kept.)
+    """
+    if _extension() is None:
+        torch.ops._swformer_fast.empty_cache()
+
+
 def backends() -> dict[str, str]:
     """Each backend and whether it can run here: "available", or the reason why not. Loads the extension."""
-    triton = _triton_problem()
-    if triton is None and not torch.cuda.is_available():
-        triton = "available (interpreted)" if _interpreting() else "no GPU (TRITON_INTERPRET=1 interprets the kernels)"
-    return {"reference": "available", "cpp": _extension() or "available", "triton": triton or "available"}
+    state = {name: backend.unavailable() or "available" for name, backend in _BACKENDS.items()}
+    if state["triton"] == "available" and not torch.cuda.is_available():
+        state["triton"] = "available (interpreted)"
+    return state
 
 
-def why_not(op_name: str, *args: Any) -> str:
-    """Which backend would run op `op_name` on `args` (as given to the op), and why not a faster one.
+class _Answer(Exception):
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
 
-    >>> why_not("haar_dwt2d", x, dec_lo, dec_hi)
+
+class _Asking(TorchDispatchMode):
+    """Ends a call of a public function where it reaches its op, with what would run; on the meta device too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace != PACKAGE:
+            return func(*args, **(kwargs or {}))
+        raise _Answer(choose(OPS[name], args))
+
+
+def why_not(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
+    """Which backend would run `function` on these arguments, and why not a faster one. Nothing runs.
+
+    function: one of `functional`, or its name, with what it takes; or the name of another op, with what that takes.
+
+    >>> why_not(F.haar_dwt2d, x, dec_lo, dec_hi)
     'cpp runs'
     """
-    if op_name not in OPS:
-        raise ValueError(f"op_name must be one of {', '.join(sorted(OPS))}, got {op_name!r}")
-    if not any(isinstance(a, Tensor) for a in args):
-        raise TypeError(f"args must hold the tensors that {op_name} takes, got {args!r}")
-    backend, reason = _choose(OPS[op_name], args)
-    return f"{backend} runs" if reason is None else f"{backend} runs ({reason})"
+    from . import functional
+
+    name: Any = getattr(function, "__name__", function)
+    public = getattr(functional, name) if name in functional.__all__ else None
+    known = name in OPS if isinstance(function, str) else public is not None and function is public
+    if not known:
+        names = ", ".join(sorted({*functional.__all__, *OPS}))
+        raise ValueError(f"function must be one of swformer_fast.functional's or a name of {names}, got {name!r}")
+    if public is None:
+        if kwargs or not any(isinstance(a, Tensor) for a in args):
+            raise TypeError(f"args must hold the tensors that {name} takes, in order, got {args!r} and {kwargs!r}")
+        return str(choose(OPS[name], args))
+    try:
+        with torch.no_grad(), _Asking():
+            public(*args, **kwargs)
+    except _Answer as answer:
+        return str(answer.choice)
+    raise RuntimeError(f"{name} reached no op")

@@ -11,16 +11,35 @@ functions of `swformer_fast.reference` take them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .backend import has_cpp
-from .reference.fourier import BatchNormState
-from .reference.haar import haar_filters
+from . import ops  # noqa: F401
+from .parameters import (
+    AttentionParameters,
+    Convolution,
+    Factor,
+    FfnParameters,
+    FourierParameters,
+    Norm,
+    SpatialParameters,
+    WaveletParameters,
+    flatten,
+)
+from .reference.haar_dwt2d import haar_filters
+
+__all__ = [
+    "channel_attention",
+    "depthwise_gelu",
+    "fourier_mix",
+    "haar_dwt2d",
+    "haar_idwt2d",
+    "multiscale_ffn",
+    "wavelet_mix",
+]
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -63,6 +82,13 @@ def _check_parameter(name: str, parameter: Tensor | None, shape: tuple[int, ...]
         raise ValueError(f"{name} must be on the image's device, {x.device}, got {parameter.device}")
 
 
+def _check_bundle(name: str, bundle: Any, kind: type[tuple[Any, ...]]) -> None:
+    """Raise unless `bundle` is one of `kind`."""
+    if not isinstance(bundle, kind):
+        fields = ", ".join(kind._fields)  # type: ignore[attr-defined]
+        raise TypeError(f"{name} must be a swformer_fast.parameters.{kind.__name__} ({fields}), got {_shape(bundle)}")
+
+
 def _shape(parameter: Any) -> Any:
     return tuple(parameter.shape) if isinstance(parameter, Tensor) else type(parameter).__name__
 
@@ -74,6 +100,12 @@ def _kernel(name: str, weight: Tensor) -> tuple[int, int]:
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{name} must have a square kernel of odd side, got {tuple(weight.shape[2:])}")
     return weight.shape[2], weight.shape[3]
+
+
+def _check_depthwise(prefix: str, weight: Tensor, bias: Tensor, channels: int, x: Tensor) -> None:
+    name = f"{prefix}weight"
+    _check_parameter(name, weight, (channels, 1, *_kernel(name, weight)), x)
+    _check_parameter(f"{prefix}bias", bias, (channels,), x)
 
 
 def _taps(low_name: str, low: Tensor | None, high_name: str, high: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,9 +209,7 @@ def wavelet_mix(
     Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
     _check_image("x", x)
-    channels = 4 * x.shape[1]
-    _check_parameter("weight", weight, (channels, 1, *_kernel("weight", weight)), x)
-    _check_parameter("bias", bias, (channels,), x)
+    _check_depthwise("", weight, bias, 4 * x.shape[1], x)
     for name, taps in (("dec_lo", dec_lo), ("dec_hi", dec_hi), ("rec_lo", rec_lo), ("rec_hi", rec_hi)):
         _check_parameter(name, taps, (2,), x)
     return torch.ops.swformer_fast.wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, False)[0]
@@ -203,64 +233,45 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Source: SWFormer (arXiv 2505.05504), spatial branch.
     """
     _check_image("x", x)
-    _check_parameter("weight", weight, (x.shape[1], 1, *_kernel("weight", weight)), x)
-    _check_parameter("bias", bias, (x.shape[1],), x)
+    _check_depthwise("", weight, bias, x.shape[1], x)
     return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias, False)[0]
 
 
-def _local_branches(
-    x: Tensor, in_weight: Tensor, in_bias: Tensor, spatial: Sequence[Tensor], wavelet: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ops.local_branches`; without gradients in one pass, on the CPU, and the convolution's map never exists."""
+def check_local_branches(x: Tensor, conv: Convolution, spatial: SpatialParameters, wavelet: WaveletParameters) -> None:
+    """Raise unless they fit: the kernels of the fused block read parameters of other modules."""
     _check_image("x", x)
-    channels = spatial[0].shape[0]
-    _check_parameter("in_weight", in_weight, (2 * channels, x.shape[1]), x)
-    _check_parameter("in_bias", in_bias, (2 * channels,), x)
-    for name, (weight, bias, *taps), wide in (("spatial", spatial, channels), ("wavelet", wavelet, 4 * channels)):
-        _check_parameter(f"{name} weight", weight, (wide, 1, *_kernel(f"{name} weight", weight)), x)
-        _check_parameter(f"{name} bias", bias, (wide,), x)
-        for tap in taps:
-            _check_parameter(f"{name} taps", tap, (2,), x)
-    alone = not torch.is_grad_enabled() and has_cpp(x.device.type)
-    op = torch.ops.swformer_fast.local_branches if alone else ops.local_branches
-    return op(x, in_weight, in_bias, *spatial, *wavelet)
+    channels = spatial.weight.shape[0]
+    _check_parameter("conv.weight", conv.weight, (2 * channels, x.shape[1]), x)
+    _check_parameter("conv.bias", conv.bias, (2 * channels,), x)
+    _check_depthwise("spatial.", *spatial, channels, x)
+    weight, bias, *taps = wavelet
+    _check_depthwise("wavelet.", weight, bias, 4 * channels, x)
+    for tap in taps:
+        _check_parameter("wavelet taps", tap, (2,), x)
 
 
 def fourier_mix(
-    x: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    gate_bn: BatchNormState,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    value_bn: BatchNormState,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    x: Tensor, parameters: FourierParameters, training: bool = False, momentum: float = 0.1, eps: float = 1e-5
 ) -> Tensor:
-    """The Fourier branch: a gated mix of the spectrum::
+    """The Fourier branch, a gated mix of the spectrum, with in_weight, in_bias, gate, value, out_weight, out_bias =
+    parameters::
 
         def spectrum(u):                                           # real and imaginary parts of channel c at 2c, 2c + 1
             return view_as_real(rfft2(u, norm="ortho")).movedim(-1, 2).flatten(1, 2)
 
-        gate, value = conv2d(x, in_weight, in_bias).chunk(2, dim=1)
-        gate = sigmoid(conv2d(batch_norm(spectrum(gate), *gate_bn), gate_weight, gate_bias))
-        value = gelu(conv2d(batch_norm(spectrum(value), *value_bn), value_weight, value_bias))
-        y = gate * value
+        u, v = conv2d(x, in_weight, in_bias).chunk(2, dim=1)
+        u = sigmoid(conv2d(batch_norm(spectrum(u), *gate.norm), gate.weight, gate.bias))
+        v = gelu(conv2d(batch_norm(spectrum(v), *value.norm), value.weight, value.bias))
+        y = u * v
         y = irfft2(complex(y[:, 0::2], y[:, 1::2]), s=(H, W), norm="ortho")
         conv2d(y, out_weight, out_bias)
 
     Args:
         x: (B, D, H, W). Half-precision input is transformed in fp32.
-        in_weight: (2 * C, D, 1, 1). in_bias: (2 * C,).
-        gate_bn, value_bn: (running_mean, running_var, weight, bias), each (2 * C,). In training the running
-            statistics are updated in place; they may be None, then the batch's are used in evaluation too.
-        gate_weight, value_weight: (2 * C, 2 * C, 1, 1). gate_bias, value_bias: (2 * C,).
-        out_weight: (E, C, 1, 1). out_bias: (E,). Both None: no last convolution, E = C.
+        parameters: in_weight (2 * C, D, 1, 1), in_bias (2 * C,), out_weight (E, C, 1, 1), out_bias (E,); both of the
+            last None: no last convolution, E = C. Of gate and value the weight is (2 * C, 2 * C, 1, 1), all else
+            (2 * C,). In training the running statistics are updated in place; they may be None, then the batch's are
+            used in evaluation too.
         training, momentum, eps: as in F.batch_norm.
 
     Returns:
@@ -274,116 +285,73 @@ def fourier_mix(
 
     Source: SWFormer (arXiv 2505.05504), Fourier branch; the interleaved layout is that of the authors' SFHformer.
     """
-    return _fourier_mix(
-        x,
-        in_weight,
-        in_bias,
-        gate_bn,
-        gate_weight,
-        gate_bias,
-        value_bn,
-        value_weight,
-        value_bias,
-        out_weight,
-        out_bias,
-        training,
-        momentum,
-        eps,
-        False,
-    )[0]
+    return fourier_mix_and_sums(x, parameters, training, momentum, eps, False)[0]
 
 
-def _fourier_mix(
-    x: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    gate_bn: BatchNormState,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    value_bn: BatchNormState,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    need_sums: bool,
+def fourier_mix_and_sums(
+    x: Tensor, parameters: FourierParameters, training: bool, momentum: float, eps: float, need_sums: bool
 ) -> tuple[Tensor, Tensor]:
-    """`fourier_mix` and the sums of its result over the pixels, (B, E)."""
-    _check_image("x", x)
-    if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 2:
-        raise ValueError(f"in_weight must have shape (2 * C, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
-    last = out_weight is not None or out_bias is not None
-    if last and (not isinstance(out_weight, Tensor) or out_weight.dim() != 4):
-        raise ValueError(f"out_weight must have shape (E, {in_weight.shape[0] // 2}, 1, 1), got {_shape(out_weight)}")
-    wide = in_weight.shape[0]
-    for name, parameter, shape in (
-        ("in_weight", in_weight, (wide, x.shape[1], 1, 1)),
-        ("in_bias", in_bias, (wide,)),
-        ("gate_weight", gate_weight, (wide, wide, 1, 1)),
-        ("gate_bias", gate_bias, (wide,)),
-        ("value_weight", value_weight, (wide, wide, 1, 1)),
-        ("value_bias", value_bias, (wide,)),
-    ):
-        _check_parameter(name, parameter, shape, x)
-    if out_weight is not None:
-        _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide // 2, 1, 1), x)
-        _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
-    for name, state in (("gate_bn", gate_bn), ("value_bn", value_bn)):
-        if len(state) != 4:
-            raise ValueError(f"{name} must be (running_mean, running_var, weight, bias), got {len(state)} values")
-        for part, tensor in zip(("running_mean", "running_var", "weight", "bias"), state, strict=True):
-            if tensor is not None:
-                _check_parameter(f"{name} {part}", tensor, (wide,), x)
-            elif not part.startswith("running"):
-                raise TypeError(f"{name} {part} must be a torch.Tensor, got None")
-    if len({t is None for t in (*gate_bn[:2], *value_bn[:2])}) == 2:
-        raise ValueError("gate_bn and value_bn must both have running statistics, or neither")
-    batch_statistics = training or gate_bn[0] is None
-    if batch_statistics and x.shape[0] * x.shape[2] * (x.shape[3] // 2 + 1) == 1:
-        raise ValueError(f"x must have more than 1 value per channel to be normalised, got shape {tuple(x.shape)}")
-    none = (None, None)
-    y, sums, _, statistics = torch.ops.swformer_fast.fourier_mix(
-        x,
-        in_weight,
-        in_bias,
-        *(none if batch_statistics else gate_bn[:2]),
-        *gate_bn[2:],
-        gate_weight,
-        gate_bias,
-        *(none if batch_statistics else value_bn[:2]),
-        *value_bn[2:],
-        value_weight,
-        value_bias,
-        out_weight,
-        out_bias,
-        eps,
-        need_sums,
-    )
+    """`fourier_mix` and the sums of its result over the pixels, (B, E); empty unless needed."""
+    batch_statistics = _check_fourier(x, parameters, training)
+    gate, value = parameters.gate, parameters.value
+    norms = gate.norm, value.norm
+    if batch_statistics:
+        gate, value = (f._replace(norm=f.norm._replace(running_mean=None, running_var=None)) for f in (gate, value))
+    given = flatten(parameters._replace(gate=gate, value=value))
+    y, sums, _, statistics = torch.ops.swformer_fast.fourier_mix(x, *given, eps, need_sums)
     if training and x.shape[0]:
-        with torch.no_grad():
-            for running, batch in zip((*gate_bn[:2], *value_bn[:2]), statistics.unbind(), strict=True):
-                if running is not None:
-                    running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
+        running = (t for norm in norms for t in (norm.running_mean, norm.running_var))
+        update_running(running, statistics.unbind(), momentum)
     return y, sums
 
 
-def multiscale_ffn(
-    x: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    dw_weights: Sequence[Tensor],
-    dw_biases: Sequence[Tensor],
-    out_weight: Tensor,
-    out_bias: Tensor,
-) -> Tensor:
-    """The multi-scale feed-forward network::
+def update_running(running: Iterable[Tensor | None], batch: Iterable[Tensor], momentum: float) -> None:
+    """Each running statistic takes in the batch's, as nn.BatchNorm2d's does."""
+    with torch.no_grad():
+        for old, new in zip(running, batch, strict=True):
+            if old is not None:
+                old.lerp_(new.to(old.dtype), momentum)
+
+
+def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> bool:
+    """Raise unless they fit; whether the batch's statistics are used."""
+    _check_image("x", x)
+    _check_bundle("parameters", parameters, FourierParameters)
+    in_weight, out_weight, out_bias = parameters.in_weight, parameters.out_weight, parameters.out_bias
+    if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 2:
+        raise ValueError(f"in_weight must have shape (2 * C, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
+    wide = in_weight.shape[0]
+    if out_weight is not None or out_bias is not None:
+        if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
+            raise ValueError(f"out_weight must have shape (E, {wide // 2}, 1, 1), got {_shape(out_weight)}")
+        _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide // 2, 1, 1), x)
+        _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
+    _check_parameter("in_weight", in_weight, (wide, x.shape[1], 1, 1), x)
+    _check_parameter("in_bias", parameters.in_bias, (wide,), x)
+    for name, factor in (("gate", parameters.gate), ("value", parameters.value)):
+        _check_bundle(name, factor, Factor)
+        _check_parameter(f"{name}.weight", factor.weight, (wide, wide, 1, 1), x)
+        _check_parameter(f"{name}.bias", factor.bias, (wide,), x)
+        _check_bundle(f"{name}.norm", factor.norm, Norm)
+        for part, tensor in zip(Norm._fields, factor.norm, strict=True):
+            if tensor is not None or not part.startswith("running"):
+                _check_parameter(f"{name}.norm.{part}", tensor, (wide,), x)
+    norms = parameters.gate.norm, parameters.value.norm
+    if len({t is None for norm in norms for t in (norm.running_mean, norm.running_var)}) == 2:
+        raise ValueError("gate.norm and value.norm must both have running statistics, or neither")
+    batch_statistics = training or norms[0].running_mean is None
+    if batch_statistics and x.shape[0] * x.shape[2] * (x.shape[3] // 2 + 1) == 1:
+        raise ValueError(f"x must have more than 1 value per channel to be normalised, got shape {tuple(x.shape)}")
+    return batch_statistics
+
+
+def multiscale_ffn(x: Tensor, parameters: FfnParameters) -> Tensor:
+    """The multi-scale feed-forward network, with in_weight, in_bias, depthwise, out_weight, out_bias = parameters::
 
         parts = conv2d(x, in_weight, in_bias).chunk(3, dim=1)
-        for part, s in zip(parts, (1, 2, 4)):
+        for part, s, (weight, bias) in zip(parts, (1, 2, 4), depthwise):
             z = avg_pool2d(part, s, ceil_mode=True)
-            z = conv2d(z, dw_weight, dw_bias, padding=k // 2, groups=M)
+            z = conv2d(z, weight, bias, padding=k // 2, groups=M)
             z = interpolate(z, size=(H, W), mode="bilinear", align_corners=False)
         conv2d(gelu(cat(all three z, dim=1)), out_weight, out_bias)
 
@@ -392,9 +360,8 @@ def multiscale_ffn(
 
     Args:
         x: (B, D, H, W).
-        in_weight: (3 * M, D, 1, 1). in_bias: (3 * M,).
-        dw_weights: three of (M, 1, k, k), k odd, for the scales 1, 2, 4. dw_biases: three of (M,).
-        out_weight: (E, 3 * M, 1, 1). out_bias: (E,).
+        parameters: in_weight (3 * M, D, 1, 1), in_bias (3 * M,), for each scale (M, 1, k, k), k odd, and (M,),
+            out_weight (E, 3 * M, 1, 1), out_bias (E,).
 
     Returns:
         (B, E, H, W), in x's dtype.
@@ -407,35 +374,33 @@ def multiscale_ffn(
     Source: SWFormer (arXiv 2505.05504), multi-scale FFN.
     """
     _check_image("x", x)
+    _check_bundle("parameters", parameters, FfnParameters)
+    in_weight, in_bias, depthwise, out_weight, out_bias = parameters
     if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 3:
         raise ValueError(f"in_weight must have shape (3 * M, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
-    last = out_weight is not None or out_bias is not None
-    if last and (not isinstance(out_weight, Tensor) or out_weight.dim() != 4):
-        raise ValueError(f"out_weight must have shape (E, {in_weight.shape[0]}, 1, 1), got {_shape(out_weight)}")
-    if len(dw_weights) != 3 or len(dw_biases) != 3:
-        raise ValueError(
-            f"dw_weights and dw_biases must hold three tensors each, got {len(dw_weights)} and {len(dw_biases)}"
-        )
     wide = in_weight.shape[0]
+    if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
+        raise ValueError(f"out_weight must have shape (E, {wide}, 1, 1), got {_shape(out_weight)}")
+    if not isinstance(depthwise, tuple) or len(depthwise) != 3:
+        raise ValueError(f"depthwise must hold three convolutions in a tuple, got {_shape(depthwise)}")
     _check_parameter("in_weight", in_weight, (wide, x.shape[1], 1, 1), x)
     _check_parameter("in_bias", in_bias, (wide,), x)
-    for i, (weight, bias) in enumerate(zip(dw_weights, dw_biases, strict=True)):
-        _check_parameter(f"dw_weights[{i}]", weight, (wide // 3, 1, *_kernel(f"dw_weights[{i}]", weight)), x)
-        _check_parameter(f"dw_biases[{i}]", bias, (wide // 3,), x)
+    for i, conv in enumerate(depthwise):
+        _check_bundle(f"depthwise[{i}]", conv, Convolution)
+        _check_depthwise(f"depthwise[{i}].", *conv, wide // 3, x)
     _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide, 1, 1), x)
     _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
-    depthwise = (t for pair in zip(dw_weights, dw_biases, strict=True) for t in pair)
-    return torch.ops.swformer_fast.multiscale_ffn(x, in_weight, in_bias, *depthwise, out_weight, out_bias, None)
+    return torch.ops.swformer_fast.multiscale_ffn(x, *flatten(parameters), None)
 
 
-def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """Scale each channel by its attention::
+def channel_attention(x: Tensor, parameters: AttentionParameters) -> Tensor:
+    """Scale each channel by its attention, with w1, b1, w2, b2 = parameters::
 
         x * sigmoid(conv2d(relu(conv2d(x.mean((2, 3), keepdim=True), w1, b1)), w2, b2))
 
     Args:
         x: (B, C, H, W).
-        w1: (R, C, 1, 1). b1: (R,). w2: (C, R, 1, 1). b2: (C,).
+        parameters: w1 (R, C, 1, 1), b1 (R,), w2 (C, R, 1, 1), b2 (C,).
 
     Returns:
         (B, C, H, W), in x's dtype.
@@ -447,6 +412,8 @@ def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
     attention.
     """
     _check_image("x", x)
+    _check_bundle("parameters", parameters, AttentionParameters)
+    w1, b1, w2, b2 = parameters
     if not isinstance(w1, Tensor) or w1.dim() != 4:
         raise ValueError(f"w1 must have shape (R, {x.shape[1]}, 1, 1), got {_shape(w1)}")
     hidden, channels = w1.shape[0], x.shape[1]
@@ -454,4 +421,4 @@ def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
     _check_parameter("b1", b1, (hidden,), x)
     _check_parameter("w2", w2, (channels, hidden, 1, 1), x)
     _check_parameter("b2", b2, (channels,), x)
-    return torch.ops.swformer_fast.channel_attention(x, w1, b1, w2, b2)
+    return torch.ops.swformer_fast.channel_attention(x, *parameters)

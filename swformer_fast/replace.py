@@ -7,8 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from . import model as fast_model
-from . import modules, reference
+from . import modules, network, reference
 
 _MODULE = TypeVar("_MODULE", bound=nn.Module)
 
@@ -16,7 +15,7 @@ FAST_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(reference, name): getattr(modules, name)
     for name in reference.__all__
     if isinstance(getattr(modules, name, None), type)
-} | {reference.SWFormer: fast_model.SWFormer, reference.network.Merge: fast_model.Merge}
+} | {reference.SWFormer: network.SWFormer, reference.network.Merge: network.Merge}
 FAST_NAMES = {kind.__name__ for kind in FAST_TYPES}
 
 

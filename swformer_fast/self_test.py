@@ -9,6 +9,7 @@ about to take, and is compared with its reference in fp64 on the CPU. The verdic
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .backend import Op
+    from .backend import Implementations
 
 SIDE = 32
 """Least side of the test image; its remainders by 16, on which code and alignment depend, are the given image's."""
 _verdicts: dict[tuple[Any, ...], str | None] = {}
+_Kernels = Callable[["Implementations"], Callable[..., Any]]
 
 
 @cache
@@ -29,10 +31,11 @@ def doubtful(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def problem(op: Op, args: tuple[Any, ...]) -> str | None:
+def problem(op: Implementations, args: tuple[Any, ...], kernels: _Kernels) -> str | None:
     """Why `op`'s Triton kernels cannot be trusted with arguments like these, or None. At the first call it runs them.
 
-    Not while a CUDA graph is captured, which would take the test in: capture after a warm-up, as PyTorch asks.
+    kernels(op) are those. Not while a CUDA graph is captured, which would take the test in: capture after a warm-up, as
+    PyTorch asks.
     """
     x = next(a for a in args if isinstance(a, Tensor))
     if op.sample is None or not doubtful(x.device):
@@ -41,13 +44,13 @@ def problem(op: Op, args: tuple[Any, ...]) -> str | None:
     if key not in _verdicts:
         if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
-        _verdicts[key] = _verdict(op, args, x)
+        _verdicts[key] = _verdict(op, args, x, kernels)
     return _verdicts[key]
 
 
-def _verdict(op: Op, args: tuple[Any, ...], x: Tensor) -> str | None:
+def _verdict(op: Implementations, args: tuple[Any, ...], x: Tensor, kernels: _Kernels) -> str | None:
     try:
-        error, limit = _error(op, args), _limit(x.dtype)
+        error, limit = _error(op, args, kernels), _limit(x.dtype)
     except Exception as failure:
         reason = f"its self-test failed: {type(failure).__name__}: {failure}"
     else:
@@ -67,10 +70,8 @@ def _limit(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else 3e-2
 
 
-def _error(op: Op, args: tuple[Any, ...]) -> float:
+def _error(op: Implementations, args: tuple[Any, ...], kernels: _Kernels) -> float:
     """The largest relative RMS error of the kernels' results on a sample."""
-    from .backend import _implementation
-
     assert op.sample is not None
     device = next(a.device.type for a in args if isinstance(a, Tensor))
     with (
@@ -83,7 +84,7 @@ def _error(op: Op, args: tuple[Any, ...]) -> float:
         given = [_like(a, like) for a, like in zip(wide, args, strict=True)]
         # The reference gets what the kernels get, rounded to their dtypes.
         expected = op.reference(*(a.double().cpu() if isinstance(a, Tensor) else a for a in given))
-        results = _implementation(op, "triton")(*given)
+        results = kernels(op)(*given)
         pairs = [(r.double().cpu(), e) for r, e in zip(_tuple(results), _tuple(expected), strict=True) if r.numel()]
     scale = max(e.norm().item() for _, e in pairs)
     # Gradients that cancel are judged by the others' size.

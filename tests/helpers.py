@@ -169,6 +169,12 @@ def tf32(x: Tensor) -> Tensor:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
+def with_field(bundle: Any, name: str, value: Any) -> Any:
+    """`bundle` with another value in the field `name`, which may be one of a bundle within: "gate.norm"."""
+    first, _, rest = name.partition(".")
+    return bundle._replace(**{first: with_field(getattr(bundle, first), rest, value) if rest else value})
+
+
 class Zeroing:
     """In a Triton kernel's place: zeroes the arguments, or tuples of them, at `outputs`, after `kernel` if given."""
 

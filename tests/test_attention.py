@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, zero_op
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, with_field, zero_op
 from torch import Tensor
 
 import swformer_fast as sf
 from swformer_fast import functional, reference
+from swformer_fast.parameters import AttentionParameters
 
 OP = "channel_attention"
+Arguments = tuple[Tensor, AttentionParameters]
 BACKENDS = [name for name in ("reference", "cpp") if sf.backends()[name] == "available"]
 
 
@@ -28,17 +30,22 @@ def cpp() -> object:
 
 def arguments(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "contiguous", hidden: int = 4
-) -> tuple[Tensor, ...]:
+) -> Arguments:
     """An image whose means are not 0, so that they matter, and hidden units that are mostly on."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     channels = shape[1]
     x = LAYOUTS[layout]((torch.randn(shape, dtype=torch.float64) + 1).to(dtype)).requires_grad_()
     w1, w2 = torch.randn(hidden, channels, 1, 1) / channels**0.5, torch.randn(channels, hidden, 1, 1)
     b1, b2 = torch.randn(hidden) + 1, torch.randn(channels)
-    return (x, *(t.to(wide).requires_grad_() for t in (w1, b1, w2, b2)))
+    return x, AttentionParameters(*(t.to(wide).requires_grad_() for t in (w1, b1, w2, b2)))
 
 
-def check(args: tuple[Tensor, ...], grad: Tensor | None = None) -> None:
+def flat(args: Arguments) -> tuple[Tensor, ...]:
+    """The arguments of the op."""
+    return args[0], *args[1]
+
+
+def check(args: Arguments, grad: Tensor | None = None) -> None:
     if grad is None:
         grad = torch.randint(0, 65, args[0].shape) / 64
     with poisoned_memory():
@@ -69,18 +76,18 @@ def test_channels_last_falls_back() -> None:
 @pytest.mark.parametrize("needs", ["x", "parameters"])
 def test_partial_gradients(backend: str, needs: str) -> None:
     args = arguments((1, 4, 21, 40))
-    for i, tensor in enumerate(args):
+    for i, tensor in enumerate(flat(args)):
         tensor.requires_grad_((i == 0) == (needs == "x"))
     actual = value_and_grads(functional.channel_attention, args)
     assert_close(actual, value_and_grads(reference.channel_attention, fp64(args)), torch.float32)
 
 
 def test_units_that_are_off(cpp: object) -> None:
-    x, w1, b1, w2, b2 = arguments((2, 6, 8, 9))
+    x, parameters = arguments((2, 6, 8, 9))
     with torch.no_grad():
-        b1[:2] = -100
-        w1[2], b1[2] = 0, 0
-    check((x, w1, b1, w2, b2))
+        parameters.b1[:2] = -100
+        parameters.w1[2], parameters.b1[2] = 0, 0
+    check((x, parameters))
 
 
 def test_empty_batch(backend: str) -> None:
@@ -88,18 +95,18 @@ def test_empty_batch(backend: str) -> None:
     y = functional.channel_attention(*args)
     assert y.shape == (0, 4, 8, 9)
     y.sum().backward()
-    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in args)
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in flat(args))
 
 
 def test_autocast() -> None:
     args = arguments((1, 4, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
         y = functional.channel_attention(*args)
-        assert functional.channel_attention(args[0].double(), *args[1:]).dtype == torch.float64
+        assert functional.channel_attention(args[0].double(), args[1]).dtype == torch.float64
     assert y.dtype == torch.bfloat16
     assert_close(y, reference.channel_attention(*fp64(args)), torch.bfloat16)
     y.float().sum().backward()
-    assert all(t.grad.dtype == t.dtype for t in args)
+    assert all(t.grad.dtype == t.dtype for t in flat(args))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -128,7 +135,7 @@ def test_bitwise_repeatable(cpp: object, threads: int) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(layout: str) -> None:
-    args = arguments((2, 4, 9, 10), layout=layout)
+    args = flat(arguments((2, 4, 9, 10), layout=layout))
     torch.library.opcheck(torch.ops.swformer_fast.channel_attention, args)
     torch.library.opcheck(
         torch.ops.swformer_fast.channel_attention_backward,
@@ -138,14 +145,14 @@ def test_opcheck(layout: str) -> None:
 
 
 def test_gradcheck_twice() -> None:
-    args = arguments((2, 3, 4, 3), torch.float64, hidden=2)
+    args = flat(arguments((2, 3, 4, 3), torch.float64, hidden=2))
     assert torch.autograd.gradcheck(torch.ops.swformer_fast.channel_attention, args)
     assert torch.autograd.gradgradcheck(torch.ops.swformer_fast.channel_attention, args)
 
 
 def test_compiles_without_graph_breaks(backend: str) -> None:
-    def call(*args: Tensor) -> Tensor:
-        return functional.channel_attention(args[0].sin(), *args[1:]).cos()
+    def call(x: Tensor, parameters: AttentionParameters) -> Tensor:
+        return functional.channel_attention(x.sin(), parameters).cos()
 
     torch._dynamo.reset()
     args = arguments((2, 3, 9, 12))
@@ -161,21 +168,21 @@ def test_a_zeroed_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, op: str) ->
         check(arguments((1, 3, 5, 6)))
 
 
-def replaced(i: int, value: object) -> tuple:
-    args: list[object] = list(arguments((1, 4, 6, 6)))
-    args[i] = value
-    return tuple(args)
+def replaced(name: str, value: object) -> tuple:
+    x, parameters = arguments((1, 4, 6, 6))
+    return x, with_field(parameters, name, value)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "args"),
     [
-        (TypeError, "x must be a torch.Tensor", lambda: replaced(0, [1.0])),
-        (ValueError, "at least one", lambda: replaced(0, torch.ones(1, 4, 0, 2))),
-        (ValueError, "w1 must have shape", lambda: replaced(1, torch.ones(4, 3, 1, 1))),
-        (ValueError, "b1 must have shape", lambda: replaced(2, torch.ones(3))),
-        (ValueError, "w2 must have shape", lambda: replaced(3, torch.ones(4, 3, 1, 1))),
-        (TypeError, "b2 must have the dtype", lambda: replaced(4, torch.ones(4, dtype=torch.float64))),
+        (TypeError, "x must be a torch.Tensor", lambda: ([1.0], arguments((1, 4, 6, 6))[1])),
+        (ValueError, "at least one", lambda: (torch.ones(1, 4, 0, 2), arguments((1, 4, 6, 6))[1])),
+        (TypeError, "parameters must be a .*AttentionParameters", lambda: (torch.ones(1, 4, 6, 6), (1, 2, 3, 4))),
+        (ValueError, "w1 must have shape", lambda: replaced("w1", torch.ones(4, 3, 1, 1))),
+        (ValueError, "b1 must have shape", lambda: replaced("b1", torch.ones(3))),
+        (ValueError, "w2 must have shape", lambda: replaced("w2", torch.ones(4, 3, 1, 1))),
+        (TypeError, "b2 must have the dtype", lambda: replaced("b2", torch.ones(4, dtype=torch.float64))),
     ],
 )
 def test_errors(error: type[Exception], message: str, args: Callable[[], tuple]) -> None:

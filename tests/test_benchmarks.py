@@ -244,6 +244,17 @@ def test_what_falls_back_is_not_timed_as_ours() -> None:
     assert rows[1]["status"].startswith("FAILED: RuntimeError: backend 'triton' was asked for")
 
 
+def test_every_public_function_has_arguments() -> None:
+    from benchmarks.arguments import ARGUMENTS, functions
+
+    assert set(ARGUMENTS) == set(sf.functional.__all__)
+    for name, make in ARGUMENTS.items():
+        args = tuple(make((1, 4, 6, 8)))
+        with torch.no_grad():
+            ours, theirs = (function(*args) for function in functions(name))
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["multiscale_ffn", "haar_dwt2d"])
 def test_correct_finds_a_wrong_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
@@ -253,7 +264,7 @@ def test_correct_finds_a_wrong_kernel(name: str, monkeypatch: pytest.MonkeyPatch
     assert correct.main(["--dry-run"]) == 0
     implementation = sf.backend._implementation
 
-    def damaged(op: sf.backend.Op, backend: str) -> Any:
+    def damaged(op: sf.backend.Implementations, backend: str) -> Any:
         run = implementation(op, backend)
         return (lambda *args: run(*args).roll(1, -1)) if (op.name, backend) == (name, "triton") else run
 

@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, zero_op
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, with_field, zero_op
 from torch import Tensor
 
 import swformer_fast as sf
 from swformer_fast import functional, reference
+from swformer_fast.parameters import Convolution, FfnParameters, flatten
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Arguments = tuple[Tensor, FfnParameters]
 OP = "multiscale_ffn"
 BACKENDS = [name for name in ("reference", "cpp") if sf.backends()[name] == "available"]
 needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
@@ -36,7 +38,7 @@ def arguments(
     out: int = 7,
     kernel: int = 3,
     parameter_dtype: torch.dtype | None = None,
-) -> tuple:
+) -> Arguments:
     """Weights scaled as a trained network's, so that every GELU sees both sides; an image whose mean is not 0."""
     wide = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
     dim = shape[1]
@@ -44,36 +46,30 @@ def arguments(
     def parameter(*size: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(size, dtype=torch.float64)).to(wide).requires_grad_()
 
-    return (
-        LAYOUTS[layout]((torch.randn(shape, dtype=torch.float64) + 0.5).to(dtype)).requires_grad_(),
+    def depthwise() -> Convolution:
+        return Convolution(parameter(mid, 1, kernel, kernel, scale=1 / kernel), parameter(mid))
+
+    x = LAYOUTS[layout]((torch.randn(shape, dtype=torch.float64) + 0.5).to(dtype)).requires_grad_()
+    return x, FfnParameters(
         parameter(3 * mid, dim, 1, 1, scale=dim**-0.5),
         parameter(3 * mid),
-        tuple(parameter(mid, 1, kernel, kernel, scale=1 / kernel) for _ in range(3)),
-        tuple(parameter(mid) for _ in range(3)),
+        (depthwise(), depthwise(), depthwise()),
         parameter(out, 3 * mid, 1, 1, scale=(3 * mid) ** -0.5),
         parameter(out),
     )
 
 
-def flat(args: tuple) -> tuple[Tensor, ...]:
+def flat(args: Arguments) -> tuple[Tensor, ...]:
     """The arguments of the op."""
-    x, in_weight, in_bias, weights, biases, out_weight, out_bias = args
-    return (
-        x,
-        in_weight,
-        in_bias,
-        *(t for pair in zip(weights, biases, strict=True) for t in pair),
-        out_weight,
-        out_bias,
-    )
+    return args[0], *flatten(args[1])
 
 
-def check(args: tuple, grad: Tensor | None = None) -> None:
+def check(args: Arguments, grad: Tensor | None = None) -> None:
     """By default with a gradient of one sign: sums that cancel are as inexact in PyTorch's own fp32."""
     dtype = args[0].dtype
     if grad is None:
         batch, _, height, width = args[0].shape
-        grad = torch.randint(0, 65, (batch, args[-1].shape[0], height, width)) / 64
+        grad = torch.randint(0, 65, (batch, args[1].out_bias.shape[0], height, width)) / 64
     with poisoned_memory():
         actual = value_and_grads(functional.multiscale_ffn, args, grad)
     assert actual[0].dtype == dtype
@@ -109,9 +105,9 @@ def test_layouts_of_the_gradient(cpp: object, layout: str, image_layout: str) ->
 
 
 def test_parameters_of_any_layout_and_dtype(cpp: object) -> None:
-    args = list(arguments((1, 6, 9, 12), torch.bfloat16, parameter_dtype=torch.bfloat16))
-    args[1] = torch.randn(6, 15, 1, 1).bfloat16().transpose(0, 1).requires_grad_()
-    check(tuple(args))
+    x, parameters = arguments((1, 6, 9, 12), torch.bfloat16, parameter_dtype=torch.bfloat16)
+    transposed = torch.randn(6, 15, 1, 1).bfloat16().transpose(0, 1).requires_grad_()
+    check((x, parameters._replace(in_weight=transposed)))
 
 
 @pytest.mark.parametrize("needs", ["x", "parameters", "out_bias"])
@@ -148,7 +144,7 @@ def test_autocast() -> None:
     args = arguments((1, 4, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
         y = functional.multiscale_ffn(*args)
-        assert functional.multiscale_ffn(args[0].double(), *args[1:]).dtype == torch.float64
+        assert functional.multiscale_ffn(args[0].double(), args[1]).dtype == torch.float64
     assert y.dtype == torch.bfloat16
     assert_close(y, reference.multiscale_ffn(*fp64(args)), torch.bfloat16)
     y.float().sum().backward()
@@ -157,10 +153,10 @@ def test_autocast() -> None:
 
 @needs_cpp
 def test_why_not() -> None:
-    assert sf.why_not(OP, *flat(arguments((1, 4, 8, 8)))) == "cpp runs"
-    assert "float64" in sf.why_not(OP, *flat(arguments((1, 4, 8, 8), torch.float64)))
+    assert sf.why_not(OP, *arguments((1, 4, 8, 8))) == "cpp runs"
+    assert "float64" in sf.why_not(OP, *arguments((1, 4, 8, 8), torch.float64))
     wide = arguments((1, 4, 8, 8), kernel=5)
-    assert "3 x 3" in sf.why_not(OP, *flat(wide))
+    assert "3 x 3" in sf.why_not(OP, *wide)
     assert_close(functional.multiscale_ffn(*wide), reference.multiscale_ffn(*wide))
 
 
@@ -234,7 +230,7 @@ def test_gradient_of_the_residual_alone(cpp: object) -> None:
 
 
 def test_double_backward(cpp: object) -> None:
-    def second_derivatives(function: Callable[..., Tensor], args: tuple) -> tuple[Tensor, ...]:
+    def second_derivatives(function: Callable[..., Tensor], args: Arguments) -> tuple[Tensor, ...]:
         leaves = flat(args)[:-1]
         first = torch.autograd.grad(function(*args).square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
@@ -262,24 +258,41 @@ def test_a_zeroed_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, op: str) ->
         check(arguments((1, 3, 5, 6)))
 
 
-def replaced(i: int, value: object) -> tuple:
-    args = list(arguments((1, 4, 6, 6)))
-    args[i] = value
-    return tuple(args)
+def replaced(name: str, value: object) -> tuple:
+    x, parameters = arguments((1, 4, 6, 6))
+    return x, with_field(parameters, name, value)
+
+
+def depthwise(*shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Convolution, ...]:
+    return tuple(Convolution(torch.ones(weight), torch.ones(bias)) for weight, bias in shapes)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "args"),
     [
-        (TypeError, "x must be a torch.Tensor", lambda: replaced(0, [1.0])),
-        (ValueError, "at least one", lambda: replaced(0, torch.ones(1, 4, 0, 2))),
-        (ValueError, r"in_weight must have shape \(3 \* M, 4, 1, 1\)", lambda: replaced(1, torch.ones(5, 4, 1, 1))),
-        (ValueError, r"in_bias must have shape \(15,\)", lambda: replaced(2, torch.ones(3))),
-        (ValueError, "three tensors each", lambda: replaced(3, (torch.ones(5, 1, 3, 3),))),
-        (ValueError, r"dw_weights\[0\] must have a square", lambda: replaced(3, (torch.ones(5, 1, 2, 2),) * 3)),
-        (ValueError, r"dw_biases\[0\] must have shape", lambda: replaced(4, (torch.ones(4),) * 3)),
-        (ValueError, "out_weight must have shape", lambda: replaced(5, torch.ones(7, 14, 1, 1))),
-        (TypeError, "out_bias must have the dtype", lambda: replaced(6, torch.ones(7, dtype=torch.float64))),
+        (TypeError, "x must be a torch.Tensor", lambda: ([1.0], arguments((1, 4, 6, 6))[1])),
+        (ValueError, "at least one", lambda: (torch.ones(1, 4, 0, 2), arguments((1, 4, 6, 6))[1])),
+        (
+            ValueError,
+            r"in_weight must have shape \(3 \* M, 4, 1, 1\)",
+            lambda: replaced("in_weight", torch.ones(5, 4, 1, 1)),
+        ),
+        (ValueError, r"in_bias must have shape \(15,\)", lambda: replaced("in_bias", torch.ones(3))),
+        (TypeError, "parameters must be a .*FfnParameters", lambda: flat(arguments((1, 4, 6, 6)))[:2]),
+        (ValueError, "hold three convolutions", lambda: replaced("depthwise", depthwise(((5, 1, 3, 3), (5,))))),
+        (TypeError, r"depthwise\[0\] must be a .*Convolution", lambda: replaced("depthwise", ((1, 2),) * 3)),
+        (
+            ValueError,
+            r"depthwise\[0\]\.weight must have a square",
+            lambda: replaced("depthwise", depthwise(*[((5, 1, 2, 2), (5,))] * 3)),
+        ),
+        (
+            ValueError,
+            r"depthwise\[0\]\.bias must have shape",
+            lambda: replaced("depthwise", depthwise(*[((5, 1, 3, 3), (4,))] * 3)),
+        ),
+        (ValueError, "out_weight must have shape", lambda: replaced("out_weight", torch.ones(7, 14, 1, 1))),
+        (TypeError, "out_bias must have the dtype", lambda: replaced("out_bias", torch.ones(7, dtype=torch.float64))),
     ],
 )
 def test_errors(error: type[Exception], message: str, args: Callable[[], tuple]) -> None:

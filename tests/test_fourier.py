@@ -2,17 +2,29 @@
 
 import copy
 import itertools
+import operator
 from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, assert_matches, fp64, poisoned_memory, rel_rms, value_and_grads
+from helpers import (
+    LAYOUTS,
+    SIZES,
+    assert_close,
+    assert_matches,
+    fp64,
+    poisoned_memory,
+    rel_rms,
+    value_and_grads,
+    with_field,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import swformer_fast as sf
 from swformer_fast import functional, reference
 from swformer_fast.modules import FourierBranch
+from swformer_fast.parameters import Factor, FourierParameters, Norm, flatten
 
 BACKENDS = [name for name in ("reference", "cpp") if sf.backends()[name] == "available"]
 KERNELS = [name for name in BACKENDS if name != "reference"]
@@ -30,13 +42,15 @@ def kernels(request: pytest.FixtureRequest) -> Any:
         yield request.param
 
 
-def parameters(dim: int, inner: int, outputs: int, dtype: torch.dtype = torch.float32, running: bool = True) -> tuple:
+def parameters(
+    dim: int, inner: int, outputs: int, dtype: torch.dtype = torch.float32, running: bool = True
+) -> FourierParameters:
     def parameter(*shape: int) -> Tensor:
         return (torch.randn(shape, dtype=dtype) * 0.5).requires_grad_()
 
-    def norm() -> tuple:
+    def norm() -> Norm:
         statistics = (torch.randn(2 * inner, dtype=dtype), torch.rand(2 * inner, dtype=dtype) + 0.5)
-        return (*(statistics if running else (None, None)), parameter(2 * inner), parameter(2 * inner))
+        return Norm(*(statistics if running else (None, None)), parameter(2 * inner), parameter(2 * inner))
 
     def conv(out: int, channels: int) -> tuple[Tensor, Tensor]:
         return parameter(out, channels, 1, 1), parameter(out)
@@ -45,31 +59,24 @@ def parameters(dim: int, inner: int, outputs: int, dtype: torch.dtype = torch.fl
     # It reaches the zero frequency alone, sqrt(H * W) times as large: where that saturates the gate, fp32 cannot
     # resolve the gradient, in the reference either.
     in_bias.detach().mul_(0.05)
-    return (
-        in_weight,
-        in_bias,
-        norm(),
-        *conv(2 * inner, 2 * inner),
-        norm(),
-        *conv(2 * inner, 2 * inner),
-        *conv(outputs, inner),
-    )
+    gate, value = (Factor(norm(), *conv(2 * inner, 2 * inner)) for _ in range(2))
+    return FourierParameters(in_weight, in_bias, gate, value, *conv(outputs, inner))
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous", mean: float = 0.0) -> Tensor:
     return LAYOUTS[layout]((torch.randn(shape) + mean).to(dtype)).requires_grad_()
 
 
-def check(x: Tensor, arguments: tuple, grad: Tensor | None = None, **options: Any) -> None:
+def check(x: Tensor, given: FourierParameters, grad: Tensor | None = None, **options: Any) -> None:
     """Output, gradients and running statistics; the reference's are in fp64."""
-    mine, theirs = (x, *arguments), fp64((x, *arguments))
+    mine, theirs = (x, given), fp64((x, given))
     with poisoned_memory():
         actual = value_and_grads(functional.fourier_mix, mine, grad, **options)
     expected = value_and_grads(reference.fourier_mix, theirs, grad, **options)
     assert actual[0].dtype == x.dtype
     assert_close(actual, expected, x.dtype)
-    for place in (3, 6):
-        assert_close(mine[place][:2], theirs[place][:2], what="running statistics")
+    for ours, expected_factor in zip(given.factors, theirs[1].factors, strict=True):
+        assert_close(ours.norm[:2], expected_factor.norm[:2], what="running statistics")
 
 
 def half_spectrum(blocks: Tensor, height: int, width: int) -> Tensor:
@@ -140,7 +147,7 @@ def test_widths(kernels: str, dims: tuple[int, int, int], training: bool) -> Non
 
 @pytest.mark.parametrize("training", [False, True])
 def test_no_last_convolution(kernels: str, training: bool) -> None:
-    check(image(2, 5, 14, 23), (*parameters(5, 7, 3)[:-2], None, None), training=training)
+    check(image(2, 5, 14, 23), parameters(5, 7, 3)._replace(out_weight=None, out_bias=None), training=training)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -155,7 +162,7 @@ def test_more_tiles_than_one_task(kernels: str, batch: int, training: bool) -> N
 def test_layouts_and_dtypes(kernels: str, layout: str, dtype: torch.dtype, training: bool) -> None:
     x = image(3, 6, 19, 22, dtype=dtype, layout=layout)
     check(x, parameters(6, 6, 6), training=training)
-    y = functional.fourier_mix(x, *parameters(6, 6, 6), training)
+    y = functional.fourier_mix(x, parameters(6, 6, 6), training)
     last = layout == "channels_last"
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -176,11 +183,11 @@ def test_layouts_of_the_gradient(kernels: str, layout: str, training: bool) -> N
 
 
 def test_fp64_runs_on_the_reference() -> None:
-    x, *arguments = op_arguments(False, torch.float64)
-    assert "no float64" in sf.why_not("fourier_mix", x, *arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.ops.swformer_fast.fourier_mix(x, *arguments, False)[0].dtype == torch.float64
-    arguments = (image(2, 3, 9, 8, dtype=torch.float64), *parameters(3, 3, 3, torch.float64))
+        y = torch.ops.swformer_fast.fourier_mix(*op_arguments(False, torch.float64), False)[0]
+        assert y.dtype == torch.float64
+    arguments = (image(2, 3, 9, 8, dtype=torch.float64), parameters(3, 3, 3, torch.float64))
+    assert "no float64" in sf.why_not("fourier_mix", *arguments)
     assert_matches(functional.fourier_mix, reference.fourier_mix, arguments)
 
 
@@ -197,28 +204,28 @@ def test_images_of_positive_mean(kernels: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_a_large_mean_stays_finite(kernels: str, training: bool) -> None:
     x = image(1, 4, 1024, 1024, mean=1e3)
-    arguments = parameters(4, 4, 4)
-    y, grads = value_and_grads(functional.fourier_mix, (x, *arguments), training=training)
+    given = parameters(4, 4, 4)
+    y, grads = value_and_grads(functional.fourier_mix, (x, given), training=training)
     assert y.isfinite().all()
     assert all(g.isfinite().all() for g in grads)
-    expected = reference.fourier_mix(*fp64((x, *arguments)), training).detach()
-    eager = reference.fourier_mix(x, *arguments, training).detach()
+    expected = reference.fourier_mix(*fp64((x, given)), training).detach()
+    eager = reference.fourier_mix(x, given, training).detach()
     assert rel_rms(y, expected) < max(5e-6, 2 * rel_rms(eager, expected))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("training", [False, True])
 def test_inf_and_nan_propagate(backend: str, value: float, training: bool) -> None:
-    arguments = parameters(3, 3, 3)
+    given = parameters(3, 3, 3)
     x = torch.randn(2, 3, 6, 7)
     x[0, 1, 2, 3] = value
-    y = functional.fourier_mix(x, *arguments, training)
-    expected = reference.fourier_mix(x, *arguments, training)
+    y = functional.fourier_mix(x, given, training)
+    expected = reference.fourier_mix(x, given, training)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.allclose(y, expected, equal_nan=True, atol=1e-4)
-    arguments = parameters(3, 3, 3)
-    arguments[-1].detach()[1] = value
-    y = functional.fourier_mix(torch.randn(1, 3, 6, 7), *arguments)
+    given = parameters(3, 3, 3)
+    given.out_bias.detach()[1] = value
+    y = functional.fourier_mix(torch.randn(1, 3, 6, 7), given)
     assert torch.equal(y.isfinite()[0, :, 0, 0], torch.tensor([True, False, True]))
 
 
@@ -235,13 +242,12 @@ def test_empty_batch(backend: str, training: bool) -> None:
     assert all(torch.equal(branch.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("needs", [{0}, {1}, {0, 4}, {10}, set()])
+@pytest.mark.parametrize("needs", [("x",), ("in_weight",), ("x", "gate.weight"), ("out_bias",), ()])
 @pytest.mark.parametrize("training", [False, True])
-def test_partial_gradients(backend: str, needs: set[int], training: bool) -> None:
-    arguments = [a if isinstance(a, tuple) else a.detach() for a in (image(2, 3, 9, 10), *parameters(3, 3, 3))]
-    arguments = tree_map(lambda t: t.detach(), arguments)
-    for place in needs:
-        arguments[place].requires_grad_()
+def test_partial_gradients(backend: str, needs: tuple[str, ...], training: bool) -> None:
+    arguments = tree_map(torch.detach, (image(2, 3, 9, 10), parameters(3, 3, 3)))
+    for name in needs:
+        (arguments[0] if name == "x" else operator.attrgetter(name)(arguments[1])).requires_grad_()
     y = functional.fourier_mix(*arguments, training, 0.0)
     assert y.requires_grad == bool(needs)
     if needs:
@@ -292,7 +298,7 @@ def test_frozen_normalisation(kernels: str, training: bool) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("training", [False, True])
 def test_bitwise_repeatable(kernels: str, threads: int, training: bool) -> None:
-    arguments = (image(2, 8, 64, 66), *parameters(8, 8, 8))
+    arguments = (image(2, 8, 64, 66), parameters(8, 8, 8))
     first = value_and_grads(functional.fourier_mix, arguments, training=training, momentum=0.0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -305,11 +311,7 @@ def test_bitwise_repeatable(kernels: str, threads: int, training: bool) -> None:
 
 def op_arguments(training: bool, dtype: torch.dtype = torch.float32, dim: int = 2) -> tuple:
     x = torch.randn(2, dim, 4, 5, dtype=dtype, requires_grad=True)
-    flat = tree_leaves(parameters(dim, dim, dim, dtype), is_leaf=lambda t: t is None)
-    if training:
-        for place in (2, 3, 8, 9):
-            flat[place] = None
-    return (x, *flat, 1e-5)
+    return x, *flatten(parameters(dim, dim, dim, dtype, running=not training)), 1e-5
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -356,7 +358,7 @@ def test_double_backward(kernels: str, training: bool) -> None:
         grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
 
-    arguments = (image(2, 3, 7, 8), *parameters(3, 3, 3))
+    arguments = (image(2, 3, 7, 8), parameters(3, 3, 3))
     wide = fp64(arguments)
     for actual, expected in zip(
         penalty(functional.fourier_mix, arguments), penalty(reference.fourier_mix, wide), strict=True
@@ -431,38 +433,65 @@ def test_a_zeroed_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, kernels: st
             return kernel if other == name else getattr(real, other)
 
     zeroed = Zeroed()
-    monkeypatch.setattr(sf.backend, "_implementation", lambda op, _: lambda *args: op.compose(zeroed, *args))
+    monkeypatch.setattr(sf.backend, "_implementation", lambda op, _: lambda *args: op.composed(zeroed, *args))
     with pytest.raises(AssertionError):
         check(image(2, 3, 9, 10), parameters(3, 3, 3), training=training)
 
 
-def changed(place: int, value: Any) -> list:
-    arguments = [torch.randn(1, 3, 4, 5), *parameters(3, 3, 3)]
-    arguments[place] = value
-    return arguments
+@pytest.mark.parametrize(
+    ("error", "message", "x"),
+    [
+        (TypeError, "x must be a torch.Tensor, got int", 3),
+        (ValueError, r"x must have shape \(B, C, H, W\)", torch.ones(3, 4, 5)),
+        (ValueError, "at least one channel", torch.ones(1, 3, 0, 5)),
+    ],
+)
+def test_errors_of_the_image(error: type[Exception], message: str, x: Any) -> None:
+    with pytest.raises(error, match=message):
+        functional.fourier_mix(x, parameters(3, 3, 3))
 
 
 @pytest.mark.parametrize(
-    ("error", "message", "place", "value"),
+    ("error", "message", "name", "value"),
     [
-        (TypeError, "x must be a torch.Tensor, got int", 0, 3),
-        (ValueError, r"x must have shape \(B, C, H, W\)", 0, torch.ones(3, 4, 5)),
-        (ValueError, "at least one channel", 0, torch.ones(1, 3, 0, 5)),
-        (ValueError, r"in_weight must have shape \(6, 3, 1, 1\), got \(6, 4, 1, 1\)", 1, torch.ones(6, 4, 1, 1)),
-        (ValueError, r"in_weight must have shape \(2 . C, 3, 1, 1\), got \(5, 3", 1, torch.ones(5, 3, 1, 1)),
-        (TypeError, "in_bias must be a torch.Tensor, got NoneType", 2, None),
-        (ValueError, "gate_bn must be .running_mean, running_var", 3, (None, None)),
-        (ValueError, "gate_bn weight must have shape", 3, (None, None, torch.ones(5), torch.ones(6))),
-        (ValueError, "must both have running statistics, or neither", 3, (None, None, torch.ones(6), torch.ones(6))),
-        (ValueError, "gate_weight must have shape", 4, torch.ones(6, 5, 1, 1)),
-        (TypeError, "value_bias must have the dtype of the image", 8, torch.ones(6, dtype=torch.float64)),
-        (ValueError, "out_weight must have shape", 9, torch.ones(3, 4, 1, 1)),
-        (ValueError, "out_bias must have shape", 10, torch.ones(4)),
+        (
+            ValueError,
+            r"in_weight must have shape \(6, 3, 1, 1\), got \(6, 4, 1, 1\)",
+            "in_weight",
+            torch.ones(6, 4, 1, 1),
+        ),
+        (ValueError, r"in_weight must have shape \(2 . C, 3, 1, 1\), got \(5, 3", "in_weight", torch.ones(5, 3, 1, 1)),
+        (TypeError, "in_bias must be a torch.Tensor, got NoneType", "in_bias", None),
+        (TypeError, r"gate must be a .*Factor \(norm, weight, bias\), got tuple", "gate", (None, None, None)),
+        (
+            TypeError,
+            r"gate.norm must be a .*Norm \(running_mean, running_var, .*, got tuple",
+            "gate.norm",
+            (None, None),
+        ),
+        (ValueError, "gate.norm.weight must have shape", "gate.norm.weight", torch.ones(5)),
+        (ValueError, "value.norm.running_var must have shape", "value.norm.running_var", torch.ones(5)),
+        (
+            ValueError,
+            "must both have running statistics, or neither",
+            "gate.norm",
+            Norm(None, None, torch.ones(6), torch.ones(6)),
+        ),
+        (ValueError, "must both have running statistics, or neither", "value.norm.running_mean", None),
+        (ValueError, "gate.weight must have shape", "gate.weight", torch.ones(6, 5, 1, 1)),
+        (TypeError, "value.bias must have the dtype of the image", "value.bias", torch.ones(6, dtype=torch.float64)),
+        (ValueError, "out_weight must have shape", "out_weight", torch.ones(3, 4, 1, 1)),
+        (ValueError, "out_bias must have shape", "out_bias", torch.ones(4)),
     ],
 )
-def test_errors(error: type[Exception], message: str, place: int, value: Any) -> None:
+def test_errors(error: type[Exception], message: str, name: str, value: Any) -> None:
     with pytest.raises(error, match=message):
-        functional.fourier_mix(*changed(place, value))
+        functional.fourier_mix(torch.randn(1, 3, 4, 5), with_field(parameters(3, 3, 3), name, value))
+
+
+def test_parameters_must_be_a_bundle() -> None:
+    with pytest.raises(TypeError, match=r"parameters must be a .*FourierParameters \(in_weight, .*, got tuple"):
+        functional.fourier_mix(torch.randn(1, 3, 4, 5), flatten(parameters(3, 3, 3)))
 
 
 def test_one_value_per_channel_cannot_be_normalised() -> None:

@@ -89,7 +89,7 @@ def test_the_parts_have_their_limits() -> None:
 
 
 def test_the_products_come_first() -> None:
-    from benchmarks.correct import ARGUMENTS
+    from benchmarks.arguments import ARGUMENTS
 
     assert list(ARGUMENTS)[:2] == ["multiscale_ffn", "fourier_mix"]
 

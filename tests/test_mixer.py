@@ -6,10 +6,12 @@ from helpers import LAYOUTS, SIZES, TOLERANCE, assert_close, fp64, poisoned_memo
 from torch import Tensor
 
 import swformer_fast as sf
-from swformer_fast import functional, ops
+from swformer_fast import fusion
+from swformer_fast.parameters import Convolution, SpatialParameters, WaveletParameters
 
 pytestmark = pytest.mark.skipif(sf.backends()["cpp"] != "available", reason="the extension is not built")
 local_branches = torch.ops.swformer_fast.local_branches
+definition = sf.backend.OPS["local_branches"].reference
 
 
 def arguments(
@@ -28,8 +30,7 @@ def check(args: list[Tensor]) -> None:
     dtype = args[0].dtype
     with poisoned_memory():
         actual = local_branches(*args)
-    with sf.use_backend("reference"):
-        expected = ops.local_branches(*fp64(args))
+    expected = definition(*fp64(args))
     assert [t.dtype for t in actual[:2]] == [dtype, dtype]
     assert_close(actual[:2], expected[:2], dtype)
     for y, actual_sums, sums in zip(expected, actual[2:], expected[2:], strict=False):
@@ -59,7 +60,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_layouts(layout: str) -> None:
     x, *parameters = arguments(2, 4, 9, 20)
     x = LAYOUTS[layout](x)
-    actual, expected = local_branches(x, *parameters), ops.local_branches(*fp64((x, *parameters)))
+    actual, expected = local_branches(x, *parameters), definition(*fp64((x, *parameters)))
     assert_close(actual, expected, torch.float32)
     assert actual[0].is_contiguous(
         memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -84,7 +85,7 @@ def test_same_bits_for_every_number_of_threads() -> None:
 def test_other_kernels_take_the_ops() -> None:
     args = arguments(1, 3, 8, 9, kernels=(7, 3))
     assert "3 x 3 and 5 x 5" in sf.why_not("local_branches", *args)
-    assert_close(local_branches(*args), ops.local_branches(*fp64(args)), torch.float32)
+    assert_close(local_branches(*args), definition(*fp64(args)), torch.float32)
 
 
 def test_opcheck_and_compile() -> None:
@@ -119,15 +120,16 @@ def test_block_with_and_without_gradients(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("place", "shape", "message"),
     [
-        (0, (5, 2), r"in_weight must have shape \(6, 2\), got \(5, 2\)"),
-        (1, (5,), r"in_bias must have shape \(6,\), got \(5,\)"),
-        (3, (4,), r"spatial bias must have shape \(3,\), got \(4,\)"),
-        (4, (3, 1, 3, 3), r"wavelet weight must have shape \(12, 1, 3, 3\), got \(3, 1, 3, 3\)"),
+        (0, (5, 2), r"conv.weight must have shape \(6, 2\), got \(5, 2\)"),
+        (1, (5,), r"conv.bias must have shape \(6,\), got \(5,\)"),
+        (3, (4,), r"spatial.bias must have shape \(3,\), got \(4,\)"),
+        (4, (3, 1, 3, 3), r"wavelet.weight must have shape \(12, 1, 3, 3\), got \(3, 1, 3, 3\)"),
         (6, (3,), r"wavelet taps must have shape \(2,\), got \(3,\)"),
     ],
 )
 def test_errors_before_kernels(place: int, shape: tuple[int, ...], message: str) -> None:
     x, *parameters = arguments(1, 2, 4, 5, channels=3)
     parameters[place] = torch.randn(shape)
+    conv, spatial = Convolution(*parameters[:2]), SpatialParameters(*parameters[2:4])
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        functional._local_branches(x, *parameters[:2], parameters[2:4], parameters[4:])
+        fusion.local_branches(x, conv, spatial, WaveletParameters(*parameters[4:]))

@@ -1,9 +1,12 @@
 """The fast modules and the network equal the reference's, with the same weights and state_dict keys."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import LAYOUTS, assert_close, fp64, value_and_grads
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import swformer_fast as sf
 from swformer_fast import reference
@@ -59,6 +62,52 @@ def test_module_equals_reference(name: str, training: bool) -> None:
         assert error <= 5e-6 * max(size, 1e-2 * scale), label
     for (label, a), (_, e) in zip(actual.named_buffers(), expected.named_buffers(), strict=True):
         assert_close(a, e.to(a.dtype) if not a.is_floating_point() else e, torch.float32, label)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("package", [sf, reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("name", [name for name in MODULES if hasattr(getattr(reference, name), "arguments")])
+def test_arguments_only_read(name: str, package: Any, training: bool) -> None:
+    module = getattr(package, name)(*MODULES[name][0]).train(training)
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    first, second = module.arguments(), module.arguments()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+    assert all(a is b for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True) if isinstance(a, Tensor))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("package", [sf, reference], ids=["fast", "reference"])
+def test_forward_counts_a_batch_once(package: Any, momentum: float | None) -> None:
+    branch, norm = package.FourierBranch(6, momentum=momentum), nn.BatchNorm2d(12, momentum=momentum)
+    assert branch.arguments()[2] == (momentum or 0.0)  # nothing is counted yet
+    for training in (True, True, False, True):
+        branch.train(training)
+        norm.train(training)
+        branch(torch.randn(2, 6, 5, 8))
+        norm(torch.randn(2, 12, 5, 5))
+        counts = [bn.num_batches_tracked for bn in (branch.gate_bn, branch.value_bn)]
+        assert counts == [norm.num_batches_tracked] * 2
+    assert branch.arguments()[1:3] == (True, 0.1 if momentum else 1 / 3)
+    branch.eval().arguments()
+    assert branch.gate_bn.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("name", ["MultiDomainMixer", "SWFormerBlock"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_fused_forward_counts_a_batch_once(name: str, momentum: float | None) -> None:
+    actual, expected = pair(name, 8)
+    norms = [[m for m in module.modules() if isinstance(m, nn.BatchNorm2d)] for module in (actual, expected)]
+    for norm in (*norms[0], *norms[1]):
+        norm.momentum = momentum
+    for training in (True, False, True):
+        x = torch.randn(2, 8, 16, 24)
+        actual.train(training)(x)
+        expected.train(training)(x.double())
+        counts = [[norm.num_batches_tracked for norm in of_one] for of_one in norms]
+        assert counts[0] == counts[1]
+    assert counts[0] == [2] * len(norms[0])
+    for mine, theirs in zip(*norms, strict=True):
+        assert_close((mine.running_mean, mine.running_var), (theirs.running_mean, theirs.running_var), torch.float32)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 70)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import LAYOUTS, SIZES, assert_close, assert_matches
 
+from swformer_fast.parameters import Convolution, FfnParameters, flatten, unflatten
 from swformer_fast.reference import MultiScaleFFN, multiscale_ffn
 
 
@@ -13,12 +14,10 @@ def arguments(size, kernel=3, dtype=torch.float64, batch=2, dim=3, width=2):
     def parameter(*shape):
         return torch.randn(shape, dtype=dtype).requires_grad_()
 
-    return (
-        parameter(batch, dim, *size),
+    return parameter(batch, dim, *size), FfnParameters(
         parameter(3 * width, dim, 1, 1),
         parameter(3 * width),
-        tuple(parameter(width, 1, kernel, kernel) for _ in range(3)),
-        tuple(parameter(width) for _ in range(3)),
+        tuple(Convolution(parameter(width, 1, kernel, kernel), parameter(width)) for _ in range(3)),
         parameter(dim, 3 * width, 1, 1),
         parameter(dim),
     )
@@ -50,7 +49,8 @@ def interpolation(source, target, kind):
     return matrix
 
 
-def naive(x, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias, pool="avg", upsample="bilinear"):
+def naive(x, parameters, pool="avg", upsample="bilinear"):
+    in_weight, in_bias, depthwise, out_weight, out_bias = parameters
     height, width = x.shape[2:]
     hidden = torch.einsum("oi,bihw->bohw", in_weight[:, :, 0, 0], x) + in_bias.reshape(-1, 1, 1)
     channels = hidden.shape[1] // 3
@@ -58,7 +58,7 @@ def naive(x, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias, po
     for index, scale in enumerate((1, 2, 4)):
         z = pooled(hidden[:, index * channels : (index + 1) * channels], scale, pool)
         layer = torch.nn.Conv2d(channels, channels, 3, padding=1, groups=channels, dtype=x.dtype)
-        layer.load_state_dict({"weight": dw_weights[index], "bias": dw_biases[index]})
+        layer.load_state_dict(depthwise[index]._asdict())
         z = layer(z)
         to_rows = interpolation(z.shape[2], height, upsample)
         to_cols = interpolation(z.shape[3], width, upsample)
@@ -78,12 +78,12 @@ def test_equals_naive(size, pool, upsample):
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1)])
 def test_gradients(size):
-    x, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias = arguments(size, batch=1, dim=2, width=1)
+    x, parameters = arguments(size, batch=1, dim=2, width=1)
 
-    def function(x, in_weight, in_bias, w1, w2, w4, b1, b2, b4, out_weight, out_bias):
-        return multiscale_ffn(x, in_weight, in_bias, (w1, w2, w4), (b1, b2, b4), out_weight, out_bias)
+    def function(x, *tensors):
+        return multiscale_ffn(x, unflatten(FfnParameters, tensors))
 
-    args = (x, in_weight, in_bias, *dw_weights, *dw_biases, out_weight, out_bias)
+    args = (x, *flatten(parameters))
     assert torch.autograd.gradcheck(function, args)
     assert torch.autograd.gradgradcheck(function, args)
 
@@ -91,9 +91,9 @@ def test_gradients(size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dtypes_and_layouts(layout, dtype):
-    x, *parameters = arguments((9, 12), dtype=torch.float32, batch=3)
+    x, parameters = arguments((9, 12), dtype=torch.float32, batch=3)
     x = LAYOUTS[layout](x.detach().to(dtype)).requires_grad_()
-    assert_matches(multiscale_ffn, multiscale_ffn, (x, *parameters), gradients=dtype == torch.float32)
+    assert_matches(multiscale_ffn, multiscale_ffn, (x, parameters), gradients=dtype == torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import LAYOUTS, assert_close, assert_matches
 from torch import nn
 
+from swformer_fast.parameters import Factor, FourierParameters, Norm, flatten, unflatten
 from swformer_fast.reference import FourierBranch, fourier_mix
 
 SIZES = [(1, 2), (2, 1), (2, 2), (3, 5), (8, 6), (7, 12), (63, 64), (65, 33)]
@@ -85,19 +86,16 @@ def arguments(size, dtype=torch.float64, batch=2, dim=2):
 
     def norm():
         mean, variance = torch.randn(2 * dim, dtype=dtype), torch.rand(2 * dim, dtype=dtype) + 0.5
-        return (mean, variance, parameter(2 * dim), parameter(2 * dim))
+        return Norm(mean, variance, parameter(2 * dim), parameter(2 * dim))
 
     def conv(out, inner):
         weight = torch.randn(out, inner, 1, 1, dtype=dtype) / math.sqrt(inner)
         return weight.requires_grad_(), parameter(out)
 
-    return (
-        parameter(batch, dim, *size),
+    return parameter(batch, dim, *size), FourierParameters(
         *conv(2 * dim, dim),
-        norm(),
-        *conv(2 * dim, 2 * dim),
-        norm(),
-        *conv(2 * dim, 2 * dim),
+        Factor(norm(), *conv(2 * dim, 2 * dim)),
+        Factor(norm(), *conv(2 * dim, 2 * dim)),
         *conv(dim, dim),
     )
 
@@ -145,28 +143,28 @@ def test_frozen_normalisation_in_a_training_branch():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("size", [(2, 3), (3, 2), (1, 4)])
 def test_gradients(size, training, layout):
-    args = arguments(size, dim=1)
-    flat = [leaf for arg in args for leaf in (arg if isinstance(arg, tuple) else (arg,)) if leaf.requires_grad]
+    x, parameters = arguments(size, dim=1)
+    leaves = [leaf for leaf in flatten(parameters) if leaf.requires_grad]
 
-    def function(x, w, b, gate_scale, gate_shift, *rest):
-        gate = (*args[3][:2], gate_scale, gate_shift)
-        value = (*args[6][:2], *rest[2:4])
-        return fourier_mix(x, w, b, gate, *rest[:2], value, *rest[4:], training=training, layout=layout)
+    def function(x, *given):
+        rest = iter(given)
+        tensors = [next(rest) if t.requires_grad else t for t in flatten(parameters)]
+        return fourier_mix(x, unflatten(FourierParameters, tensors), training=training, layout=layout)
 
-    assert torch.autograd.gradcheck(function, flat)
-    assert torch.autograd.gradgradcheck(function, flat)
+    assert torch.autograd.gradcheck(function, (x, *leaves))
+    assert torch.autograd.gradgradcheck(function, (x, *leaves))
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dtypes_and_memory_layouts(layout, dtype, training):
-    x, *parameters = arguments((9, 12), dtype=torch.float32, batch=3, dim=4)
+    x, parameters = arguments((9, 12), dtype=torch.float32, batch=3, dim=4)
     # The first bias reaches the DC bin alone, times sqrt(H W): a large one saturates the gate and has no gradient.
-    parameters[1].data.mul_(0.05)
+    parameters.in_bias.data.mul_(0.05)
     x = LAYOUTS[layout](x.detach().to(dtype)).requires_grad_()
     assert_matches(
-        fourier_mix, fourier_mix, (x, *parameters), gradients=dtype == torch.float32, training=training, momentum=0.0
+        fourier_mix, fourier_mix, (x, parameters), gradients=dtype == torch.float32, training=training, momentum=0.0
     )
 
 

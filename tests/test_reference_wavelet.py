@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers import LAYOUTS, SIZES, assert_close, assert_matches
 
 from swformer_fast.reference import WaveletBranch, wavelet_mix
-from swformer_fast.reference.haar import HAAR_HIGH, HAAR_LOW
+from swformer_fast.reference.haar_dwt2d import HAAR_HIGH, HAAR_LOW
 
 
 def arguments(size, kernel=3, dtype=torch.float64, batch=2, channels=2):

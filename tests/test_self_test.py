@@ -14,6 +14,7 @@ from torch import Tensor
 
 import swformer_fast as sf
 from swformer_fast import backend, self_test
+from swformer_fast.parameters import FfnParameters, FourierParameters, unflatten
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -76,7 +77,7 @@ def _damage(monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Any], 
     runs: list[int] = []
     original = backend._implementation
 
-    def implementation(op: backend.Op, chosen: str) -> Callable[..., Any]:
+    def implementation(op: backend.Implementations, chosen: str) -> Callable[..., Any]:
         run = original(op, chosen)
         if op.name != name or chosen != "triton":
             return run
@@ -95,6 +96,17 @@ def _call(name: str, args: Arguments) -> Any:
     return getattr(torch.ops.swformer_fast, name)(*args)
 
 
+BUNDLES: dict[str, tuple[type, int]] = {"multiscale_ffn": (FfnParameters, 1), "fourier_mix": (FourierParameters, 2)}
+"""Of the public functions, and how many arguments of the op are behind it."""
+
+
+def _why_not(name: str, args: Arguments) -> str:
+    if name not in BUNDLES:
+        return sf.why_not(name, *args)
+    kind, behind = BUNDLES[name]
+    return sf.why_not(name, args[0], unflatten(kind, args[1:-behind]))
+
+
 @pytest.mark.parametrize(("name", "make"), CASES, ids=IDS)
 def test_right_products_pass_once(name: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = _damage(monkeypatch, name, lambda result: result)
@@ -104,7 +116,7 @@ def test_right_products_pass_once(name: str, make: Any, monkeypatch: pytest.Monk
         _call(name, args)
         _call(name, args)
     assert len(runs) == 3
-    assert sf.why_not(name, *args) == "triton runs"
+    assert _why_not(name, args) == "triton runs"
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -128,7 +140,7 @@ def test_wrong_products_are_refused(name: str, make: Any, precision: str, monkey
         warnings.filterwarnings("error", message="swformer_fast")
         _call(name, args)
     assert len(runs) == 1
-    assert "a fault of the compiler (triton" in sf.why_not(name, *args)
+    assert "a fault of the compiler (triton" in _why_not(name, args)
     with sf.use_backend("triton"), pytest.raises(RuntimeError, match="its self-test found a relative error"):
         _call(name, args)
 
@@ -174,11 +186,14 @@ def test_gradients_and_modes_reach_the_test(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_ops_without_products_and_other_devices_are_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels(op: backend.Implementations) -> Callable[..., Any]:
+        raise AssertionError(f"{op.name} was tested")
+
     taps = torch.randn(2)
-    assert self_test.problem(backend.OPS["haar_dwt2d"], (torch.randn(1, 1, 4, 4), taps, taps)) is None
+    assert self_test.problem(backend.OPS["haar_dwt2d"], (torch.randn(1, 1, 4, 4), taps, taps), kernels) is None
     monkeypatch.undo()
     assert not self_test.doubtful(torch.device("cpu"))
-    assert self_test.problem(backend.OPS["multiscale_ffn"], _ffn()) is None
+    assert self_test.problem(backend.OPS["multiscale_ffn"], _ffn(), kernels) is None
 
 
 def test_the_sample_keeps_what_the_code_depends_on() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 import swformer_fast as sf
 from benchmarks.interpret import count_traffic
 from swformer_fast import functional, reference
+from swformer_fast.parameters import AttentionParameters
 
 attention = pytest.importorskip("swformer_kernels.attention", reason="triton is not installed")
 
@@ -27,6 +28,10 @@ def _parameters(channels: int, hidden: int, dtype: torch.dtype = torch.float32) 
     return tuple(t.to(dtype) for t in (w1 / channels**0.5, b1, w2 / hidden**0.5, b2))
 
 
+def _reference(x: Tensor, *parameters: Tensor) -> Tensor:
+    return reference.channel_attention(x, AttentionParameters(*parameters))
+
+
 def _check(x: Tensor, hidden: int = 2, grad: Tensor | None = None, parameters: tuple[Tensor, ...] = ()) -> Tensor:
     args = (x, *(parameters or _parameters(x.shape[1], hidden)))
     grad = _random(tuple(x.shape), dtype=x.dtype) if grad is None else grad
@@ -35,7 +40,7 @@ def _check(x: Tensor, hidden: int = 2, grad: Tensor | None = None, parameters: t
         grads = attention.channel_attention_backward(grad, *args, True, True)
     assert y.dtype == grads[0].dtype == x.dtype
     inputs = tuple(t.double().contiguous().requires_grad_() for t in args)
-    expected = reference.channel_attention(*inputs)
+    expected = _reference(*inputs)
     assert_close(y, expected, what="output")
     assert_close(grads, torch.autograd.grad(expected, inputs, grad.double()), x.dtype, what="gradient")
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -110,7 +115,7 @@ def test_nan_stays_in_its_image() -> None:
     """A NaN reaches all of its image through the mean, and nothing else."""
     x, parameters = _random((2, 6, 3, 4)), _parameters(6, 2)
     x[0, 1, 2, 3] = float("nan")
-    y, expected = attention.channel_attention(x, *parameters), reference.channel_attention(x, *parameters)
+    y, expected = attention.channel_attention(x, *parameters), _reference(x, *parameters)
     assert torch.equal(y.isnan(), expected.isnan())
     assert y[0].isnan().all()
     assert_close(y[1], expected[1])
@@ -121,12 +126,13 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
         attention.channel_attention(x, *parameters)
     with sf.use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
-        functional.channel_attention(x, *(p.double() for p in parameters))
+        functional.channel_attention(x, AttentionParameters(*(p.double() for p in parameters)))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_through_the_op(layout: str) -> None:
-    inputs = tuple(t.requires_grad_() for t in (_random((2, 6, 3, 4), layout), *_parameters(6, 2)))
+    x, *parameters = (t.requires_grad_() for t in (_random((2, 6, 3, 4), layout), *_parameters(6, 2)))
+    inputs = x, AttentionParameters(*parameters)
     with sf.use_backend("triton"):
         actual = value_and_grads(functional.channel_attention, inputs)
     assert_close(actual, value_and_grads(reference.channel_attention, fp64(inputs)))

@@ -12,6 +12,7 @@ from torch import Tensor
 import swformer_fast as sf
 from benchmarks.interpret import Session, watch
 from swformer_fast import functional, reference
+from swformer_fast.parameters import FfnParameters, unflatten
 
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 ffn = pytest.importorskip("swformer_kernels.ffn")
@@ -62,9 +63,8 @@ def _parameters(dim: int, mid: int, out: int, dtype: torch.dtype = torch.float32
     return (*first, *depthwise, parameter(out, 3 * mid, 1, 1, scale=(3 * mid) ** -0.5), parameter(out))
 
 
-def _reference(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> Tensor:
-    *depthwise, out_weight, out_bias = rest
-    return reference.multiscale_ffn(x, in_weight, in_bias, depthwise[::2], depthwise[1::2], out_weight, out_bias)
+def _reference(x: Tensor, *parameters: Tensor) -> Tensor:
+    return reference.multiscale_ffn(x, unflatten(FfnParameters, parameters))
 
 
 def _gradient(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -197,8 +197,7 @@ def test_residual(layout: str, residual_layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous"])
 def test_through_the_op(layout: str) -> None:
     x, parameters = _random((1, 3, 6, 9), layout), _parameters(3, 2, 5)
-    in_weight, in_bias, *depthwise, out_weight, out_bias = (t.requires_grad_() for t in parameters)
-    args = (x.requires_grad_(), in_weight, in_bias, tuple(depthwise[::2]), tuple(depthwise[1::2]), out_weight, out_bias)
+    args = (x.requires_grad_(), unflatten(FfnParameters, [t.requires_grad_() for t in parameters]))
     grad = _gradient(1, 5, 6, 9)
     with sf.use_backend("triton"):
         actual = value_and_grads(functional.multiscale_ffn, args, grad)

@@ -1,18 +1,19 @@
 """The Triton kernels of the Fourier branch against plain PyTorch in fp64, interpreted unless there is a GPU."""
 
 import math
+import operator
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import swformer_fast as sf
 from swformer_fast import _fourier, functional, reference
+from swformer_fast.parameters import Factor, FourierParameters, Norm, flatten, unflatten
 
 fourier = pytest.importorskip("swformer_kernels.fourier", reason="triton is not installed")
 common = pytest.importorskip("swformer_kernels._common")
@@ -187,7 +188,7 @@ def _defined(parameters: Given, spectrum: Tensor, moments: Tensor | None) -> tup
     if moments is not None:
         given = [moments.clone().requires_grad_(), (spectrum[:, :, 0, 0, 0].double() / side).requires_grad_()]
     count = spectrum.shape[0] * spectrum.shape[2] * spectrum.shape[3]
-    matrix, statistics = _fourier.compose(EPS, side, count, leaves, *given)
+    matrix, statistics = _fourier.compose(EPS, side, count, unflatten(FourierParameters, [*leaves, None, None]), *given)
     scale = torch.full((matrix.shape[1] // 2,), 1 / side, dtype=torch.float64, device=DEVICE)
     scale[-1] = 1
     statistics = [s * count / (count - 1) if i % 2 else s for i, s in enumerate(statistics)]
@@ -287,30 +288,31 @@ def test_large_zero_frequency() -> None:
     assert_close(actual, _mix(*fp64((spectrum, *parameters))))
 
 
-def _branch(dim: int, inner: int, outputs: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    """The arguments of `fourier_mix` after x; without the last convolution's where there are 0 outputs."""
+def _branch(dim: int, inner: int, outputs: int, dtype: torch.dtype = torch.float32) -> FourierParameters:
+    """The parameters of `fourier_mix`; without the last convolution's where there are 0 outputs."""
 
     def parameter(*shape: int) -> Tensor:
         return (torch.randn(shape, device=DEVICE) * 0.3).to(dtype).requires_grad_()
 
-    def norm() -> tuple[Tensor, ...]:
+    def factor() -> Factor:
         statistics = torch.randn(wide, device=DEVICE).to(dtype), (torch.rand(wide, device=DEVICE) + 0.5).to(dtype)
-        return *statistics, parameter(wide), parameter(wide)
+        norm = Norm(*statistics, parameter(wide), parameter(wide))
+        return Factor(norm, parameter(wide, wide, 1, 1), parameter(wide))
 
     wide = 2 * inner
-    arguments = (parameter(wide, dim, 1, 1), parameter(wide), norm(), parameter(wide, wide, 1, 1), parameter(wide))
-    arguments += (norm(), parameter(wide, wide, 1, 1), parameter(wide))
-    return arguments + ((parameter(outputs, inner, 1, 1), parameter(outputs)) if outputs else (None, None))
+    first = parameter(wide, dim, 1, 1), parameter(wide)
+    last = (parameter(outputs, inner, 1, 1), parameter(outputs)) if outputs else (None, None)
+    return FourierParameters(*first, factor(), factor(), *last)
 
 
-def _check_branch(x: Tensor, arguments: tuple[Any, ...], training: bool) -> None:
+def _check_branch(x: Tensor, parameters: FourierParameters, training: bool) -> None:
     """Output, gradients and running statistics of the op on this backend, against the reference."""
-    mine, theirs = (x, *arguments), fp64((x, *arguments))
+    mine, theirs = (x, parameters), fp64((x, parameters))
     with sf.use_backend("triton"), poisoned_memory():
         actual = value_and_grads(functional.fourier_mix, mine, training=training)
     assert_close(actual, value_and_grads(reference.fourier_mix, theirs, training=training), x.dtype)
-    for place in (3, 6):
-        assert_close(mine[place][:2], theirs[place][:2], x.dtype, "running statistics")
+    for ours, expected in zip(parameters.factors, theirs[1].factors, strict=True):
+        assert_close(ours.norm[:2], expected.norm[:2], x.dtype, "running statistics")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -326,7 +328,7 @@ def test_layouts(layout: str) -> None:
     x = LAYOUTS[layout](torch.randn(3, 5, 6, 9, device=DEVICE)).requires_grad_()
     _check_branch(x, _branch(5, 4, 3), True)
     with sf.use_backend("triton"):
-        y = functional.fourier_mix(x, *_branch(5, 4, 3))
+        y = functional.fourier_mix(x, _branch(5, 4, 3))
     last = layout == "channels_last"
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -338,10 +340,10 @@ def test_parameters_of_half_precision() -> None:
 
 def test_backward_under_autocast() -> None:
     """Autocast reaches none of the sums that the gradients are made of."""
-    x, arguments = torch.randn(2, 5, 6, 9, device=DEVICE, requires_grad=True), _branch(5, 4, 3)
-    leaves = [x] + [t for t in tree_leaves(arguments) if t.requires_grad]
+    x, parameters = torch.randn(2, 5, 6, 9, device=DEVICE, requires_grad=True), _branch(5, 4, 3)
+    leaves = [x] + [t for t in flatten(parameters) if t.requires_grad]
     with sf.use_backend("triton"):
-        y = functional.fourier_mix(x, *arguments, training=True)
+        y = functional.fourier_mix(x, parameters, training=True)
         expected = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
         with torch.autocast(DEVICE, torch.bfloat16):
             actual = torch.autograd.grad(y.sum(), leaves)
@@ -353,12 +355,12 @@ def test_images_of_positive_mean() -> None:
     _check_branch((torch.rand(1, 4, 24, 24, device=DEVICE) + 0.5).requires_grad_(), _branch(4, 4, 4), True)
 
 
-@pytest.mark.parametrize("needs", [{0}, {1}, {0, 4}, {10}])
+@pytest.mark.parametrize("needs", [("x",), ("in_weight",), ("x", "gate.weight"), ("out_bias",)])
 @pytest.mark.parametrize("training", [False, True])
-def test_partial_gradients(needs: set[int], training: bool) -> None:
-    arguments = tree_map(lambda t: t.detach(), (torch.randn(2, 3, 5, 6, device=DEVICE), *_branch(3, 3, 3)))
-    for place in needs:
-        arguments[place].requires_grad_()
+def test_partial_gradients(needs: tuple[str, ...], training: bool) -> None:
+    arguments = tree_map(torch.detach, (torch.randn(2, 3, 5, 6, device=DEVICE), _branch(3, 3, 3)))
+    for name in needs:
+        (arguments[0] if name == "x" else operator.attrgetter(name)(arguments[1])).requires_grad_()
     with sf.use_backend("triton"), poisoned_memory():
         actual = value_and_grads(functional.fourier_mix, arguments, training=training, momentum=0.0)
     expected = value_and_grads(reference.fourier_mix, fp64(arguments), training=training, momentum=0.0)
@@ -367,9 +369,9 @@ def test_partial_gradients(needs: set[int], training: bool) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_empty_batch(training: bool) -> None:
-    x, arguments = torch.randn(0, 3, 7, 8, device=DEVICE, requires_grad=True), _branch(3, 3, 4)
+    x, parameters = torch.randn(0, 3, 7, 8, device=DEVICE, requires_grad=True), _branch(3, 3, 4)
     with sf.use_backend("triton"):
-        y, grads = value_and_grads(functional.fourier_mix, (x, *arguments), training=training)
+        y, grads = value_and_grads(functional.fourier_mix, (x, parameters), training=training)
     assert y.shape == (0, 4, 7, 8)
     assert not any(g.any() for g in grads)
 
@@ -377,10 +379,11 @@ def test_empty_batch(training: bool) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_opcheck(training: bool) -> None:
     """Schema and fake kernels of the op on this backend."""
-    flat = [t.detach() for t in tree_leaves(_branch(2, 2, 2))]
+    given = tree_map(torch.detach, _branch(2, 2, 2))
     if training:
-        for place in (2, 3, 8, 9):
-            flat[place] = None
+        gate, value = (f._replace(norm=f.norm._replace(running_mean=None, running_var=None)) for f in given.factors)
+        given = given._replace(gate=gate, value=value)
+    flat = flatten(given)
     arguments = (torch.randn(2, 2, 4, 5, device=DEVICE), *flat, 1e-5)
     tests = ("test_schema", "test_faketensor")
     with sf.use_backend("triton"):

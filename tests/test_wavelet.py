@@ -10,6 +10,7 @@ from torch import Tensor
 
 import swformer_fast as sf
 from swformer_fast import functional, reference
+from swformer_fast.reference.haar_dwt2d import HAAR_HIGH, HAAR_LOW
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BACKENDS = [name for name in ("reference", "cpp") if sf.backends()[name] == "available"]
@@ -97,7 +98,7 @@ def test_filter_gradients_that_cancel() -> None:
 @needs_cpp
 def test_haar_filters_and_a_passing_kernel_change_nothing() -> None:
     x, weight, bias, *_ = arguments(1, 2, 33, 34, dtype=torch.float64)
-    low, high = (torch.tensor(t, dtype=torch.float64) for t in (reference.haar.HAAR_LOW, reference.haar.HAAR_HIGH))
+    low, high = (torch.tensor(t, dtype=torch.float64) for t in (HAAR_LOW, HAAR_HIGH))
     passing = torch.zeros_like(weight)
     passing[:, :, 1, 1] = 1
     with sf.use_backend("cpp"):

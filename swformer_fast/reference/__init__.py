@@ -1,15 +1,17 @@
 """SWFormer in plain PyTorch: the definition that tests, benchmarks and the fallback use."""
 
-from .attention import ChannelAttention, channel_attention
 from .block import MultiDomainMixer, SWFormerBlock
-from .ffn import MultiScaleFFN, multiscale_ffn
-from .fourier import FourierBranch, fourier_mix
-from .haar import HaarDWT2d, HaarIDWT2d, haar_dwt2d, haar_idwt2d
+from .channel_attention import ChannelAttention, channel_attention
+from .channel_statistics import channel_statistics
+from .depthwise_gelu import SpatialBranch, depthwise_gelu
+from .fourier_mix import FourierBranch, fourier_mix
+from .haar_dwt2d import HaarDWT2d, haar_dwt2d
+from .haar_idwt2d import HaarIDWT2d, haar_idwt2d
+from .local_branches import local_branches
+from .multiscale_ffn import MultiScaleFFN, multiscale_ffn
 from .network import PRESETS, SWFormer
-from .norm import channel_statistics
 from .pointwise import pointwise
-from .spatial import SpatialBranch, depthwise_gelu
-from .wavelet import WaveletBranch, wavelet_mix
+from .wavelet_mix import WaveletBranch, wavelet_mix
 
 __all__ = [
     "PRESETS",
@@ -29,6 +31,7 @@ __all__ = [
     "fourier_mix",
     "haar_dwt2d",
     "haar_idwt2d",
+    "local_branches",
     "multiscale_ffn",
     "pointwise",
     "wavelet_mix",

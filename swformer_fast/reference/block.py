@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import ChannelAttention
+from .channel_attention import ChannelAttention
 from .common import check_choice, check_positive
-from .ffn import MultiScaleFFN
-from .fourier import FourierBranch
-from .spatial import SpatialBranch
-from .wavelet import WaveletBranch
+from .depthwise_gelu import SpatialBranch
+from .fourier_mix import FourierBranch
+from .multiscale_ffn import MultiScaleFFN
+from .wavelet_mix import WaveletBranch
 
 BRANCHES = ("spatial", "wavelet", "fourier")
 NORM_POSITIONS = ("pre", "post")

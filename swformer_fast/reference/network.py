@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .block import SWFormerBlock
 from .common import check_choice, check_positive
-from .haar import HaarDWT2d
+from .haar_dwt2d import HaarDWT2d
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from . import reference
-from .modules import HaarDWT2d, SWFormerBlock, as_defined, foldable
+from . import fusion, reference
+from .modules import HaarDWT2d, SWFormerBlock, as_defined
+from .parameters import Convolution
 from .reference import PRESETS
 from .reference import network as reference_network
 from .reference.common import conv_parameters
@@ -18,10 +18,9 @@ class Merge(reference_network.Merge):
     __doc__ = reference_network.Merge.__doc__
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.conv is None or not (as_defined(nn.Conv2d, self.conv) and foldable(a) and foldable(b)):
+        if self.conv is None or not (as_defined(nn.Conv2d, self.conv) and fusion.foldable(a) and fusion.foldable(b)):
             return super().forward(a, b)
-        weight, bias = conv_parameters(self.conv)
-        return torch.ops.swformer_fast.pointwise(a, b, None, weight.flatten(1)[None], bias, None)
+        return fusion.merge(a, b, Convolution(*conv_parameters(self.conv)))
 
 
 class SWFormer(reference.SWFormer):

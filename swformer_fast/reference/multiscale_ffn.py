@@ -1,11 +1,12 @@
 """Multi-scale feed-forward network, in plain PyTorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..parameters import Convolution, FfnParameters
 from .common import check_choice, check_odd, check_positive, conv2d, conv_parameters
 
 SCALES = (1, 2, 4)
@@ -13,24 +14,14 @@ POOLS: dict[str, Callable[..., Tensor]] = {"avg": F.avg_pool2d, "max": F.max_poo
 UPSAMPLINGS = ("bilinear", "nearest")
 
 
-def multiscale_ffn(
-    x: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    dw_weights: Sequence[Tensor],
-    dw_biases: Sequence[Tensor],
-    out_weight: Tensor,
-    out_bias: Tensor,
-    *,
-    pool: str = "avg",
-    upsample: str = "bilinear",
-) -> Tensor:
-    """Feed-forward network with depthwise convolutions at full, half and quarter resolution::
+def multiscale_ffn(x: Tensor, parameters: FfnParameters, *, pool: str = "avg", upsample: str = "bilinear") -> Tensor:
+    """Feed-forward network with depthwise convolutions at full, half and quarter resolution, with
+    in_weight, in_bias, depthwise, out_weight, out_bias = parameters::
 
         parts = conv2d(x, in_weight, in_bias).chunk(3, dim=1)
-        for part, s in zip(parts, (1, 2, 4)):
+        for part, s, (weight, bias) in zip(parts, (1, 2, 4), depthwise):
             z = avg_pool2d(part, s, ceil_mode=True)
-            z = conv2d(z, dw_weight, dw_bias, padding=k // 2, groups=M)
+            z = conv2d(z, weight, bias, padding=k // 2, groups=M)
             z = interpolate(z, size=(H, W), mode="bilinear", align_corners=False)
         conv2d(gelu(cat(all three z, dim=1)), out_weight, out_bias)
 
@@ -39,12 +30,8 @@ def multiscale_ffn(
 
     Args:
         x: (B, D, H, W).
-        in_weight: (3 * M, D, 1, 1); all parameters are cast to the dtype of `x`.
-        in_bias: (3 * M,).
-        dw_weights: three of (M, 1, k, k), k odd, for scales 1, 2, 4.
-        dw_biases: three of (M,).
-        out_weight: (E, 3 * M, 1, 1).
-        out_bias: (E,).
+        parameters: in_weight (3 * M, D, 1, 1), in_bias (3 * M,), for each scale (M, 1, k, k), k odd, and (M,),
+            out_weight (E, 3 * M, 1, 1), out_bias (E,); all are cast to the dtype of `x`.
         pool: "avg" or "max".
         upsample: "bilinear" or "nearest".
 
@@ -56,15 +43,15 @@ def multiscale_ffn(
     size = (x.shape[2], x.shape[3])
     align_corners = False if upsample == "bilinear" else None
     outputs = []
-    parts = conv2d(x, in_weight, in_bias).chunk(len(SCALES), dim=1)
-    for part, scale, weight, bias in zip(parts, SCALES, dw_weights, dw_biases, strict=True):
+    parts = conv2d(x, parameters.in_weight, parameters.in_bias).chunk(len(SCALES), dim=1)
+    for part, scale, (weight, bias) in zip(parts, SCALES, parameters.depthwise, strict=True):
         if scale == 1:
             outputs.append(conv2d(part, weight, bias, groups=part.shape[1]))
             continue
         pooled = POOLS[pool](part, scale, ceil_mode=True)
         mixed = conv2d(pooled, weight, bias, groups=part.shape[1])
         outputs.append(F.interpolate(mixed, size=size, mode=upsample, align_corners=align_corners))
-    return conv2d(F.gelu(torch.cat(outputs, dim=1)), out_weight, out_bias)
+    return conv2d(F.gelu(torch.cat(outputs, dim=1)), parameters.out_weight, parameters.out_bias)
 
 
 class MultiScaleFFN(nn.Module):
@@ -97,10 +84,11 @@ class MultiScaleFFN(nn.Module):
         """Whether this module is `multiscale_ffn` with its default keywords."""
         return self.pool == "avg" and self.upsample == "bilinear"
 
-    def arguments(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    def arguments(self) -> tuple[FfnParameters]:
         """The positional arguments of `multiscale_ffn` after `x`."""
-        weights, biases = zip(*map(conv_parameters, self.dw), strict=True)
-        return (*conv_parameters(self.conv_in), list(weights), list(biases), *conv_parameters(self.conv_out))
+        first, second, fourth = (Convolution(*conv_parameters(conv)) for conv in self.dw)
+        ends = conv_parameters(self.conv_in), conv_parameters(self.conv_out)
+        return (FfnParameters(*ends[0], (first, second, fourth), *ends[1]),)
 
     def forward(self, x: Tensor) -> Tensor:
         return multiscale_ffn(x, *self.arguments(), pool=self.pool, upsample=self.upsample)

@@ -1,15 +1,13 @@
 """Fourier branch: a gated 1x1 mixing of the spectrum, in plain PyTorch."""
 
-from typing import Any, TypeAlias, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..parameters import Factor, FourierParameters, Norm
 from .common import check_choice, check_positive, conv2d, conv_parameters
-
-BatchNormState: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
-"""running_mean, running_var, weight, bias; both running statistics may be None (batch statistics are used)."""
 
 LAYOUTS = ("interleaved", "concatenated")
 
@@ -40,31 +38,23 @@ def inverse_spectrum(y: Tensor, size: tuple[int, int], layout: str = "interleave
 
 def fourier_mix(
     x: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    gate_bn: BatchNormState,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    value_bn: BatchNormState,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
+    parameters: FourierParameters,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
     layout: str = "interleaved",
 ) -> Tensor:
-    """Gated mixing of the spectrum's real and imaginary parts by 1x1 convolutions::
+    """Gated mixing of the spectrum's real and imaginary parts by 1x1 convolutions, with
+    in_weight, in_bias, gate, value, out_weight, out_bias = parameters::
 
         def spectrum(u):                                           # real and imaginary parts of channel c at 2c, 2c + 1
             return view_as_real(rfft2(u, norm="ortho")).movedim(-1, 2).flatten(1, 2)
 
-        gate, value = conv2d(x, in_weight, in_bias).chunk(2, dim=1)
-        gate = sigmoid(conv2d(batch_norm(spectrum(gate), *gate_bn), gate_weight, gate_bias))
-        value = gelu(conv2d(batch_norm(spectrum(value), *value_bn), value_weight, value_bias))
-        y = gate * value
+        u, v = conv2d(x, in_weight, in_bias).chunk(2, dim=1)
+        u = sigmoid(conv2d(batch_norm(spectrum(u), *gate.norm), gate.weight, gate.bias))
+        v = gelu(conv2d(batch_norm(spectrum(v), *value.norm), value.weight, value.bias))
+        y = u * v
         y = irfft2(complex(y[:, 0::2], y[:, 1::2]), s=(H, W), norm="ortho")
         conv2d(y, out_weight, out_bias)
 
@@ -72,14 +62,10 @@ def fourier_mix(
 
     Args:
         x: (B, D, H, W). Half-precision input is transformed in fp32 and cast back.
-        in_weight: (2 * C, D, 1, 1); the convolutions' parameters are cast to the dtype of `x`.
-        in_bias: (2 * C,).
-        gate_bn, value_bn: (running_mean, running_var, weight, bias), each (2 * C,). Running statistics may be None:
-            then the batch's are used in evaluation too. In training they are updated in place.
-        gate_weight, value_weight: (2 * C, 2 * C, 1, 1).
-        gate_bias, value_bias: (2 * C,).
-        out_weight: (E, C, 1, 1).
-        out_bias: (E,). Both None: no last convolution, E = C.
+        parameters: in_weight (2 * C, D, 1, 1), in_bias (2 * C,), out_weight (E, C, 1, 1), out_bias (E,); both of the
+            last None: no last convolution, E = C. Of gate and value the weight is (2 * C, 2 * C, 1, 1), all else
+            (2 * C,). Convolutions' parameters are cast to the dtype of `x`. Running statistics may be None: then the
+            batch's are used in evaluation too. In training they are updated in place.
         training: normalise by the batch's statistics and update the running ones, as nn.BatchNorm2d does.
         momentum, eps: of both batch normalisations.
         layout: "interleaved" or "concatenated" real and imaginary channels.
@@ -94,16 +80,14 @@ def fourier_mix(
     authors' published code.
     """
 
-    def mix(u: Tensor, bn: BatchNormState, weight: Tensor, bias: Tensor) -> Tensor:
-        mean, variance, scale, shift = bn
-        batch_statistics = training or mean is None
-        u = F.batch_norm(spectrum(u, layout), mean, variance, scale, shift, batch_statistics, momentum, eps)
-        return conv2d(u, weight, bias)
+    def mix(u: Tensor, factor: Factor) -> Tensor:
+        batch_statistics = training or factor.norm.running_mean is None
+        u = F.batch_norm(spectrum(u, layout), *factor.norm, batch_statistics, momentum, eps)
+        return conv2d(u, factor.weight, factor.bias)
 
-    gate, value = conv2d(x, in_weight, in_bias).chunk(2, dim=1)
-    product = mix(gate, gate_bn, gate_weight, gate_bias).sigmoid() * F.gelu(
-        mix(value, value_bn, value_weight, value_bias)
-    )
+    in_weight, in_bias, gate, value, out_weight, out_bias = parameters
+    u, v = conv2d(x, in_weight, in_bias).chunk(2, dim=1)
+    product = mix(u, gate).sigmoid() * F.gelu(mix(v, value))
     y = inverse_spectrum(product, (x.shape[2], x.shape[3]), layout)
     return y if out_weight is None or out_bias is None else conv2d(y, out_weight, out_bias)
 
@@ -139,45 +123,48 @@ class FourierBranch(nn.Module):
         """Whether this module is `fourier_mix` with its default keyword."""
         return self.layout == "interleaved"
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The positional arguments of `fourier_mix` after `x`. In training each call counts one batch."""
-        gate, value = self.gate_bn, self.value_bn
+    def arguments(self) -> tuple[FourierParameters, bool, float, float]:
+        """The positional arguments of `fourier_mix` after `x`: parameters, training, momentum, eps."""
+        norm = self._norm
+        gate = Factor(_state(self.gate_bn), *conv_parameters(self.gate_conv))
+        value = Factor(_state(self.value_bn), *conv_parameters(self.value_conv))
+        first, last = conv_parameters(self.conv_in), conv_parameters(self.conv_out)
+        parameters = FourierParameters(*first, gate, value, *last)
+        momentum = norm.momentum
+        if momentum is None:  # the running statistics are the plain mean over all batches
+            counted = float(cast(Tensor, norm.num_batches_tracked)) if _tracks(norm) else 0.0
+            momentum = 1.0 / counted if counted else 0.0
+        return parameters, norm.training, momentum, norm.eps
+
+    @property
+    def _norm(self) -> nn.BatchNorm2d:
+        """One of the two normalisations, whose options are the same."""
         for name in ("training", "momentum", "eps", "track_running_stats"):
-            if getattr(gate, name) != getattr(value, name):
+            if getattr(self.gate_bn, name) != getattr(self.value_bn, name):
                 raise ValueError(f"gate_bn and value_bn must have the same {name}")
-        return (
-            *conv_parameters(self.conv_in),
-            _batch_norm_state(gate),
-            *conv_parameters(self.gate_conv),
-            _batch_norm_state(value),
-            *conv_parameters(self.value_conv),
-            *conv_parameters(self.conv_out),
-            gate.training,
-            _count_batch(gate, value),
-            gate.eps,
-        )
+        return self.gate_bn
+
+    def count_batch(self) -> None:
+        """In training, count a batch in both normalisations, as nn.BatchNorm2d does before it normalises."""
+        if _tracks(self._norm):
+            for norm in (self.gate_bn, self.value_bn):
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.add_(1)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.count_batch()
         return fourier_mix(x, *self.arguments(), layout=self.layout)
 
     def extra_repr(self) -> str:
         return f"layout={self.layout!r}"
 
 
-def _batch_norm_state(bn: nn.BatchNorm2d) -> BatchNormState:
-    if not isinstance(bn, nn.BatchNorm2d):
-        raise TypeError(f"FourierBranch needs nn.BatchNorm2d normalisations, got {type(bn).__name__}")
-    use_running = not bn.training or bn.track_running_stats
-    return (bn.running_mean if use_running else None, bn.running_var if use_running else None, bn.weight, bn.bias)
+def _tracks(norm: nn.BatchNorm2d) -> bool:
+    return norm.training and norm.track_running_stats
 
 
-def _count_batch(gate: nn.BatchNorm2d, value: nn.BatchNorm2d) -> float:
-    """Count a batch if both normalisations train; the weight of this batch in their running statistics."""
-    counting = gate.training and gate.track_running_stats
-    for bn in (gate, value):
-        if counting and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-    if gate.momentum is not None:
-        return gate.momentum
-    # Without momentum the running statistics are the plain mean over all batches.
-    return 1.0 / float(cast(Tensor, gate.num_batches_tracked)) if counting else 0.0
+def _state(norm: nn.BatchNorm2d) -> Norm:
+    if not isinstance(norm, nn.BatchNorm2d):
+        raise TypeError(f"FourierBranch needs nn.BatchNorm2d normalisations, got {type(norm).__name__}")
+    running = (norm.running_mean, norm.running_var) if not norm.training or norm.track_running_stats else (None, None)
+    return Norm(*running, norm.weight, norm.bias)

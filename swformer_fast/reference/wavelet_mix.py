@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from ..parameters import WaveletParameters
 from .common import check_odd, check_positive, conv2d, conv_parameters
-from .haar import HAAR_HIGH, HAAR_LOW, haar_dwt2d, haar_idwt2d
+from .haar_dwt2d import HAAR_HIGH, HAAR_LOW, haar_dwt2d
+from .haar_idwt2d import haar_idwt2d
 
 
 def wavelet_mix(
@@ -48,9 +50,9 @@ class WaveletBranch(nn.Module):
         self.rec_hi = nn.Parameter(torch.tensor(HAAR_HIGH))
         self.conv = nn.Conv2d(4 * dim, 4 * dim, kernel_size, padding=kernel_size // 2, groups=4 * dim)
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def arguments(self) -> WaveletParameters:
         """The arguments of `wavelet_mix` after `x`."""
-        return (*conv_parameters(self.conv), self.dec_lo, self.dec_hi, self.rec_lo, self.rec_hi)
+        return WaveletParameters(*conv_parameters(self.conv), self.dec_lo, self.dec_hi, self.rec_lo, self.rec_hi)
 
     def forward(self, x: Tensor) -> Tensor:
         return wavelet_mix(x, *self.arguments())

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..parameters import SpatialParameters
 from .common import check_odd, check_positive, conv2d, conv_parameters
 
 
@@ -33,9 +34,9 @@ class SpatialBranch(nn.Module):
         check_odd("kernel_size", kernel_size)
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
-    def arguments(self) -> tuple[Tensor, Tensor]:
+    def arguments(self) -> SpatialParameters:
         """The arguments of `depthwise_gelu` after `x`."""
-        return conv_parameters(self.conv)
+        return SpatialParameters(*conv_parameters(self.conv))
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_gelu(x, *self.arguments())

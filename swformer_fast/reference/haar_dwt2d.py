@@ -16,7 +16,7 @@ def haar_filters(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tens
     return low, torch.linspace(*HAAR_HIGH, 2, dtype=dtype, device=device)
 
 
-def _filter_bank(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+def filter_bank(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
     """The four 2-D filters LL, LH, HL, HH for each channel group: (4, 1, 2, 2), in the dtype of `x`."""
     if low is None or high is None:
         haar_low, haar_high = haar_filters(x.dtype, x.device)
@@ -45,37 +45,9 @@ def haar_dwt2d(x: Tensor, dec_lo: Tensor | None = None, dec_hi: Tensor | None = 
     channels, height, width = x.shape[1:]
     if height % 2 or width % 2:
         x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
-    bank = _filter_bank(x, dec_lo, dec_hi).repeat(channels, 1, 1, 1)
+    bank = filter_bank(x, dec_lo, dec_hi).repeat(channels, 1, 1, 1)
     y = F.conv2d(x, bank, stride=2, groups=channels)
     return y.unflatten(1, (channels, 4)).transpose(1, 2).flatten(1, 2)
-
-
-def haar_idwt2d(
-    y: Tensor,
-    rec_lo: Tensor | None = None,
-    rec_hi: Tensor | None = None,
-    output_size: tuple[int, int] | None = None,
-) -> Tensor:
-    """The inverse of `haar_dwt2d` when the filters are orthonormal, as Haar's are; its transpose for any filters.
-
-    With the 2-D filters f_k built from `rec_lo` and `rec_hi` as in `haar_dwt2d`::
-
-        x[b, c] = sum over k of conv_transpose2d(y[b, k * C + c], f_k, stride=2)
-
-    Args:
-        y: (B, 4 * C, h, w) with groups LL, LH, HL, HH.
-        rec_lo, rec_hi: two taps each; None means Haar.
-        output_size: (H, W) with ceil(H / 2) = h and ceil(W / 2) = w; the result is cropped to it. None means
-            (2 * h, 2 * w).
-
-    Returns:
-        (B, C, H, W).
-    """
-    channels = y.shape[1] // 4
-    y = y.unflatten(1, (4, channels)).transpose(1, 2).flatten(1, 2)
-    bank = _filter_bank(y, rec_lo, rec_hi).repeat(channels, 1, 1, 1)
-    x = F.conv_transpose2d(y, bank, stride=2, groups=channels)
-    return x if output_size is None else x[..., : output_size[0], : output_size[1]]
 
 
 class HaarDWT2d(nn.Module):
@@ -92,25 +64,6 @@ class HaarDWT2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return haar_dwt2d(x, self.dec_lo, self.dec_hi)
-
-    def extra_repr(self) -> str:
-        return f"learnable={self.learnable}"
-
-
-class HaarIDWT2d(nn.Module):
-    """`haar_idwt2d` with learnable filters `rec_lo`, `rec_hi`, Haar at the start; fixed Haar if not `learnable`."""
-
-    rec_lo: nn.Parameter | None
-    rec_hi: nn.Parameter | None
-
-    def __init__(self, learnable: bool = True) -> None:
-        super().__init__()
-        self.learnable = learnable
-        self.register_parameter("rec_lo", nn.Parameter(torch.tensor(HAAR_LOW)) if learnable else None)
-        self.register_parameter("rec_hi", nn.Parameter(torch.tensor(HAAR_HIGH)) if learnable else None)
-
-    def forward(self, y: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        return haar_idwt2d(y, self.rec_lo, self.rec_hi, output_size)
 
     def extra_repr(self) -> str:
         return f"learnable={self.learnable}"

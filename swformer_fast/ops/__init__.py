@@ -1,0 +1,17 @@
+"""The catalogue: one file an op, named as it is. Importing a file registers its op; `CATALOGUE` holds all by name."""
+
+from . import (  # noqa: F401
+    channel_attention,
+    channel_statistics,
+    depthwise_gelu,
+    fourier_mix,
+    haar_dwt2d,
+    haar_idwt2d,
+    local_branches,
+    multiscale_ffn,
+    pointwise,
+    wavelet_mix,
+)
+from ._operator import CATALOGUE, Operator
+
+__all__ = ["CATALOGUE", "Operator"]

@@ -1,0 +1,26 @@
+"""The spatial branch: a depthwise convolution and GELU."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference
+from ._limits import kernel_size, no_triton_fp64
+from ._operator import Image, Operator, Parameter, empty, register
+
+
+def limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    return kernel_size(weight, (3,) if backend == "triton" else (3, 5)) or no_triton_fp64(backend, x)
+
+
+OPERATOR = register(
+    Operator(
+        "depthwise_gelu",
+        (Image("x"), Parameter("weight"), Parameter("bias")),
+        reference.depthwise_gelu,
+        lambda x, *parameters: empty(x, *x.shape),
+        limits,
+        sums=True,
+        triton="spatial",
+    )
+)

@@ -1,0 +1,78 @@
+"""The Fourier branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _fourier, reference
+from ..parameters import FourierParameters, unflatten
+from ._operator import Composed, Image, Input, Number, Operator, Parameter, Statistic, empty, register
+
+_FACTORS = tuple(
+    kind(f"{factor}_{name}", optional)
+    for factor in ("gate", "value")
+    for kind, name, optional in (
+        (Statistic, "mean", True),
+        (Statistic, "variance", True),
+        (Parameter, "scale", False),
+        (Parameter, "shift", False),
+        (Parameter, "weight", False),
+        (Parameter, "bias", False),
+    )
+)
+_INPUTS: tuple[Input, ...] = (
+    Image("x"),
+    Parameter("in_weight"),
+    Parameter("in_bias"),
+    *_FACTORS,
+    Parameter("out_weight", optional=True),
+    Parameter("out_bias", optional=True),
+    Number("eps", "float"),
+)
+
+
+def _definition(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *flat, eps = arguments
+    parameters = unflatten(FourierParameters, flat)
+    own_statistics = parameters.gate.norm.running_mean is None
+    moments, statistics = _fourier.no_statistics(x, parameters)
+    if own_statistics:  # with momentum 1 the running statistics become the batch's
+        gate, value = (
+            factor._replace(norm=factor.norm._replace(running_mean=mean, running_var=variance))
+            for factor, (mean, variance) in zip(parameters.factors, statistics.view(2, 2, -1), strict=True)
+        )
+        parameters = parameters._replace(gate=gate, value=value)
+    y = reference.fourier_mix(x, parameters, own_statistics, 1.0, eps)
+    if own_statistics and x.shape[0]:
+        parts = torch.view_as_real(torch.fft.rfft2(x.detach().double(), norm="ortho")).permute(4, 1, 0, 2, 3)
+        parts = torch.cat((parts, torch.ones_like(parts[:, :1])), 1)
+        parts[..., 0, 0] = 0
+        parts = parts.flatten(2)
+        moments = parts[:, :-1] @ parts.mT
+    return y, moments, statistics
+
+
+def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    parameters = unflatten(FourierParameters, arguments[:-1])
+    y = empty(x, x.shape[0], _fourier.output_channels(parameters), *x.shape[2:])
+    return y, *_fourier.no_statistics(x, parameters)
+
+
+OPERATOR = register(
+    Operator(
+        "fourier_mix",
+        _INPUTS,
+        _definition,
+        _fake,
+        lambda backend, x, *args: "the kernels take no float64" if x.dtype == torch.float64 else None,
+        outputs=("y", "moments", "statistics"),
+        kept=("moments",),
+        sums=True,
+        products=True,
+        composed=Composed("spectrum_mix", _fourier.mix, _fourier.mix_backward),
+        triton="fourier",
+    )
+)

@@ -1,0 +1,16 @@
+"""One level of the two-dimensional Haar wavelet transform."""
+
+from .. import reference
+from ._limits import no_triton_fp64
+from ._operator import Image, Operator, Parameter, empty, register
+
+OPERATOR = register(
+    Operator(
+        "haar_dwt2d",
+        (Image("x"), Parameter("dec_lo"), Parameter("dec_hi")),
+        reference.haar_dwt2d,
+        lambda x, *taps: empty(x, x.shape[0], 4 * x.shape[1], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2),
+        no_triton_fp64,
+        triton="haar",
+    )
+)

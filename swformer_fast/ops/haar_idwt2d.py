@@ -1,0 +1,24 @@
+"""The inverse of the two-dimensional Haar wavelet transform."""
+
+from torch import Tensor
+
+from .. import reference
+from ._limits import no_triton_fp64
+from ._operator import Image, Number, Operator, Parameter, empty, register
+
+
+def _definition(y: Tensor, rec_lo: Tensor, rec_hi: Tensor, height: int, width: int) -> Tensor:
+    return reference.haar_idwt2d(y, rec_lo, rec_hi, (height, width))
+
+
+OPERATOR = register(
+    Operator(
+        "haar_idwt2d",
+        (Image("y"), Parameter("rec_lo"), Parameter("rec_hi"), Number("height", "int"), Number("width", "int")),
+        _definition,
+        lambda y, rec_lo, rec_hi, height, width: empty(y, y.shape[0], y.shape[1] // 4, height, width),
+        no_triton_fp64,
+        outputs=("x",),
+        triton="haar",
+    )
+)

@@ -1,0 +1,57 @@
+"""The spatial and the wavelet branch in one pass behind their 1x1 convolution; without gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..parameters import SpatialParameters, WaveletParameters
+from . import depthwise_gelu, wavelet_mix
+from ._limits import contiguous_maps
+from ._operator import Image, Operator, Parameter, empty, register
+
+
+def _bundles(parameters: tuple[Any, ...]) -> tuple[SpatialParameters, WaveletParameters]:
+    return SpatialParameters(*parameters[:2]), WaveletParameters(*parameters[2:])
+
+
+def _definition(x: Tensor, in_weight: Tensor, in_bias: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    maps = reference.local_branches(x, in_weight, in_bias, *_bundles(parameters))
+    return *maps, *(y.sum((2, 3), dtype=_dtype_of_sums(x)) for y in maps)
+
+
+def _fake(x: Tensor, in_weight: Tensor, in_bias: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    channels = _bundles(parameters)[0].weight.shape[0]
+    maps = (empty(x, x.shape[0], channels, *x.shape[2:]) for _ in range(2))
+    return *maps, *(x.new_empty(x.shape[0], channels, dtype=_dtype_of_sums(x)) for _ in range(2))
+
+
+def _dtype_of_sums(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _limits(backend: str, x: Tensor, in_weight: Tensor, in_bias: Tensor, *parameters: Tensor) -> str | None:
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"the kernel takes float32 and float64, not {x.dtype}"
+    spatial, wavelet = _bundles(parameters)
+    kernels = depthwise_gelu.limits(backend, x, spatial.weight), wavelet_mix.limits(backend, x, wavelet.weight)
+    return contiguous_maps(backend, x) or next((reason for reason in kernels if reason), None)
+
+
+_NAMES = (f"{branch}_{part}" for branch in ("spatial", "wavelet") for part in ("weight", "bias"))
+
+OPERATOR = register(
+    Operator(
+        "local_branches",
+        (Image("x"), *map(Parameter, ("in_weight", "in_bias", *_NAMES, "dec_lo", "dec_hi", "rec_lo", "rec_hi"))),
+        _definition,
+        _fake,
+        _limits,
+        outputs=("spatial", "wavelet", "spatial_sums", "wavelet_sums"),
+        differentiable=False,
+        triton="mixer",
+    )
+)

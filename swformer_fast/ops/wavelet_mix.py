@@ -1,0 +1,26 @@
+"""The wavelet branch."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference
+from ._limits import kernel_size, no_triton_fp64
+from ._operator import Image, Operator, Parameter, empty, register
+
+
+def limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    return kernel_size(weight, (3, 5)) or no_triton_fp64(backend, x)
+
+
+OPERATOR = register(
+    Operator(
+        "wavelet_mix",
+        (Image("x"), *map(Parameter, ("weight", "bias", "dec_lo", "dec_hi", "rec_lo", "rec_hi"))),
+        reference.wavelet_mix,
+        lambda x, *parameters: empty(x, *x.shape),
+        limits,
+        sums=True,
+        triton="wavelet",
+    )
+)
