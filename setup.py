@@ -175,8 +175,11 @@ class NinjaBuild(build_ext):
         subprocess.check_call([shutil.which("ninja") or "ninja", "-C", str(build_dir), *jobs])
 
 
+PACKAGES = ["sdo_fast", "sdo_fast.reference", "swformer_kernels"]
+PACKAGES += ["swformer_fast", "swformer_fast.ops", "swformer_fast.reference"]
+
 setup(
-    packages=["sdo_fast", "sdo_fast.reference", "swformer_fast", "swformer_fast.reference", "swformer_kernels"],
+    packages=PACKAGES,
     package_dir={"swformer_kernels": "kernels/swformer_kernels"},
     package_data={"sdo_fast": ["py.typed"], "swformer_fast": ["py.typed"], "swformer_kernels": ["py.typed"]},
     ext_modules=find_extensions(),
