@@ -4,8 +4,8 @@
 #include <optional>
 
 #include "gemm.h"
+#include "scratch.h"
 #include "tensor.h"
-#include "workspace.h"
 
 namespace {
 
@@ -135,7 +135,7 @@ class Correlation {
   static int64_t padded_left(int64_t rows) { return gemm::round_up(rows, kLeft); }
   static int64_t padded_right(int64_t rows) { return gemm::round_up(rows, kRight); }
 
-  Correlation(workspace::Frame& frame, int64_t left, int64_t right)
+  Correlation(scratch::Frame& frame, int64_t left, int64_t right)
       : left_(left), right_(right), products_(frame.zeros<V>(padded_left(left) * padded_right(right))), sums_(frame.zeros<V>(left)) {}
 
   // Both of zeros past column n up to a whole vector; the rows up to the padded numbers are read.
@@ -211,7 +211,7 @@ Tensor pointwise(
     const Planes<T> to({out});
     const Tiles tiles = Tiles::of(x0, maps.channels, A());
     torch::stable::parallel_for(0, batch * tiles.count, 4, [&](int64_t begin, int64_t end) {
-      workspace::Frame frame;
+      scratch::Frame frame;
       A* inputs = frame.take<A>(maps.channels * tiles.size);
       A* products = frame.take<A>(outputs * tiles.size);
       for (int64_t task = begin; task < end; ++task) {
@@ -255,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
       const int64_t cuts = std::min(most, tiles.count);
       std::vector<double> partial(batch * cuts * size);
       torch::stable::parallel_for(0, batch * cuts, 1, [&](int64_t begin, int64_t end) {
-        workspace::Frame frame;
+        scratch::Frame frame;
         A* left = frame.take<A>(Sums::padded_left(outputs) * tiles.size);
         A* right = frame.take<A>(Sums::padded_right(channels) * tiles.size);  // the input, then its gradient
         const Sums sums(frame, need_params ? outputs : 0, channels);

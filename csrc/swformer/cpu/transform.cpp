@@ -9,9 +9,9 @@
 #include <optional>
 
 #include "fft.h"
+#include "scratch.h"
 #include "spectrum.h"
 #include "tensor.h"
-#include "workspace.h"
 
 namespace {
 
@@ -39,7 +39,7 @@ struct Geometry : spectrum::Layout {
 // Scratch of one thread.
 struct Buffers {
   float *row, *transformed, *first, *plane, *work;
-  Buffers(workspace::Frame& frame, const Geometry& g)
+  Buffers(scratch::Frame& frame, const Geometry& g)
       : row(frame.zeros<float>(std::max(g.row_floats(), g.rows.work()))), transformed(frame.zeros<float>(g.row_floats())),
         first(frame.take<float>(g.height * kBlock)), plane(frame.take<float>(g.nyquist * kBlock)),
         work(frame.take<float>(g.column.work())) {}
@@ -243,7 +243,7 @@ void for_planes(const Tensor& images, const Geometry& g, F&& f) {
     using T = std::remove_pointer_t<decltype(tag)>;
     if constexpr (!std::is_same_v<T, double>) {
       torch::stable::parallel_for(0, images.size(0) * images.size(1), 1, [&](int64_t begin, int64_t end) {
-        workspace::Frame frame;
+        scratch::Frame frame;
         const Buffers buffers(frame, g);
         for (int64_t p = begin; p < end; ++p) f(buffers, p, tag);
       });

@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-namespace workspace {
+namespace scratch {
 
 constexpr size_t kAlign = 64, kSmallestChunk = size_t{1} << 20, kKept = size_t{1} << 26;
 
@@ -83,4 +83,4 @@ class Frame {
   Stack::Mark mark_;
 };
 
-}  // namespace workspace
+}  // namespace scratch

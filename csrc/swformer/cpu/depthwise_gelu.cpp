@@ -1,5 +1,5 @@
 // Depthwise k x k convolution and GELU in one pass over the rows, and their gradients, with nothing saved but the input.
-#include "spatial.h"
+#include "depthwise_gelu.h"
 
 namespace {
 

@@ -1,9 +1,9 @@
 // The spatial and the wavelet branch behind their 1x1 convolution, without its map: the image goes by strips of rows, of which the
 // convolution's results and the branches' rings stay in the cache.
+#include "depthwise_gelu.h"
 #include "gemm.h"
-#include "spatial.h"
-#include "wavelet.h"
-#include "workspace.h"
+#include "scratch.h"
+#include "wavelet_mix.h"
 
 namespace {
 
@@ -90,7 +90,7 @@ class LocalBranches {
     const int64_t rows = std::clamp<int64_t>(kStripBytes / row_bytes / 2 * 2, 2, last - first + 1);
     const int64_t pitch = gemm::round_up(rows * width_, 16) + gemm::kVectors * simd::kLanes<T>;
 
-    workspace::Frame frame;
+    scratch::Frame frame;
     T* maps = frame.take<T>(2 * channels_ * pitch);
     T* gathered = frame.take<T>(inputs_ * kTile);
     T* mixed = frame.zeros<T>(Wavelet::run_size(width_));

@@ -12,8 +12,8 @@
 
 #include "gelu.h"
 #include "gemm.h"
+#include "scratch.h"
 #include "tensor.h"
-#include "workspace.h"
 
 namespace {
 
@@ -21,7 +21,7 @@ using simd::VecF;
 using simd::VecU;
 using tensor::Strides;
 using tensor::Tensor;
-using workspace::Frame;
+using scratch::Frame;
 
 constexpr int64_t kLanes = simd::kFloats;
 constexpr int kVectors = 2;

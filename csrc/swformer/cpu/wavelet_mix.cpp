@@ -1,6 +1,6 @@
 // Haar transform, depthwise k x k convolution of the four bands and inverse transform in one pass over pairs of pixel rows, and
 // their gradients, with nothing saved but the input. No band leaves the ring of rows.
-#include "wavelet.h"
+#include "wavelet_mix.h"
 
 namespace {
 
