@@ -450,12 +450,13 @@ _define_differentiable(
 
 # wavelet --------------------------------------------------------------------------------------------------------------
 
-_KERNEL_SIZES = (3, 5)
+_KERNEL_SIZES = {"cpp": (3, 5, 7), "triton": (3, 5)}
 
 
 def _kernel_size_limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
-    if weight.shape[2] != weight.shape[3] or weight.shape[3] not in _KERNEL_SIZES:
-        return f"kernels of 3 x 3 and 5 x 5 only, got {weight.shape[2]} x {weight.shape[3]}"
+    sizes = _KERNEL_SIZES[backend]
+    if weight.shape[2] != weight.shape[3] or weight.shape[3] not in sizes:
+        return f"kernels of {', '.join(f'{k} x {k}' for k in sizes)} only, got {weight.shape[2]} x {weight.shape[3]}"
     return _no_triton_fp64(backend, x)
 
 

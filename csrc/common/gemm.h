@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "simd.h"
 
@@ -89,6 +90,38 @@ inline auto into(A* c, int64_t ldc, int64_t m) {
     }
   };
 }
+
+// A left factor of products, packed.
+template <class A>
+struct Matrix {
+  int64_t rows = 0, depth = 0;
+  std::vector<A> panels;
+
+  Matrix() = default;
+  // Element (i, j) is at(i, j).
+  template <class At>
+  Matrix(int64_t rows, int64_t depth, At&& at) : rows(rows), depth(depth), panels(packed_size(rows, depth)) {
+    pack(rows, depth, panels.data(), at);
+  }
+  // `multiply` with n columns of b.
+  template <class Use>
+  void blocks(int64_t n, const A* b, int64_t ldb, Use&& use) const {
+    multiply(rows, n, depth, panels.data(), depth * kRows, int64_t{kRows}, b, ldb, use);
+  }
+  // use(row, column, vector) for every vector of the product.
+  template <class Use>
+  void times(int64_t n, const A* b, int64_t ldb, Use&& use) const {
+    blocks(n, b, ldb, [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
+      constexpr int vectors = sizeof(sum[0]) / sizeof(sum[0][0]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        if (row + i >= rows) break;
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; ++v) use(row + i, column + v * simd::kLanes<A>, sum[i][v]);
+      }
+    });
+  }
+};
 
 // out[j * ldout + i] = in[i * ldin + j]; rows and columns are rounded up to whole vectors, in what is read and written.
 template <class A>

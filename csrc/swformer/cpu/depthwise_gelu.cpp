@@ -3,6 +3,7 @@
 
 namespace {
 
+using scratch::Frame;
 using simd::Acc;
 using simd::Vec;
 using spatial::Parameters;
@@ -19,110 +20,145 @@ using tensor::Tensor;
 template <class T, bool kChannelsLast, int k, bool kSums>
 std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   using F = spatial::Forward<T, kChannelsLast, k>;
-  const Tasks tasks(g.batch, g.channels, g.height, F::kStep);
-  std::vector<double> partial(kSums ? tasks.size() * F::kStep : 0);
-  torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
-    Acc<T>* memory = stencil::workspace<Acc<T>>(F::size(g.width));
+  const Tasks cut(g.batch, g.channels, g.height, F::kStep);
+  Frame frame;
+  const tasks::Partial<> partial(frame, cut.size(), kSums ? F::kStep : 0);
+  torch::stable::parallel_for(0, cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
     for (int64_t index = begin; index < end; ++index) {
-      const Task task = tasks[index];
-      F(memory, g, task).template run<kSums>(
-          g, p, task, task.begin, task.end, std::min(g.height, task.end + k / 2), kSums ? &partial[index * F::kStep] : nullptr);
+      const Task task = cut[index];
+      F(memory, g, task).template run<kSums>(g, p, task, task.begin, task.end, std::min(g.height, task.end + k / 2), partial.start(index));
     }
   });
-  return kSums ? tasks.by_plane(partial) : std::vector<double>();
+  return cut.by_plane(partial);
 }
 
-// z is the convolution's output; grad_z = grad GELU'(z), whose rows pass through a ring of their own.
+// One task of the backward pass: z is the convolution's output; grad_z = grad GELU'(z), whose rows pass through a ring of their own.
 template <class T, bool kChannelsLast, int k>
-void backward(
-    const Problem<T>& g, const std::vector<Acc<T>>& weight, const std::vector<Acc<T>>& bias, bool need_params,
-    std::vector<double>& grad_weight, std::vector<double>& grad_bias) {
+class Backward {
+ public:
   using A = Acc<T>;
   using Lines = Line<T, kChannelsLast>;
-  constexpr int64_t kStep = Lines::kGroup, kDepthX = 8, kDepthZ = k == 3 ? 4 : 8, kCount = k * k + 1;
-  const Tasks tasks(g.batch, g.channels, g.height, Lines::kGroup);
-  const Padding<A> padding(Lines{g.width, 0, 0}.vectors(), kStep, k);
-  const int64_t stride = padding.stride();
-  std::vector<double> partial(need_params ? tasks.size() * kStep * kCount : 0);
+  using RowsZ = stencil::WindowRing<A, k>;
+  using RowsX = Ring<A, stencil::kMostRows + 3 * (k / 2)>;  // grad_z is k / 2 rows ahead, and as many rows of x ahead of it
+  static constexpr int kStep = Lines::kGroup, kSums = k * k + 1;
 
-  torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * kStep), [&](int64_t begin, int64_t end) {
-    A* memory = stencil::workspace<A>(padding.size(kDepthX + kDepthZ + 1)) + padding.margin;
-    const A* zero = memory + (kDepthX + kDepthZ) * stride;
-    const Ring<A, kDepthX> x_rows{memory, zero, stride, g.height};
-    const Ring<A, kDepthZ> z_rows{memory + kDepthX * stride, zero, stride, g.height};
-    for (int64_t index = begin; index < end; ++index) {
-      const Task task = tasks[index];
-      const Lines x_line{g.width, g.x_strides.w, task.lanes}, grad_line{g.width, g.grad_strides.w, task.lanes};
-      const Lines out_line{g.width, g.out_strides.w, task.lanes};
-      const T* x = start(g.x, g.x_strides, task);
-      const T* grad = start(g.grad, g.grad_strides, task);
-      T* grad_x = start(g.out, g.out_strides, task);
-      Vec<A> w[k * k], flipped[k * k];
-      for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(weight, task, k * k, t);
-      std::reverse_copy(w, w + k * k, flipped);
-      const Vec<A> b = stencil::per_channel<kChannelsLast>(bias, task, 1, 0);
-      const Vec<A> of_sums = stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels);
-      stencil::Sums<A, kCount> sums;
-      int64_t x_next = std::max<int64_t>(0, task.begin - k / 2 * 2), z_next = std::max<int64_t>(0, task.begin - k / 2);
+  static Padding<A> padding(int64_t width) { return Padding<A>(Lines{width, 0, 0}.vectors(), kStep, k); }
+  // Elements of the memory of the rings, which must hold zeros.
+  static int64_t size(int64_t width) { return padding(width).size(RowsX::kDepth + RowsZ::kDepth + 1); }
 
-      auto differentiate = [&](auto count, int64_t i) {
-        constexpr int kRows = count;
-        for (; x_next < std::min(g.height, i + kRows + k / 2); ++x_next)
-          stencil::load_row(x_line, x + x_next * g.x_strides.h, x_rows.slot(x_next));
-        const A* around[kRows + k - 1];
-        for (int r = 0; r < kRows + k - 1; ++r) around[r] = x_rows.row(i + r - k / 2);
-        stencil::convolve<k, kRows, kStep>(
-            around, w, b, grad_line.whole(), grad_line.vectors(),
-            [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
-              for (int o = 0; o < kRows; ++o) {
-                const Vec<A> upstream = grad_line.load(grad + (i + o) * g.grad_strides.h, v, whole) + of_sums;
-                Vec<A> grad_z = simd::gelu_derivative(z[o]) * upstream;
-                if (!whole) grad_z = stencil::first_lanes<A>(grad_z, grad_line.count(v));
-                simd::store(z_rows.slot(i + o) + v * simd::kLanes<A>, grad_z);
-              }
-            });
-      };
-      stencil::by_pairs(task.begin, task.end, [&](auto count, int64_t i) {
-        constexpr int kRows = count;
-        const int64_t z_end = std::min(g.height, i + kRows + k / 2);
-        stencil::by_pairs(z_next, z_end, differentiate);
-        z_next = z_end;
-        if (need_params) {
-          const A* around[kRows + k - 1];
-          const A* grad_z[kRows];
-          for (int r = 0; r < kRows + k - 1; ++r) around[r] = x_rows.row(i + r - k / 2);
-          for (int o = 0; o < kRows; ++o) grad_z[o] = z_rows.row(i + o);
-          stencil::correlate<false, k, kRows, kStep>(
-              around, grad_z, sums.run, x_line.vectors(), x_line.last_lanes(), w, b, [](auto&&...) {});
-          sums.count(x_line.vectors() * kRows);
-        }
-        if (grad_x) {
-          const A* around[kRows + k - 1];
-          for (int r = 0; r < kRows + k - 1; ++r) around[r] = z_rows.row(i + r - k / 2);
-          stencil::convolve<k, kRows, kStep>(
-              around, flipped, Vec<A>{}, out_line.whole(), out_line.vectors(),
-              [&](int64_t v, auto& value, auto whole) __attribute__((always_inline)) {
-                for (int o = 0; o < kRows; ++o) out_line.store(grad_x + (i + o) * g.out_strides.h, v, value[o], whole);
-              });
-        }
-      });
-      if (need_params) {
-        sums.flush();
-        for (int lane = 0; lane < task.lanes; ++lane)
-          for (int t = 0; t < kCount; ++t)
-            partial[(index * kStep + lane) * kCount + t] = kChannelsLast ? sums.lane(t, lane) : sums.sum(t);
+  Backward(A* memory, const Problem<T>& g, const Parameters<A>& p, const Task& task)
+      : g_(g), task_(task), x_line_{g.width, g.x_strides.w, task.lanes}, grad_line_{g.width, g.grad_strides.w, task.lanes},
+        out_line_{g.width, g.out_strides.w, task.lanes}, bias_(stencil::per_channel<kChannelsLast>(p.bias, task, 1, 0)),
+        grad_sums_(stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels)), x_(start(g.x, g.x_strides, task)),
+        grad_(start(g.grad, g.grad_strides, task)), out_(start(g.out, g.out_strides, task)),
+        x_next_(std::max<int64_t>(0, task.begin - k / 2 * 2)), z_next_(std::max<int64_t>(0, task.begin - k / 2)) {
+    const Padding<A> rows = padding(g.width);
+    A* const slots = memory + rows.margin;
+    const A* zero = slots + (RowsX::kDepth + RowsZ::kDepth) * rows.stride();
+    x_rows_ = {slots, zero, rows.stride(), g.height};
+    z_rows_ = {slots + RowsX::kDepth * rows.stride(), zero, rows.stride(), g.height};
+    for (int t = 0; t < k * k; ++t) weight_[t] = stencil::per_channel<kChannelsLast>(p.weight, task, k * k, t);
+    std::reverse_copy(weight_, weight_ + k * k, flipped_);
+  }
+
+  // Writes the sums of each of the task's channels to `totals`, where it is given: for the taps, and for the bias.
+  void run(double* totals) {
+    accumulate::Sums<A, kSums> sums;
+    stencil::by_pairs(task_.begin, task_.end, [&](auto count, int64_t i) {
+      constexpr int kRows = count;
+      static_assert(RowsX::kDepth >= kRows + 3 * (k / 2), "the rows of x from i - k / 2, when those for grad_z's last are there");
+      const int64_t z_end = std::min(g_.height, i + kRows + k / 2);
+      stencil::by_pairs(z_next_, z_end, [&](auto rows, int64_t z) { differentiate<rows>(z); });
+      z_next_ = z_end;
+      if (totals) {
+        const A *around[kRows + k - 1], *grad_z[kRows];
+        x_rows_.rows_from(i - k / 2, around);
+        z_rows_.rows_from(i, grad_z);
+        stencil::correlate<false, k, kRows, kStep>(
+            around, grad_z, sums.run, x_line_.vectors(), x_line_.last_lanes(), weight_, bias_, stencil::Ignore{});
+        sums.count(x_line_.vectors() * kRows);
       }
+      if (out_) convolve_back<kRows>(i);
+    });
+    if (!totals) return;
+    sums.flush();
+    for (int lane = 0; lane < task_.lanes; ++lane)
+      for (int t = 0; t < kSums; ++t) *totals++ = kChannelsLast ? sums.lane(t, lane) : sums.sum(t);
+  }
+
+ private:
+  // Rows i, ... of grad_z.
+  template <int kRows>
+  void differentiate(int64_t i) {
+    const RowsX x_rows = x_rows_;  // local copies that no store can alias stay in registers
+    const RowsZ z_rows = z_rows_;
+    const Lines in = x_line_, line = grad_line_;
+    const Vec<A> grad_sums = grad_sums_;
+    const int64_t stride = g_.grad_strides.h, x_stride = g_.x_strides.h, x_end = std::min(g_.height, i + kRows + k / 2);
+    const T *x = x_, *grad = grad_ + i * stride;
+    int64_t next = x_next_;
+    for (; next < x_end; ++next) stencil::load_row(in, x + next * x_stride, x_rows.slot(next));
+    x_next_ = next;
+    const A* around[kRows + k - 1];
+    x_rows.rows_from(i - k / 2, around);
+    stencil::convolve<k, kRows, kStep>(
+        around, weight_, bias_, line.whole(), line.vectors(), [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
+          for (int o = 0; o < kRows; ++o) {
+            const Vec<A> upstream = line.load(grad + o * stride, v, whole) + grad_sums;
+            Vec<A> grad_z = simd::gelu_derivative(z[o]) * upstream;
+            if (!whole) grad_z = stencil::first_lanes<A>(grad_z, line.count(v));
+            simd::store(z_rows.slot(i + o) + v * simd::kLanes<A>, grad_z);
+          }
+        });
+  }
+
+  // Rows i, ... of the gradient of x.
+  template <int kRows>
+  void convolve_back(int64_t i) const {
+    const Lines line = out_line_;
+    const int64_t stride = g_.out_strides.h;
+    T* out = out_ + i * stride;
+    const A* around[kRows + k - 1];
+    z_rows_.rows_from(i - k / 2, around);
+    stencil::convolve<k, kRows, kStep>(
+        around, flipped_, Vec<A>{}, line.whole(), line.vectors(), [&](int64_t v, auto& value, auto whole) __attribute__((always_inline)) {
+          for (int o = 0; o < kRows; ++o) line.store(out + o * stride, v, value[o], whole);
+        });
+  }
+
+  const Problem<T>& g_;
+  const Task task_;
+  const Lines x_line_, grad_line_, out_line_;
+  RowsX x_rows_;
+  RowsZ z_rows_;
+  Vec<A> weight_[k * k], flipped_[k * k];
+  const Vec<A> bias_, grad_sums_;
+  const T *const x_, *const grad_;
+  T* const out_;
+  int64_t x_next_, z_next_;
+};
+
+template <class T, bool kChannelsLast, int k>
+void backward(
+    const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_parameters, std::vector<double>& grad_weight, std::vector<double>& grad_bias) {
+  using B = Backward<T, kChannelsLast, k>;
+  const Tasks cut(g.batch, g.channels, g.height, B::kStep);
+  Frame frame;
+  const tasks::Partial<> partial(frame, cut.size(), need_parameters ? B::kStep * B::kSums : 0);
+  torch::stable::parallel_for(0, cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
+    for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
+  });
+  partial.each([&](int64_t index, const double* sums) {
+    const Task task = cut[index];
+    for (int64_t channel = task.channel; channel < task.channel + task.lanes; ++channel) {
+      for (int t = 0; t < k * k; ++t) grad_weight[channel * k * k + t] += *sums++;
+      grad_bias[channel] += *sums++;
     }
   });
-  if (!need_params) return;
-  for (int64_t index = 0; index < tasks.size(); ++index) {
-    const Task task = tasks[index];
-    for (int lane = 0; lane < task.lanes; ++lane) {
-      const double* sums = &partial[(index * kStep + lane) * kCount];
-      for (int t = 0; t < k * k; ++t) grad_weight[(task.channel + lane) * k * k + t] += sums[t];
-      grad_bias[task.channel + lane] += sums[k * k];
-    }
-  }
 }
 
 std::tuple<Tensor, Tensor> depthwise_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias, bool need_sums) {
@@ -142,12 +178,12 @@ std::tuple<Tensor, Tensor> depthwise_gelu(const Tensor& x, const Tensor& weight,
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(
-    const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight, const Tensor& bias, bool need_x,
-    bool need_params) {
+    const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight, const Tensor& bias, bool need_images,
+    bool need_parameters) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last), upstream = tensor::with_format(grad, channels_last);
   Tensor grad_x =
-      need_x ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last) : tensor::empty(x, {0});
+      need_images ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last) : tensor::empty(x, {0});
   std::vector<double> grad_weight(weight.numel()), grad_bias(bias.numel());
   stencil::specialise(x, channels_last, weight.size(3), [&](auto* tag, auto layout, auto k) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -155,14 +191,14 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(
     g.grad = static_cast<const T*>(upstream.const_data_ptr());
     g.grad_strides = tensor::strides_of(upstream);
     g.grad_sums = stencil::read_plane_sums<Acc<T>>(x, grad_sums);
-    if (need_x) {
+    if (need_images) {
       g.out = static_cast<T*>(grad_x.mutable_data_ptr());
       g.out_strides = tensor::strides_of(grad_x);
     }
-    backward<T, layout, k>(
-        g, tensor::read<Acc<T>>(weight), tensor::read<Acc<T>>(bias), need_params, grad_weight, grad_bias);
+    const Parameters<Acc<T>> p{tensor::read<Acc<T>>(weight), tensor::read<Acc<T>>(bias)};
+    backward<T, layout, k>(g, p, need_parameters, grad_weight, grad_bias);
   });
-  if (!need_params) return {grad_x, tensor::empty(weight, {0}), tensor::empty(bias, {0})};
+  if (!need_parameters) return {grad_x, tensor::empty(weight, {0}), tensor::empty(bias, {0})};
   return {grad_x, tensor::write(weight, grad_weight.data()), tensor::write(bias, grad_bias.data())};
 }
 
@@ -171,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("depthwise_gelu(Tensor x, Tensor weight, Tensor bias, bool need_sums) -> (Tensor, Tensor)");
   m.def(
-      "depthwise_gelu_backward(Tensor grad, Tensor? grad_sums, Tensor x, Tensor weight, Tensor bias, bool need_x,"
-      " bool need_params) -> (Tensor, Tensor, Tensor)");
+      "depthwise_gelu_backward(Tensor grad, Tensor? grad_sums, Tensor x, Tensor weight, Tensor bias, bool need_images,"
+      " bool need_parameters) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {

@@ -1,4 +1,7 @@
 // The 2-D Haar transform of one 2 x 2 block (or one vector of blocks), and its filters' gradients.
+//
+// A block's pixels (a, b) and its bands (p, q) are tied by band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or its transpose
+// (synthesis); every filter gradient is a contraction of the 16 sums correlation[p, q][a, b] over the blocks of band * pixel.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +9,11 @@
 #include "tensor.h"
 
 namespace haar {
+
+constexpr int kBands = 4;
+
+// Of blocks of 2 x 2 pixels.
+inline int64_t block_rows(int64_t height) { return (height + 1) / 2; }
 
 template <class A>
 struct Filters {
@@ -36,6 +44,15 @@ inline void synthesise(const F& f, const V (&y)[4], V (&x)[4]) {
   x[1] = f.lo[1] * low0 + f.hi[1] * high0;
   x[2] = f.lo[0] * low1 + f.hi[0] * high1;
   x[3] = f.lo[1] * low1 + f.hi[1] * high1;
+}
+
+// sums[4 * band + pixel] += band * pixel.
+template <class V>
+inline void correlate(const V (&y)[4], const V (&x)[4], V* sums) {
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q)
+#pragma GCC unroll 4
+    for (int a = 0; a < 4; ++a) sums[4 * q + a] += y[q] * x[a];
 }
 
 // From correlation[4 * band + pixel], the sums over the blocks of band * pixel. Each filter acts along H (its first index into a

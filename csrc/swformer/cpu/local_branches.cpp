@@ -1,6 +1,7 @@
 // The spatial and the wavelet branch behind their 1x1 convolution, without its map: the image goes by strips of rows, of which the
 // convolution's results and the branches' rings stay in the cache.
 #include "depthwise_gelu.h"
+#include "gather.h"
 #include "gemm.h"
 #include "scratch.h"
 #include "wavelet_mix.h"
@@ -12,7 +13,7 @@ using tensor::Tensor;
 
 constexpr int64_t kTile = 240;                      // pixels of a matrix product
 constexpr int64_t kStripBytes = int64_t{1} << 19;   // of the convolution's results
-constexpr int64_t kWanted = 16, kFewestRows = 32;   // tasks; rows of blocks of a task, which computes a few of its neighbours' too
+constexpr int64_t kFewestRows = 32;                 // of blocks in a task, which computes a few of its neighbours' too
 
 template <class T, int ks, int kw>
 class LocalBranches {
@@ -25,22 +26,23 @@ class LocalBranches {
       const Tensor& x, std::vector<T> weight, std::vector<T> bias, spatial::Parameters<T> spatial, wavelet::Parameters<T> wavelet,
       const Tensor& spatial_out, const Tensor& wavelet_out)
       : batch_(x.size(0)), inputs_(x.size(1)), channels_(spatial_out.size(1)), height_(x.size(2)), width_(x.size(3)),
-        x_(static_cast<const T*>(x.const_data_ptr())), panels_(gemm::packed_size(2 * channels_, inputs_)), bias_(std::move(bias)),
+        x_(static_cast<const T*>(x.const_data_ptr())),
+        matrix_(2 * channels_, inputs_, [&](int64_t e, int64_t c) { return weight[e * inputs_ + c]; }), bias_(std::move(bias)),
         spatial_parameters_(std::move(spatial)), wavelet_parameters_(std::move(wavelet)), spatial_(problem(spatial_out)),
-        wavelet_(problem(wavelet_out)) {
-    gemm::pack(2 * channels_, inputs_, panels_.data(), [&](int64_t e, int64_t c) { return weight[e * inputs_ + c]; });
-    ranges_ = std::clamp<int64_t>(kWanted / std::max<int64_t>(1, batch_), 1, std::max<int64_t>(1, block_rows() / kFewestRows));
-  }
+        wavelet_(problem(wavelet_out)), ranges_(tasks::parts(batch_, block_rows(), kFewestRows)) {}
 
   // Sums of both branches over the pixels, (2, B, C).
   std::vector<double> run() const {
-    std::vector<double> partial(batch_ * ranges_ * 2 * channels_), sums(2 * batch_ * channels_);
+    scratch::Frame frame;
+    const tasks::Partial<> partial(frame, batch_ * ranges_, 2 * channels_);
     torch::stable::parallel_for(0, batch_ * ranges_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) run_task(task, &partial[task * 2 * channels_]);
+      for (int64_t task = begin; task < end; ++task) run_task(task, partial.start(task));
     });
-    for (int64_t task = 0; task < batch_ * ranges_; ++task)
+    std::vector<double> sums(2 * batch_ * channels_);
+    partial.each([&](int64_t task, const double* of_task) {
       for (int64_t c = 0; c < 2 * channels_; ++c)
-        sums[(c / channels_ * batch_ + task / ranges_) * channels_ + c % channels_] += partial[task * 2 * channels_ + c];
+        sums[(c / channels_ * batch_ + task / ranges_) * channels_ + c % channels_] += of_task[c];
+    });
     return sums;
   }
 
@@ -60,30 +62,17 @@ class LocalBranches {
       const int64_t n = std::min(kTile, end - first);
       for (int64_t c = 0; c < inputs_; ++c) {
         const T* in = x_ + (image * inputs_ + c) * pixels + row * width_ + first;
-        T* to = gathered + c * kTile;
-        int64_t i = 0;
-        for (; i + simd::kLanes<T> <= n; i += simd::kLanes<T>) simd::store(to + i, simd::load(in + i));
-        if (i < n) simd::store(to + i, simd::load_partial(in + i, static_cast<int>(n - i)));
+        gather::run(in, c + 1 < inputs_ ? in + pixels : in, n, gathered + c * kTile);
       }
-      gemm::multiply(
-          2 * channels_, n, inputs_, panels_.data(), inputs_ * gemm::kRows, int64_t{gemm::kRows}, gathered, kTile,
-          [&](int64_t e, int64_t column, auto& sum) __attribute__((always_inline)) {
-            constexpr int vectors = sizeof(sum[0]) / sizeof(sum[0][0]);
-            T* out = maps + e * pitch + first + column;
-#pragma GCC unroll 8
-            for (int i = 0; i < gemm::kRows; ++i, out += pitch) {
-              if (e + i >= 2 * channels_) break;
-              const T b = bias_[e + i];
-#pragma GCC unroll 3
-              for (int v = 0; v < vectors; ++v) simd::store(out + v * simd::kLanes<T>, sum[i][v] + b);
-            }
-          });
+      matrix_.times(n, gathered, kTile, [&](int64_t e, int64_t column, auto v) __attribute__((always_inline)) {
+        simd::store(maps + e * pitch + first + column, v + bias_[e]);
+      });
     }
   }
 
   void run_task(int64_t index, double* totals) const {
     const int64_t image = index / ranges_, range = index % ranges_;
-    const int64_t begin = range * block_rows() / ranges_, end = (range + 1) * block_rows() / ranges_;
+    const auto [begin, end] = tasks::part(range, ranges_, block_rows());
     const int64_t halo = std::max(2 * (kw / 2), (ks / 2 + 1) / 2 * 2);
     const int64_t first = std::max<int64_t>(0, 2 * begin - halo), last = std::min(height_, 2 * end + halo);
     const int64_t row_bytes = 2 * channels_ * width_ * static_cast<int64_t>(sizeof(T));
@@ -124,12 +113,14 @@ class LocalBranches {
     }
   }
 
-  int64_t batch_, inputs_, channels_, height_, width_, ranges_;
+  int64_t batch_, inputs_, channels_, height_, width_;
   const T* x_;
-  std::vector<T> panels_, bias_;
+  gemm::Matrix<T> matrix_;
+  std::vector<T> bias_;
   spatial::Parameters<T> spatial_parameters_;
   wavelet::Parameters<T> wavelet_parameters_;
   Problem spatial_, wavelet_;
+  int64_t ranges_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(

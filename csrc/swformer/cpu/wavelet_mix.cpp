@@ -5,6 +5,7 @@
 namespace {
 
 using haar::Filters;
+using scratch::Frame;
 using simd::Acc;
 using simd::Vec;
 using stencil::Padding;
@@ -32,10 +33,9 @@ void synthesise_row(
     for (int q = 0; q < kBands; ++q) y[q] = simd::load(bands[q] + v * B::n);
     if (kSum) {
       blocks.template load<kReplicate>(x, i, v, whole, pixels);
-      for (int q = 0; q < kBands; ++q) {
-        const Vec<A> band = whole ? y[q] : stencil::first_lanes<A>(y[q], blocks.count(v));
-        for (int a = 0; a < 4; ++a) total[4 * q + a] += band * pixels[a];
-      }
+      Vec<A> bands_of_image[kBands];
+      for (int q = 0; q < kBands; ++q) bands_of_image[q] = whole ? y[q] : stencil::first_lanes<A>(y[q], blocks.count(v));
+      haar::correlate(bands_of_image, pixels, total);
     }
     if (kStore) {
       haar::synthesise(f, y, pixels);
@@ -53,18 +53,20 @@ template <class T, bool kChannelsLast, int k, bool kSums>
 std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   using F = wavelet::Forward<T, kChannelsLast, k>;
   const int64_t rows = block_rows(g.height);
-  const Tasks tasks(g.batch, g.channels, rows, F::kStep);
-  std::vector<double> partial(kSums ? tasks.size() * F::kStep : 0);
-  torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
-    Acc<T>* memory = stencil::workspace<Acc<T>>(F::size(g.width) + F::run_size(g.width));
+  const Tasks cut(g.batch, g.channels, rows, F::kStep);
+  Frame frame;
+  const tasks::Partial<> partial(frame, cut.size(), kSums ? F::kStep : 0);
+  torch::stable::parallel_for(0, cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
+    Acc<T>* mixed = frame.zeros<Acc<T>>(F::run_size(g.width));
     for (int64_t index = begin; index < end; ++index) {
-      const Task task = tasks[index];
+      const Task task = cut[index];
       F(memory, g, task).template run<kSums>(
-          g, p, task, task.begin, task.end, std::min(rows, task.end + k / 2), memory + F::size(g.width),
-          kSums ? &partial[index * F::kStep] : nullptr);
+          g, p, task, task.begin, task.end, std::min(rows, task.end + k / 2), mixed, partial.start(index));
     }
   });
-  return kSums ? tasks.by_plane(partial) : std::vector<double>();
+  return cut.by_plane(partial);
 }
 
 struct Gradients {
@@ -72,109 +74,132 @@ struct Gradients {
   double dec[16] = {}, rec[16] = {};  // correlations of bands and pixels, for haar::filter_gradients
 };
 
-// With y = bands of x, z = conv(y) and the output made of z: grad_z = bands of grad by the synthesis filters, grad_y = the
-// transposed convolution of grad_z, and grad_x is made of grad_y by the analysis filters.
+// One task of the backward pass. With y = bands of x, z = conv(y) and the output made of z: grad_z = bands of grad by the synthesis
+// filters, grad_y = the transposed convolution of grad_z, and grad_x is made of grad_y by the analysis filters.
 template <class T, bool kChannelsLast, int k>
-void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_params, Gradients& gradients) {
+class Backward {
+ public:
   using A = Acc<T>;
   using B = Blocks<T, kChannelsLast>;
-  constexpr int64_t kStep = B::kGroup, kDepth = k == 3 ? 4 : 8;
-  constexpr int kTaps = k * k + 1, kFilterSums = kBands * kTaps, kCount = kFilterSums + 32;
-  const int64_t rows = block_rows(g.height), per_task = kFilterSums * kStep + 32;
-  const Tasks tasks(g.batch, g.channels, rows, B::kGroup);
-  const Padding<A> padding(B{g.height, g.width, 0, 0, 0}.vectors(), kStep, k);
-  const int64_t stride = padding.stride();
-  std::vector<double> partial(need_params ? tasks.size() * per_task : 0);
+  using Upstream = Blocks<T, kChannelsLast, true>;
+  using Rings = Bands<A, k>;
+  static constexpr int kStep = B::kGroup, kTaps = k * k + 1, kTapSums = kBands * kTaps;
+  static constexpr int kSums = kTapSums * kStep + 32;  // numbers that `run` writes
 
-  torch::stable::parallel_for(0, tasks.size(), Tasks::grain(g.height * g.width * kStep), [&](int64_t begin, int64_t end) {
-    A* memory = stencil::workspace<A>(padding.size(kBands * (2 * kDepth + 4) + 1)) + padding.margin;
-    A* mixed = memory + kBands * 2 * kDepth * stride;
-    A* grad_bands = mixed + kBands * 2 * stride;
-    const A* zero = grad_bands + kBands * 2 * stride;
-    const Bands<A, kDepth> y(memory, zero, stride, rows), grad_z(memory + kBands * kDepth * stride, zero, stride, rows);
-    for (int64_t index = begin; index < end; ++index) {
-      const Task task = tasks[index];
-      const B in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
-      const Blocks<T, kChannelsLast, true> upstream{
-          g.height, g.width, g.grad_strides.h, g.grad_strides.w, task.lanes,
-          stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels)};
-      const B out{g.height, g.width, g.out_strides.h, g.out_strides.w, task.lanes};
-      const T* x = start(g.x, g.x_strides, task);
-      const T* grad = start(g.grad, g.grad_strides, task);
-      T* grad_x = g.out ? start(g.out, g.out_strides, task) : nullptr;
-      Vec<A> weight[kBands][k * k], flipped[kBands][k * k], bias[kBands];
-      read_weights<kChannelsLast, k>(p, g.channels, task, weight, bias);
-      for (int q = 0; q < kBands; ++q) std::reverse_copy(weight[q], weight[q] + k * k, flipped[q]);
-      stencil::Sums<A, kCount> sums;
-      int64_t next = std::max<int64_t>(0, task.begin - k / 2);
-      stencil::by_pairs(task.begin, task.end, [&](auto count, int64_t i) {
-        constexpr int kRows = count;
-        for (; next < std::min(rows, i + kRows + k / 2); ++next) {
-          if (need_params) analyse_row<true>(in, x, next, p.dec, y);
-          analyse_row<false>(upstream, grad, next, p.rec, grad_z);
-        }
-        auto keep = [stride](A* to) {
-          return [=](int64_t v, auto& value, auto) __attribute__((always_inline)) {
-            for (int o = 0; o < kRows; ++o) simd::store(to + o * stride + v * B::n, value[o]);
-          };
-        };
-        for (int q = 0; q < kBands; ++q) {
-          const A* around[kRows + k - 1];
-          if (need_params) {
-            y.around(q, i - k / 2, around);
-            const A* middle[kRows];
-            grad_z.around(q, i, middle);
-            stencil::correlate<true, k, kRows, kStep>(
-                around, middle, sums.run + q * kTaps, in.vectors(), in.last_lanes(), weight[q], bias[q], keep(mixed + q * 2 * stride));
-          }
-          grad_z.around(q, i - k / 2, around);
-          stencil::convolve<k, kRows, kStep>(
-              around, flipped[q], Vec<A>{}, in.vectors(), in.vectors(), keep(grad_bands + q * 2 * stride));
-        }
-        for (int o = 0; o < kRows; ++o) {
-          const A *z[kBands], *grad_y[kBands];
-          for (int q = 0; q < kBands; ++q) {
-            z[q] = mixed + (2 * q + o) * stride;
-            grad_y[q] = grad_bands + (2 * q + o) * stride;
-          }
-          Vec<A>* dec_sums = sums.run + kFilterSums;
-          if (need_params)
-            synthesise_row<false, true, false>(upstream, upstream, i + o, z, p.rec, grad, static_cast<T*>(nullptr), dec_sums + 16);
-          if (need_params && grad_x)
-            synthesise_row<true, true, true>(in, out, i + o, grad_y, p.dec, x, grad_x, dec_sums);
-          else if (need_params)
-            synthesise_row<true, true, false>(in, in, i + o, grad_y, p.dec, x, static_cast<T*>(nullptr), dec_sums);
-          else if (grad_x)
-            synthesise_row<true, false, true>(out, out, i + o, grad_y, p.dec, x, grad_x, dec_sums);
-        }
-        if (need_params) sums.count(in.vectors() * kRows);
-      });
-      if (need_params) {
-        sums.flush();
-        double* to = &partial[index * per_task];
-        for (int lane = 0; lane < task.lanes; ++lane)
-          for (int t = 0; t < kFilterSums; ++t) *to++ = kChannelsLast ? sums.lane(t, lane) : sums.sum(t);
-        to = &partial[index * per_task + kFilterSums * kStep];
-        for (int t = 0; t < 32; ++t) to[t] = sums.sum(kFilterSums + t);
+  static Padding<A> padding(int64_t width) { return Padding<A>(B{0, width, 0, 0, 0}.vectors(), kStep, k); }
+  // Elements of the memory, which must hold zeros: rings, rows between them, a row of zeros.
+  static int64_t size(int64_t width) { return padding(width).size(2 * Rings::kSlots + 4 * kBands + 1); }
+
+  Backward(A* memory, const Problem<T>& g, const Parameters<A>& p, const Task& task)
+      : p_(p), task_(task), in_{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes},
+        out_{g.height, g.width, g.out_strides.h, g.out_strides.w, task.lanes},
+        upstream_{g.height, g.width, g.grad_strides.h, g.grad_strides.w, task.lanes,
+                  stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels)},
+        x_(start(g.x, g.x_strides, task)), grad_(start(g.grad, g.grad_strides, task)), grad_x_(start(g.out, g.out_strides, task)),
+        stride_(padding(g.width).stride()), rows_(block_rows(g.height)), mixed_(memory + padding(g.width).margin + 2 * Rings::kSlots * stride_),
+        grad_bands_(mixed_ + 2 * kBands * stride_), y_(memory + padding(g.width).margin, zero(), stride_, rows_),
+        grad_z_(memory + padding(g.width).margin + Rings::kSlots * stride_, zero(), stride_, rows_) {
+    read_weights<kChannelsLast, k>(p, g.channels, task, weight_, bias_);
+    for (int q = 0; q < kBands; ++q) std::reverse_copy(weight_[q], weight_[q] + k * k, flipped_[q]);
+  }
+
+  // Writes the sums to `totals`, where it is given: for each of the task's channels the taps and the bias of each band, then, at the
+  // end, the correlations for the analysis and the synthesis filters.
+  void run(double* totals) {
+    accumulate::Sums<A, kTapSums + 32> sums;
+    int64_t next = std::max<int64_t>(0, task_.begin - k / 2);
+    stencil::by_pairs(task_.begin, task_.end, [&](auto count, int64_t i) {
+      constexpr int kRows = count;
+      for (; next < std::min(rows_, i + kRows + k / 2); ++next) {
+        if (totals) analyse_row<true>(in_, x_, next, p_.dec, y_);
+        analyse_row<false>(upstream_, grad_, next, p_.rec, grad_z_);
       }
+      convolve<kRows>(i, totals ? sums.run : nullptr);
+      for (int o = 0; o < kRows; ++o) synthesise(i + o, o, totals ? sums.run + kTapSums : nullptr);
+      if (totals) sums.count(in_.vectors() * kRows);
+    });
+    if (!totals) return;
+    sums.flush();
+    for (int t = 0; t < 32; ++t) totals[kTapSums * kStep + t] = sums.sum(kTapSums + t);
+    for (int lane = 0; lane < task_.lanes; ++lane)
+      for (int t = 0; t < kTapSums; ++t) *totals++ = kChannelsLast ? sums.lane(t, lane) : sums.sum(t);
+  }
+
+ private:
+  const A* zero() const { return grad_bands_ + 2 * kBands * stride_; }
+
+  // Rows of blocks i, ... of grad_y, and with `sums` of z.
+  template <int kRows>
+  void convolve(int64_t i, Vec<A>* sums) const {
+    for (int q = 0; q < kBands; ++q) {
+      const A *around[kRows + k - 1], *middle[kRows];
+      if (sums) {
+        y_.ring[q].rows_from(i - k / 2, around);
+        grad_z_.ring[q].rows_from(i, middle);
+        stencil::correlate<true, k, kRows, kStep>(
+            around, middle, sums + q * kTaps, in_.vectors(), in_.last_lanes(), weight_[q], bias_[q],
+            stencil::Keep<A>{mixed_ + q * 2 * stride_, stride_});
+      }
+      grad_z_.ring[q].rows_from(i - k / 2, around);
+      stencil::convolve<k, kRows, kStep>(
+          around, flipped_[q], Vec<A>{}, in_.vectors(), in_.vectors(), stencil::Keep<A>{grad_bands_ + q * 2 * stride_, stride_});
     }
+  }
+
+  // From row o of those, row i of the blocks of grad_x, and with `sums` the correlations.
+  void synthesise(int64_t i, int o, Vec<A>* sums) const {
+    const A *z[kBands], *grad_y[kBands];
+    for (int q = 0; q < kBands; ++q) {
+      z[q] = mixed_ + (2 * q + o) * stride_;
+      grad_y[q] = grad_bands_ + (2 * q + o) * stride_;
+    }
+    T* const nothing = nullptr;
+    if (sums) synthesise_row<false, true, false>(upstream_, upstream_, i, z, p_.rec, grad_, nothing, sums + 16);
+    if (sums && grad_x_)
+      synthesise_row<true, true, true>(in_, out_, i, grad_y, p_.dec, x_, grad_x_, sums);
+    else if (sums)
+      synthesise_row<true, true, false>(in_, in_, i, grad_y, p_.dec, x_, nothing, sums);
+    else if (grad_x_)
+      synthesise_row<true, false, true>(out_, out_, i, grad_y, p_.dec, x_, grad_x_, sums);
+  }
+
+  const Parameters<A>& p_;
+  const Task task_;
+  const B in_, out_;
+  const Upstream upstream_;
+  const T *const x_, *const grad_;
+  T* const grad_x_;
+  const int64_t stride_, rows_;
+  A *const mixed_, *const grad_bands_;  // two rows of each band
+  const Rings y_, grad_z_;
+  Vec<A> weight_[kBands][k * k], flipped_[kBands][k * k], bias_[kBands];
+};
+
+template <class T, bool kChannelsLast, int k>
+void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_parameters, Gradients& gradients) {
+  using B = Backward<T, kChannelsLast, k>;
+  const Tasks cut(g.batch, g.channels, block_rows(g.height), B::kStep);
+  Frame frame;
+  const tasks::Partial<> partial(frame, cut.size(), need_parameters ? B::kSums : 0);
+  torch::stable::parallel_for(0, cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
+    for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
   });
-  if (!need_params) return;
-  for (int64_t index = 0; index < tasks.size(); ++index) {
-    const Task task = tasks[index];
-    const double* from = &partial[index * per_task];
+  partial.each([&](int64_t index, const double* sums) {
+    const Task task = cut[index];
+    const double* correlations = sums + B::kTapSums * B::kStep;
     for (int lane = 0; lane < task.lanes; ++lane)
       for (int q = 0; q < kBands; ++q) {
         const int64_t channel = q * g.channels + task.channel + lane;
-        for (int t = 0; t < k * k; ++t) gradients.weight[channel * k * k + t] += *from++;
-        gradients.bias[channel] += *from++;
+        for (int t = 0; t < k * k; ++t) gradients.weight[channel * k * k + t] += *sums++;
+        gradients.bias[channel] += *sums++;
       }
-    from = &partial[index * per_task + kFilterSums * kStep];
     for (int t = 0; t < 16; ++t) {
-      gradients.dec[t] += from[t];
-      gradients.rec[t] += from[16 + t];
+      gradients.dec[t] += correlations[t];
+      gradients.rec[t] += correlations[16 + t];
     }
-  }
+  });
 }
 
 template <class T>
@@ -208,11 +233,11 @@ std::tuple<Tensor, Tensor> wavelet_mix(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_mix_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight, const Tensor& bias,
-    const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi, bool need_x, bool need_params) {
+    const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi, bool need_images, bool need_parameters) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last), upstream = tensor::with_format(grad, channels_last);
   Tensor grad_x =
-      need_x ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last) : tensor::empty(x, {0});
+      need_images ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last) : tensor::empty(x, {0});
   Gradients gradients{std::vector<double>(weight.numel()), std::vector<double>(bias.numel())};
   double dec[2][2], rec[2][2];
   stencil::specialise(x, channels_last, weight.size(3), [&](auto* tag, auto layout, auto k) {
@@ -221,17 +246,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_mix_b
     g.grad = static_cast<const T*>(upstream.const_data_ptr());
     g.grad_strides = tensor::strides_of(upstream);
     g.grad_sums = stencil::read_plane_sums<Acc<T>>(x, grad_sums);
-    if (need_x) {
+    if (need_images) {
       g.out = static_cast<T*>(grad_x.mutable_data_ptr());
       g.out_strides = tensor::strides_of(grad_x);
     }
     const auto p = read_parameters<Acc<T>>(weight, bias, dec_lo, dec_hi, rec_lo, rec_hi);
-    backward<T, layout, k>(g, p, need_params, gradients);
+    backward<T, layout, k>(g, p, need_parameters, gradients);
     haar::filter_gradients(p.dec, gradients.dec, dec[0], dec[1]);
     haar::filter_gradients(p.rec, gradients.rec, rec[0], rec[1]);
   });
   auto result = [&](const Tensor& like, const double* values) {
-    return need_params ? tensor::write(like, values) : tensor::empty(like, {0});
+    return need_parameters ? tensor::write(like, values) : tensor::empty(like, {0});
   };
   return {grad_x, result(weight, gradients.weight.data()), result(bias, gradients.bias.data()), result(dec_lo, dec[0]),
           result(dec_hi, dec[1]), result(rec_lo, rec[0]), result(rec_hi, rec[1])};
@@ -245,7 +270,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
       " -> (Tensor, Tensor)");
   m.def(
       "wavelet_mix_backward(Tensor grad, Tensor? grad_sums, Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi,"
-      " Tensor rec_lo, Tensor rec_hi, bool need_x, bool need_params)"
+      " Tensor rec_lo, Tensor rec_hi, bool need_images, bool need_parameters)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

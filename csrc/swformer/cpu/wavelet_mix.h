@@ -2,23 +2,20 @@
 // channel (or one vector of channels).
 #pragma once
 
+#include "accumulate.h"
 #include "haar.h"
 #include "stencil.h"
 
 namespace wavelet {
 
+using haar::block_rows;
 using haar::Filters;
+using haar::kBands;
 using simd::Acc;
 using simd::Vec;
 using stencil::Padding;
 using stencil::Problem;
-using stencil::Ring;
 using stencil::Task;
-
-constexpr int kBands = 4;
-
-// Of blocks of 2 x 2 pixels.
-inline int64_t block_rows(int64_t height) { return (height + 1) / 2; }
 
 template <class A>
 struct Parameters {
@@ -121,20 +118,18 @@ struct Blocks {
 };
 
 // The rings of rows of the four bands.
-template <class A, int64_t kDepth>
+template <class A, int k>
 struct Bands {
-  Ring<A, kDepth> ring[kBands];
+  using Rows = stencil::WindowRing<A, k>;
+  static constexpr int64_t kSlots = kBands * Rows::kDepth;
+  Rows ring[kBands];
   Bands(A* memory, const A* zero, int64_t stride, int64_t rows) {
-    for (int q = 0; q < kBands; ++q) ring[q] = {memory + q * kDepth * stride, zero, stride, rows};
-  }
-  template <size_t kCount>
-  void around(int q, int64_t first, const A* (&rows)[kCount]) const {
-    for (size_t r = 0; r < kCount; ++r) rows[r] = ring[q].row(first + static_cast<int64_t>(r));
+    for (int q = 0; q < kBands; ++q) ring[q] = {memory + q * Rows::kDepth * stride, zero, stride, rows};
   }
 };
 
-template <bool kReplicate, class B, class T, class A, int64_t kDepth>
-void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filters, const Bands<A, kDepth>& bands) {
+template <bool kReplicate, class B, class T, class A, int k>
+void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filters, const Bands<A, k>& bands) {
   const Filters<A> f = filters;  // a local copy that no store can alias stays in registers
   A* out[kBands];
   for (int q = 0; q < kBands; ++q) out[q] = bands.ring[q].slot(i);
@@ -178,11 +173,12 @@ class Forward {
  public:
   using A = Acc<T>;
   using B = Blocks<T, kChannelsLast>;
-  static constexpr int64_t kStep = B::kGroup, kDepth = k == 3 ? 4 : 8;
+  using Rings = Bands<A, k>;
+  static constexpr int64_t kStep = B::kGroup;
 
   static Padding<A> padding(int64_t width) { return Padding<A>(B{0, width, 0, 0, 0}.vectors(), kStep, k); }
   // Elements of the memory of the rings, which must hold zeros, and of that of a run.
-  static int64_t size(int64_t width) { return padding(width).size(kBands * kDepth + 1); }
+  static int64_t size(int64_t width) { return padding(width).size(Rings::kSlots + 1); }
   static int64_t run_size(int64_t width) { return kBands * 2 * padding(width).stride(); }
 
   Forward(A* memory, const Problem<T>& g, const Task& task) : Forward(memory + padding(g.width).margin, padding(g.width).stride(), g, task) {}
@@ -196,11 +192,11 @@ class Forward {
     const T* x = stencil::start(g.x, g.x_strides, task);
     T* y = stencil::start(g.out, g.out_strides, task);
     const int64_t stride = padding(g.width).stride();
-    const Bands<A, kDepth> bands = bands_;  // a local copy that no store can alias stays in registers
+    const Rings bands = bands_;  // a local copy that no store can alias stays in registers
     int64_t loaded = loaded_;
     Vec<A> weight[kBands][k * k], bias[kBands];
     read_weights<kChannelsLast, k>(p, g.channels, task, weight, bias);
-    stencil::Sums<A, 1> sums;
+    accumulate::Sums<A, 1> sums;
     auto load_to = [&](int64_t row) {
       for (; loaded < std::min(available, row); ++loaded) analyse_row<true>(in, x, loaded, p.dec, bands);
     };
@@ -209,13 +205,9 @@ class Forward {
       load_to(i + kRows + k / 2);
       for (int q = 0; q < kBands; ++q) {
         const A* around[kRows + k - 1];
-        bands.around(q, i - k / 2, around);
-        A* z = mixed + q * 2 * stride;
+        bands.ring[q].rows_from(i - k / 2, around);
         stencil::convolve<k, kRows, kStep>(
-            around, weight[q], bias[q], out.vectors(), out.vectors(),
-            [&](int64_t v, auto& value, auto) __attribute__((always_inline)) {
-              for (int o = 0; o < kRows; ++o) simd::store(z + o * stride + v * B::n, value[o]);
-            });
+            around, weight[q], bias[q], out.vectors(), out.vectors(), stencil::Keep<A>{mixed + q * 2 * stride, stride});
       }
       for (int o = 0; o < kRows; ++o) {
         const A* z[kBands];
@@ -233,9 +225,9 @@ class Forward {
 
  private:
   Forward(A* rows, int64_t stride, const Problem<T>& g, const Task& task)
-      : bands_(rows, rows + kBands * kDepth * stride, stride, block_rows(g.height)), loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
+      : bands_(rows, rows + Rings::kSlots * stride, stride, block_rows(g.height)), loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
 
-  Bands<A, kDepth> bands_;
+  Rings bands_;
   int64_t loaded_;
 };
 
