@@ -5,61 +5,31 @@
 // and else 0 (r = 1). With s for such a column, `matrix` (2, 2, C, 2, D + 1) gives the pre-activations (gate, value) of all output
 // parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is out_weight y, or y where that is empty.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
+#include "accumulate.h"
 #include "gelu.h"
 #include "gemm.h"
+#include "scratch.h"
 #include "spectrum.h"
+#include "tasks.h"
 #include "tensor.h"
 
 namespace {
 
 using gemm::kRows;
+using scratch::Frame;
 using simd::kFloats;
 using simd::VecF;
 using tensor::Tensor;
 
 constexpr int64_t kTile = 192;
 constexpr int64_t kTilesPerFlush = 4;  // float sums stay this short before they are added up in double
-constexpr int64_t kMaxTasks = 16, kMaxPartialBytes = int64_t{1} << 24;
+constexpr int64_t kFewestTiles = 3;    // of a task that sums
 constexpr int kHalf = kRows / 2;
 constexpr int64_t kGroup = std::max<int64_t>(kRows, kFloats);
 
-template <class T>
-T* scratch(int64_t count) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t capacity = 0;
-  const int64_t bytes = gemm::round_up(count * sizeof(T), 64);
-  if (bytes > capacity) {
-    memory.reset();
-    memory.reset(std::aligned_alloc(64, bytes));
-    STD_TORCH_CHECK(memory != nullptr, "fourier_mix: out of memory for ", bytes, " bytes");
-    capacity = bytes;
-  }
-  return static_cast<T*>(memory.get());
-}
+using Matrix = gemm::Matrix<float>;
 
-// Cuts a workspace into buffers: first with no memory to count, then with it.
-struct Cutter {
-  float* base = nullptr;
-  int64_t used = 0;
-  float* take(int64_t count) {
-    float* p = base ? base + used : nullptr;
-    used += gemm::round_up(count, 16);
-    return p;
-  }
-};
-template <class Buffers>
-Buffers buffers(int64_t a, int64_t b = 0, int64_t c = 0) {
-  Cutter cutter;
-  Buffers(cutter, a, b, c);
-  cutter = {scratch<float>(cutter.used)};
-  return Buffers(cutter, a, b, c);
-}
 int64_t rows(int64_t count) { return gemm::round_up(count, kGroup) * kTile; }  // what `transpose` may read
 int64_t vectors(int64_t count) { return gemm::round_up(count, kFloats); }
 
@@ -169,23 +139,8 @@ struct Gate {
   }
 };
 
-// A matrix on tiles, applied to each part's rows or to all.
-struct Linear {
-  int64_t m, k;
-  std::vector<float> panels;
-  template <class At>
-  Linear(int64_t m, int64_t k, At&& at) : m(m), k(k), panels(gemm::packed_size(m, k)) {
-    gemm::pack(m, k, panels.data(), at);
-  }
-  template <class Use>
-  void apply(int64_t count, const float* tile, Use&& use) const {
-    gemm::multiply(m, count, k, panels.data(), kRows * k, kRows, tile, kTile, use);
-  }
-  void apply(int64_t count, const float* tile, float* out) const { apply(count, tile, gemm::into<false>(out, kTile, m)); }
-};
-
 // sum += left right^T over the tile's columns; `right` comes transposed.
-void accumulate(
+void accumulate_product(
     int64_t count, int64_t m, const float* left, int64_t n, const float* right, int64_t ldright, float* group, float* sum, int64_t ldsum) {
   for (int64_t i = 0; i < m; i += kGroup) {
     gemm::transpose(kGroup, count, left + i * kTile, kTile, group, kGroup);
@@ -194,44 +149,25 @@ void accumulate(
   }
 }
 
-// Runs task(first tile, last tile, totals) for stretches of tiles that depend on the shape only; the sum of their totals in order.
+// Runs task(first tile, last tile, totals) for stretches of tiles; the sum of their totals.
 template <class Task>
 std::vector<double> reduce(int64_t tiles, int64_t size, Task&& task) {
-  const int64_t most = std::clamp<int64_t>(kMaxPartialBytes / (size * 8), 1, kMaxTasks);
-  const int64_t tasks = std::clamp<int64_t>((tiles + kTilesPerFlush - 1) / kTilesPerFlush, 1, most);
-  std::vector<double> partial(tasks * size);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(i * tiles / tasks, (i + 1) * tiles / tasks, partial.data() + i * size);
+  const int64_t count = tasks::parts(1, tiles, kFewestTiles, size);
+  Frame frame;
+  const tasks::Partial<> partial(frame, count, size);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const tasks::Range range = tasks::part(i, count, tiles);
+      task(range.begin, range.end, partial.start(i));
+    }
   });
-  for (int64_t i = 1; i < tasks; ++i)
-    for (int64_t j = 0; j < size; ++j) partial[j] += partial[i * size + j];
-  partial.resize(size);
-  return partial;
+  std::vector<double> totals(size);
+  partial.add_to(totals.data());
+  return totals;
 }
 
-// totals += sums (m x n in rows of ld), and sums = 0.
-void flush(int64_t m, int64_t n, float* sums, int64_t ld, double* totals, int64_t ldtotals) {
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      totals[i * ldtotals + j] += sums[i * ld + j];
-      sums[i * ld + j] = 0;
-    }
-}
-
-// sums[i * kFloats ...] += the tile's rows, vector by vector; `flush_rows` adds up the lanes.
-void add_rows(int64_t count, int64_t m, const float* tile, float* sums) {
-  for (int64_t row = 0; row < m; ++row) {
-    VecF sum = simd::load(sums + row * kFloats);
-    for (int64_t i = 0; i < count; i += kFloats) sum += simd::load(tile + row * kTile + i);
-    simd::store(sums + row * kFloats, sum);
-  }
-}
-void flush_rows(int64_t m, float* sums, double* totals, int64_t ldtotals) {
-  for (int64_t row = 0; row < m; ++row)
-    for (int64_t i = 0; i < kFloats; ++i) {
-      totals[row * ldtotals] += sums[row * kFloats + i];
-      sums[row * kFloats + i] = 0;
-    }
+void flush_rows(int64_t rows, VecF* sums, double* totals, int64_t step) {
+  for (int64_t row = 0; row < rows; ++row) accumulate::flush(sums[row], totals[row * step]);
 }
 
 // The tile's channels, both parts side by side, by frequency. Whole vectors are written, the second part's over the first's excess.
@@ -246,163 +182,176 @@ Tensor to_tensor(const Tensor& like, std::initializer_list<int64_t> size, const 
   return out;
 }
 
-struct MixBuffers {
-  float *in, *y, *out;
-  MixBuffers(Cutter& c, int64_t inputs, int64_t outputs, int64_t channels)
-      : in(c.take(inputs * kTile)), y(c.take(outputs * kTile)), out(c.take(2 * channels * kTile)) {}
-};
-
 Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
-  const bool has_last = out_weight.numel() > 0;
+  const bool has_last = out_weight.dim() == 2;
   const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c;
   const Gate gate(matrix);
   const float* w = data(out_weight);
-  const Linear last(has_last ? e : 0, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
+  const Matrix last(has_last ? e : 0, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
   Tensor mixed = g.empty(spectrum, e);
   float* result = static_cast<float*>(mixed.mutable_data_ptr());
   torch::stable::parallel_for(0, g.count(), 1, [&](int64_t begin, int64_t end) {
-    const auto m = buffers<MixBuffers>(gate.inputs, gate.outputs, has_last ? e : 0);
+    Frame frame;
+    float *in = frame.take<float>(gate.inputs * kTile), *y = frame.take<float>(gate.outputs * kTile);
+    float* out = frame.take<float>(2 * e * kTile);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
-      load_mixed(g, t, data(spectrum), d, m.in);
-      gate.apply(t.count, m.in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
-        simd::store(m.y + at, simd::sigmoid(a) * simd::gelu(v));
+      load_mixed(g, t, data(spectrum), d, in);
+      gate.apply(t.count, in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
+        simd::store(y + at, simd::sigmoid(a) * simd::gelu(v));
       });
-      if (has_last)
-        for (int r = 0; r < 2; ++r) last.apply(t.count, m.y + r * c * kTile, m.out + r * e * kTile);
-      store(g, t, has_last ? m.out : m.y, e, result);
+      for (int r = 0; has_last && r < 2; ++r) last.blocks(t.count, y + r * c * kTile, kTile, gemm::into<false>(out + r * e * kTile, kTile, e));
+      store(g, t, has_last ? out : y, e, result);
     }
   });
   return mixed;
 }
 
-struct BackwardBuffers {
-  float *in, *grad, *y, *grad_y, *grad_pre, *grad_in, *in_t, *y_t, *group, *alpha, *inverse, *matrix, *constants, *out_weight;
-  BackwardBuffers(Cutter& k, int64_t d, int64_t c, int64_t e)
-      : in(k.take(rows(2 * d + 2) + kGroup * kTile)), grad(k.take(rows(2 * e) + kGroup * kTile)), y(k.take(rows(2 * c) + kGroup * kTile)),
-        grad_y(k.take(2 * c * kTile)), grad_pre(k.take(rows(4 * c))), grad_in(k.take(2 * d * kTile)),
-        in_t(k.take(kTile * (vectors(2 * d) + kFloats))), y_t(k.take(kTile * vectors(c))), group(k.take(kTile * kGroup)),
-        alpha(k.take(kTile)), inverse(k.take(kTile)), matrix(k.take(4 * c * vectors(2 * d))), constants(k.take(4 * c * kFloats)), out_weight(k.take(e * vectors(c))) {}
+// The backward pass of the mixing: what is done with a tile, in the scratch of one thread.
+class MixBackward {
+ public:
+  struct Factors {
+    int64_t d, c, e;  // channels of the spectrum, of y and of the output
+    bool has_last;
+    Gate gate;
+    Matrix matrix_t, last_t;
+    int64_t n() const { return 2 * d + 2; }
+
+    Factors(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight)
+        : d(spectrum.size(1)), c(matrix.size(0) / 4), e(out_weight.dim() == 2 ? out_weight.size(0) : c), has_last(out_weight.dim() == 2),
+          gate(matrix) {
+      const float *m = data(matrix), *w = data(out_weight);
+      matrix_t = Matrix(2 * d, 4 * c, [&](int64_t i, int64_t j) { return m[j * n() + i + i / d]; });
+      if (has_last) last_t = Matrix(c, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
+    }
+  };
+
+  MixBackward(Frame& frame, const Factors& f)
+      : f_(f), in(frame.take<float>(rows(f.n()) + kGroup * kTile)), grad(frame.take<float>(rows(2 * f.e) + kGroup * kTile)),
+        y(frame.take<float>(rows(2 * f.c) + kGroup * kTile)), grad_y(frame.take<float>(2 * f.c * kTile)),
+        grad_pre(frame.take<float>(rows(4 * f.c))), grad_in(frame.take<float>(2 * f.d * kTile)), in_t(frame.take<float>(kTile * ld_in())),
+        y_t(frame.take<float>(kTile * vectors(f.c))), group(frame.take<float>(kTile * kGroup)), alpha(frame.take<float>(kTile)),
+        inverse(frame.take<float>(kTile)), matrix(frame.zeros<float>(4 * f.c * ld())), out_weight(frame.zeros<float>(f.e * vectors(f.c))),
+        constants(frame.zeros<VecF>(4 * f.c)) {}
+
+  // The tile's input, and the gradients of y and of what the gate takes.
+  void differentiate(const Spectra& g, const Tile& t, const float* spectrum, const float* upstream) const {
+    load_mixed(g, t, spectrum, f_.d, in);
+    load(g, t, upstream, f_.e, f_.e, grad);
+    multiplicity(g, t, alpha, inverse);
+    for (int64_t row = 0; row < 2 * f_.e; ++row)
+      for (int64_t i = 0; i < kTile; i += kFloats) {
+        float* p = grad + row * kTile + i;
+        simd::store(p, simd::load(p) * simd::load(alpha + i));
+      }
+    for (int r = 0; f_.has_last && r < 2; ++r)
+      f_.last_t.blocks(t.count, grad + r * f_.e * kTile, kTile, gemm::into<false>(grad_y + r * f_.c * kTile, kTile, f_.c));
+    const float* const grad_product = f_.has_last ? grad_y : grad;
+    float* const grad_value = grad_pre + 2 * f_.c * kTile;
+    f_.gate.apply(t.count, in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
+      const VecF s = simd::sigmoid(a), u = simd::gelu(v), upstream_y = simd::load(grad_product + at);
+      simd::store(y + at, s * u);
+      simd::store(grad_pre + at, upstream_y * u * (s * (1.0f - s)));
+      simd::store(grad_value + at, upstream_y * s * simd::gelu_derivative(v));
+    });
+  }
+
+  void store_spectrum(const Spectra& g, const Tile& t, float* result) const {
+    f_.matrix_t.times(t.count, grad_pre, kTile, [&](int64_t row, int64_t at, VecF sum) __attribute__((always_inline)) {
+      simd::store(grad_in + row * kTile + at, sum * simd::load(inverse + at));
+    });
+    store(g, t, grad_in, f_.d, result);
+  }
+
+  // Adds to the sums, or where a column of the matrix has one frequency alone, to `total`: matrix, then out_weight.
+  void add(const Tile& t, double* total) const {
+    const int64_t d = f_.d, c = f_.c, e = f_.e, n = f_.n();
+    transpose_parts(t.count, d, in, in_t, ld_in());
+    accumulate_product(t.count, 4 * c, grad_pre, 2 * d, in_t, ld_in(), group, matrix, ld());
+    accumulate::add_rows(4 * c, t.count, grad_pre, kTile, constants);
+    if (t.zero_frequency())
+      for (int64_t row = 0; row < 4 * c; ++row) total[row * n + n - 1] += grad_pre[row * kTile];
+    for (int r = 0; f_.has_last && r < 2; ++r) {
+      gemm::transpose(c, t.count, y + r * c * kTile, kTile, y_t, vectors(c));
+      accumulate_product(t.count, e, grad + r * e * kTile, c, y_t, vectors(c), group, out_weight, vectors(c));
+    }
+  }
+
+  void flush(double* total) const {
+    const int64_t d = f_.d, c = f_.c, n = f_.n();
+    for (int r = 0; r < 2; ++r) accumulate::flush(4 * c, d, matrix + r * d, ld(), total + r * (d + 1), n);
+    flush_rows(4 * c, constants, total + d, n);
+    accumulate::flush(f_.e, c, out_weight, vectors(c), total + 4 * c * n, c);
+  }
+
+ private:
+  int64_t ld() const { return vectors(2 * f_.d); }
+  int64_t ld_in() const { return ld() + kFloats; }
+
+  const Factors& f_;
+  float *const in, *const grad, *const y, *const grad_y, *const grad_pre, *const grad_in, *const in_t, *const y_t, *const group;
+  float *const alpha, *const inverse, *const matrix, *const out_weight;
+  VecF* const constants;
 };
 
 std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
     const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width,
-    bool need_spectrum, bool need_parameters) {
+    bool need_images, bool need_parameters) {
   const Spectra g(spectrum, height, width);
-  const bool has_last = out_weight.numel() > 0;
-  const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c, n = 2 * d + 2;
-  const Gate gate(matrix);
-  const float *w = data(out_weight), *mx = data(matrix);
-  const Linear last_t(has_last ? c : 0, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
-  const Linear matrix_t(2 * d, 4 * c, [&](int64_t i, int64_t j) { return mx[j * n + i + i / d]; });
-  Tensor grad_spectrum = need_spectrum ? g.empty(spectrum, d) : tensor::empty(spectrum, {0});
+  const MixBackward::Factors f(spectrum, matrix, out_weight);
+  Tensor grad_spectrum = need_images ? g.empty(spectrum, f.d) : tensor::empty(spectrum, {0});
   float* result = static_cast<float*>(grad_spectrum.mutable_data_ptr());
-
-  const auto totals = reduce(g.count(), 4 * c * n + e * c, [&](int64_t begin, int64_t end, double* total) {
-    const auto m = buffers<BackwardBuffers>(d, c, e);
-    const int64_t ld = vectors(2 * d), ld_in = ld + kFloats;
-    std::fill(m.matrix, m.matrix + 4 * c * ld, 0.0f);
-    std::fill(m.constants, m.constants + 4 * c * kFloats, 0.0f);
-    std::fill(m.out_weight, m.out_weight + e * vectors(c), 0.0f);
+  const int64_t of_matrix = 4 * f.c * f.n();
+  const auto totals = reduce(g.count(), of_matrix + f.e * f.c, [&](int64_t begin, int64_t end, double* total) {
+    Frame frame;
+    const MixBackward tile(frame, f);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
-      load_mixed(g, t, data(spectrum), d, m.in);
-      load(g, t, data(grad), e, e, m.grad);
-      multiplicity(g, t, m.alpha, m.inverse);
-      for (int64_t row = 0; row < 2 * e; ++row)
-        for (int64_t i = 0; i < kTile; i += kFloats) {
-          float* p = m.grad + row * kTile + i;
-          simd::store(p, simd::load(p) * simd::load(m.alpha + i));
-        }
-      if (has_last)
-        for (int r = 0; r < 2; ++r) last_t.apply(t.count, m.grad + r * e * kTile, m.grad_y + r * c * kTile);
-      const float* const grad_product = has_last ? m.grad_y : m.grad;
-      float* const grad_value = m.grad_pre + 2 * c * kTile;
-      gate.apply(t.count, m.in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
-        const VecF s = simd::sigmoid(a), u = simd::gelu(v), grad_y = simd::load(grad_product + at);
-        simd::store(m.y + at, s * u);
-        simd::store(m.grad_pre + at, grad_y * u * (s * (1.0f - s)));
-        simd::store(grad_value + at, grad_y * s * simd::gelu_derivative(v));
-      });
-      if (need_spectrum) {
-        matrix_t.apply(t.count, m.grad_pre, [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
-          constexpr int vs = sizeof(sum[0]) / sizeof(VecF);
-          for (int i = 0; i < kRows && row + i < 2 * d; ++i)
-            for (int v = 0; v < vs; ++v) {
-              const int64_t at = column + v * kFloats;
-              simd::store(m.grad_in + (row + i) * kTile + at, sum[i][v] * simd::load(m.inverse + at));
-            }
-        });
-        store(g, t, m.grad_in, d, result);
-      }
-      if (need_parameters) {
-        transpose_parts(t.count, d, m.in, m.in_t, ld_in);
-        accumulate(t.count, 4 * c, m.grad_pre, 2 * d, m.in_t, ld_in, m.group, m.matrix, ld);
-        add_rows(t.count, 4 * c, m.grad_pre, m.constants);
-        if (t.zero_frequency())
-          for (int64_t row = 0; row < 4 * c; ++row) total[row * n + n - 1] += m.grad_pre[row * kTile];
-        for (int r = 0; has_last && r < 2; ++r) {
-          gemm::transpose(c, t.count, m.y + r * c * kTile, kTile, m.y_t, vectors(c));
-          accumulate(t.count, e, m.grad + r * e * kTile, c, m.y_t, vectors(c), m.group, m.out_weight, vectors(c));
-        }
-        if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) {
-          for (int r = 0; r < 2; ++r) flush(4 * c, d, m.matrix + r * d, ld, total + r * (d + 1), n);
-          flush_rows(4 * c, m.constants, total + d, n);
-          flush(e, c, m.out_weight, vectors(c), total + 4 * c * n, c);
-        }
-      }
+      tile.differentiate(g, t, data(spectrum), data(grad));
+      if (need_images) tile.store_spectrum(g, t, result);
+      if (!need_parameters) continue;
+      tile.add(t, total);
+      if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) tile.flush(total);
     }
   });
-  return {grad_spectrum, to_tensor(spectrum, {4 * c, n}, totals.data()),
-          to_tensor(spectrum, {has_last ? e : 0, c}, totals.data() + 4 * c * n)};
+  return {grad_spectrum, to_tensor(spectrum, {4 * f.c, f.n()}, totals.data()),
+          to_tensor(spectrum, {f.has_last ? f.e : 0, f.c}, totals.data() + of_matrix)};
 }
-
-struct MomentBuffers {
-  float *in, *in_t, *group, *products, *sums;
-  MomentBuffers(Cutter& k, int64_t d, int64_t, int64_t)
-      : in(k.take(rows(2 * d + 2) + kGroup * kTile)), in_t(k.take(kTile * (vectors(2 * d) + kFloats))),
-        group(k.take(kTile * kGroup)), products(k.take(2 * d * vectors(d))), sums(k.take(2 * d * kFloats)) {}
-};
 
 // Over all frequencies but zero: of each part, the channels' products with each other, and in the last column their sums.
 Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
   const int64_t d = spectrum.size(1), n = d + 1, ld = vectors(d), ld_in = vectors(2 * d) + kFloats;
   const auto totals = reduce(g.count(), 2 * d * n, [&](int64_t begin, int64_t end, double* total) {
-    const auto m = buffers<MomentBuffers>(d);
-    std::fill(m.products, m.products + 2 * d * ld, 0.0f);
-    std::fill(m.sums, m.sums + 2 * d * kFloats, 0.0f);
+    Frame frame;
+    float *in = frame.take<float>(rows(2 * d + 2) + kGroup * kTile), *in_t = frame.take<float>(kTile * ld_in);
+    float *group = frame.take<float>(kTile * kGroup), *products = frame.zeros<float>(2 * d * ld);
+    VecF* sums = frame.zeros<VecF>(2 * d);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
-      load_centred(g, t, data(spectrum), d, m.in);
-      transpose_parts(t.count, d, m.in, m.in_t, ld_in);
+      load_centred(g, t, data(spectrum), d, in);
+      transpose_parts(t.count, d, in, in_t, ld_in);
       for (int r = 0; r < 2; ++r) {
-        const float* part = m.in + r * n * kTile;
-        accumulate(t.count, d, part, d, m.in_t + r * d, ld_in, m.group, m.products + r * d * ld, ld);
-        add_rows(t.count, d, part, m.sums + r * d * kFloats);
+        const float* part = in + r * n * kTile;
+        accumulate_product(t.count, d, part, d, in_t + r * d, ld_in, group, products + r * d * ld, ld);
+        accumulate::add_rows(d, t.count, part, kTile, sums + r * d);
       }
       if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) {
-        flush(2 * d, d, m.products, ld, total, n);
-        flush_rows(2 * d, m.sums, total + d, n);
+        accumulate::flush(2 * d, d, products, ld, total, n);
+        flush_rows(2 * d, sums, total + d, n);
       }
     }
   });
   return to_tensor(spectrum, {2, d, n}, totals.data());
 }
 
-struct MomentGradBuffers {
-  float *in, *grad, *alpha, *inverse;
-  MomentGradBuffers(Cutter& k, int64_t d, int64_t, int64_t)
-      : in(k.take((2 * d + 2) * kTile)), grad(k.take(2 * d * kTile)), alpha(k.take(kTile)), inverse(k.take(kTile)) {}
-};
-
 // The spectrum's gradient `grad` plus what comes through its moments.
 Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, const Tensor& grad_moments, int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
   const int64_t d = spectrum.size(1), n = d + 1;
   const double* q = static_cast<const double*>(grad_moments.const_data_ptr());
-  std::vector<Linear> parts;
+  std::vector<Matrix> parts;
   for (int r = 0; r < 2; ++r)
     parts.emplace_back(d, n, [&](int64_t i, int64_t j) {
       const double* part = q + r * d * n;
@@ -411,23 +360,20 @@ Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, con
   Tensor out = g.empty(spectrum, d);
   float* result = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, g.count(), 1, [&](int64_t begin, int64_t end) {
-    const auto m = buffers<MomentGradBuffers>(d);
+    Frame frame;
+    float *in = frame.take<float>(2 * n * kTile), *out = frame.take<float>(2 * d * kTile);
+    float *alpha = frame.take<float>(kTile), *inverse = frame.take<float>(kTile);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
-      load_centred(g, t, data(spectrum), d, m.in);
-      load(g, t, data(grad), d, d, m.grad);
-      multiplicity(g, t, m.alpha, m.inverse);
+      load_centred(g, t, data(spectrum), d, in);
+      load(g, t, data(grad), d, d, out);
+      multiplicity(g, t, alpha, inverse);
       for (int r = 0; r < 2; ++r)
-        parts[r].apply(t.count, m.in + r * n * kTile, [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
-          constexpr int vs = sizeof(sum[0]) / sizeof(VecF);
-          for (int i = 0; i < kRows && row + i < d; ++i)
-            for (int v = 0; v < vs; ++v) {
-              const int64_t at = column + v * kFloats;
-              float* p = m.grad + (r * d + row + i) * kTile + at;
-              simd::store(p, simd::load(p) + sum[i][v] * simd::load(m.inverse + at));
-            }
+        parts[r].times(t.count, in + r * n * kTile, kTile, [&](int64_t row, int64_t at, VecF sum) __attribute__((always_inline)) {
+          float* p = out + (r * d + row) * kTile + at;
+          simd::store(p, simd::load(p) + sum * simd::load(inverse + at));
         });
-      store(g, t, m.grad, d, result);
+      store(g, t, out, d, result);
     }
   });
   return out;
@@ -439,7 +385,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("spectrum_mix(Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width) -> Tensor");
   m.def(
       "spectrum_mix_backward(Tensor grad, Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width,"
-      " bool need_spectrum, bool need_parameters) -> (Tensor, Tensor, Tensor)");
+      " bool need_images, bool need_parameters) -> (Tensor, Tensor, Tensor)");
   m.def("spectrum_moments(Tensor spectrum, int height, int width) -> Tensor");
   m.def("spectrum_moments_backward(Tensor grad, Tensor spectrum, Tensor grad_moments, int height, int width) -> Tensor");
 }
