@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
   return {statistics, means};
 }
 
-Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const Tensor& x, bool need_x) {
-  if (!need_x) return tensor::empty(x, {0});
+Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const Tensor& x, bool need_images) {
+  if (!need_images) return tensor::empty(x, {0});
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   const Tensor dense = torch::stable::contiguous(x);
   Tensor grad_x = tensor::empty(x, {batch, channels, x.size(2), x.size(3)});
@@ -120,7 +120,7 @@ Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("channel_statistics(Tensor x) -> (Tensor, Tensor)");
-  m.def("channel_statistics_backward(Tensor grad, Tensor mean, Tensor x, bool need_x) -> Tensor");
+  m.def("channel_statistics_backward(Tensor grad, Tensor mean, Tensor x, bool need_images) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
