@@ -27,16 +27,22 @@ template <class T>
 inline void run(const T* in, const T* ahead, int64_t n, Acc<T>* out) {
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t i = 0; i < n; i += line) __builtin_prefetch(ahead + i);
-  for (int64_t i = 0; i < n; i += simd::kLanes<Acc<T>>) simd::store(out + i, load(in + i, n - i));
+  int64_t i = 0;
+  for (; i + simd::kLanes<Acc<T>> <= n; i += simd::kLanes<Acc<T>>) simd::store(out + i, simd::load(in + i));
+  if (i < n) simd::store(out + i, load(in + i, n - i));
 }
 
 // out = in + offset + add, the last where there is one.
 template <class T>
 inline void scatter(const Acc<T>* in, int64_t n, Acc<T> offset, const T* add, T* out) {
-  for (int64_t i = 0; i < n; i += simd::kLanes<Acc<T>>) {
+  int64_t i = 0;
+  for (; i + simd::kLanes<Acc<T>> <= n; i += simd::kLanes<Acc<T>>) {
     const Vec<Acc<T>> value = simd::load(in + i) + offset;
-    store(out + i, add ? value + load(add + i, n - i) : value, n - i);
+    simd::store(out + i, add ? value + simd::load(add + i) : value);
   }
+  if (i == n) return;
+  const Vec<Acc<T>> value = simd::load(in + i) + offset;
+  store(out + i, add ? value + load(add + i, n - i) : value, n - i);
 }
 
 }  // namespace gather
