@@ -28,7 +28,8 @@ struct Sums {
     typedef A Part __attribute__((vector_size(kWide * sizeof(A))));
     for (int i = 0; i < kCount; ++i) {
       for (int part = 0; part < kParts; ++part)
-        total[i][part] += __builtin_convertvector(simd::load_raw<Part>(reinterpret_cast<A*>(&run[i]) + part * kWide), Wide);
+        total[i][part] +=
+            __builtin_convertvector(simd::load_raw<Part>(reinterpret_cast<A*>(&run[i]) + part * kWide), Wide);
       run[i] = Vec<A>{};
     }
     terms = 0;

@@ -21,8 +21,8 @@ inline void store(T* p, Vec<Acc<T>> v, int64_t n) {
   n >= simd::kLanes<Acc<T>> ? simd::store(p, v) : simd::store_partial(p, v, static_cast<int>(n));
 }
 
-// n elements, and zeros up to a whole vector. Also asks for those at `ahead`, which will be read soon: the planes are too many for
-// the processor to see it.
+// n elements, and zeros up to a whole vector. Also asks for those at `ahead`, which will be read soon: the planes are
+// too many for the processor to see it.
 template <class T>
 inline void run(const T* in, const T* ahead, int64_t n, Acc<T>* out) {
   constexpr int64_t line = 64 / sizeof(T);

@@ -1,4 +1,5 @@
-// Scratch memory of one thread, kept between calls: fresh large memory costs more in page faults than the arithmetic on it.
+// Scratch memory of one thread, kept between calls: fresh large memory costs more in page faults than the arithmetic on
+// it.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,8 @@
 // Depthwise k x k convolutions that stream over the rows of an image: each row enters a ring of padded rows once.
 //
-// A task works on one channel, whose rows are cut into vectors of neighbouring pixels, or, in a channels_last image, on as many
-// channels as a vector has lanes, a vector to a pixel. One pixel to the side is then one element or one vector away: the `step`.
+// A task works on one channel, whose rows are cut into vectors of neighbouring pixels, or, in a channels_last image, on
+// as many channels as a vector has lanes, a vector to a pixel. One pixel to the side is then one element or one vector
+// away: the `step`.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@ using simd::Vec;
 
 struct Task {
   int64_t image, channel, group;
-  int lanes;  // how many channels
+  int lanes;           // how many channels
   int64_t begin, end;  // rows
 };
 
@@ -52,7 +53,9 @@ class Tasks {
   Task operator[](int64_t i) const {
     const int64_t group = i / ranges_ % groups_, channel = group * group_size_;
     const tasks::Range range = tasks::part(i % ranges_, ranges_, rows_);
-    return {i / ranges_ / groups_, channel, group, static_cast<int>(std::min<int64_t>(group_size_, channels_ - channel)), range.begin, range.end};
+    return {
+        i / ranges_ / groups_, channel,  group, static_cast<int>(std::min<int64_t>(group_size_, channels_ - channel)),
+        range.begin,           range.end};
   }
   // From one number for each channel of each task, their sums over the rows, (B, C).
   std::vector<double> by_plane(const tasks::Partial<>& numbers) const {
@@ -71,8 +74,8 @@ class Tasks {
 
 constexpr int kMostRows = 2;  // rows of output that are made at a time
 
-// Row i of `rows` lies in slot i % kDepth; the rows outside are zero. kLive rows are in use at a time: from the oldest that is still
-// read to the newest.
+// Row i of `rows` lies in slot i % kDepth; the rows outside are zero. kLive rows are in use at a time: from the oldest
+// that is still read to the newest.
 template <class A, int kLive>
 struct Ring {
   static constexpr int64_t kDepth = std::bit_ceil(static_cast<uint64_t>(kLive));  // for the sake of the remainder
@@ -97,7 +100,8 @@ template <class A>
 struct Padding {
   static constexpr int n = simd::kLanes<A>;
   int64_t vectors, step, margin;
-  Padding(int64_t vectors, int64_t step, int k) : vectors(vectors), step(step), margin(((k / 2 * step) + n - 1) / n * n) {}
+  Padding(int64_t vectors, int64_t step, int k)
+      : vectors(vectors), step(step), margin(((k / 2 * step) + n - 1) / n * n) {}
   int64_t stride() const { return margin + vectors * n; }
   int64_t size(int64_t rows) const { return rows * stride() + margin; }
 };
@@ -111,7 +115,8 @@ inline void by_pairs(int64_t begin, int64_t end, F&& f) {
   if (i < end) f(std::integral_constant<int, 1>{}, i);
 }
 
-// f(v, true) for the vectors that are whole, f(v, false) for the others; inlined, so that what f adds up stays in registers.
+// f(v, true) for the vectors that are whole, f(v, false) for the others; inlined, so that what f adds up stays in
+// registers.
 template <class F>
 __attribute__((always_inline)) inline void each_vector(int64_t whole, int64_t vectors, F&& f) {
   int64_t v = 0;
@@ -137,14 +142,16 @@ struct Line {
   using A = simd::Acc<T>;
   static constexpr int n = simd::kLanes<A>;
   static constexpr int kGroup = kChannelsLast ? n : 1;  // channels of a task, and the step from pixel to pixel
-  int64_t width, pixel;  // pixel: elements from one pixel to the next
+  int64_t width, pixel;                                 // pixel: elements from one pixel to the next
   int lanes;
 
   int64_t vectors() const { return kChannelsLast ? width : (width + n - 1) / n; }
   int64_t whole() const { return kChannelsLast ? (lanes == n ? width : 0) : width / n; }
   int last_lanes() const { return kChannelsLast ? n : static_cast<int>(width - (vectors() - 1) * n); }
   int64_t at(int64_t v) const { return v * (kChannelsLast ? pixel : n); }
-  int count(int64_t v) const { return kChannelsLast ? lanes : static_cast<int>(std::clamp<int64_t>(width - v * n, 0, n)); }
+  int count(int64_t v) const {
+    return kChannelsLast ? lanes : static_cast<int>(std::clamp<int64_t>(width - v * n, 0, n));
+  }
 
   template <class B>
   Vec<A> load(const T* row, int64_t v, B is_whole) const {
@@ -182,8 +189,8 @@ inline void load_row(const L& line, const T* row, A* padded) {
   });
 }
 
-// The pixels kSide beside those at p, which is aligned to a vector: by shuffles where half of the loads would cross cache lines or
-// more. With AVX2 it is less, and a shuffle across the register's halves takes two instructions.
+// The pixels kSide beside those at p, which is aligned to a vector: by shuffles where half of the loads would cross
+// cache lines or more. With AVX2 it is less, and a shuffle across the register's halves takes two instructions.
 template <int kSide, int64_t kStep, class A>
 inline Vec<A> beside(const A* p) {
   constexpr int n = simd::kLanes<A>;
@@ -205,9 +212,11 @@ __attribute__((always_inline)) inline void all_beside(const A* p, Vec<A> (&x)[k]
   all_beside<k, kStep>(p, x, std::make_integer_sequence<int, k>{});
 }
 
-// emit(v, sums, whole) gets vector v of kRows output rows, bias + weight * rows; in: the kRows + k - 1 rows around them.
+// emit(v, sums, whole) gets vector v of kRows output rows, bias + weight * rows; in: the kRows + k - 1 rows around
+// them.
 template <int k, int kRows, int64_t kStep, class A, class F>
-inline void convolve(const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t whole, int64_t vectors, F&& emit) {
+inline void convolve(
+    const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t whole, int64_t vectors, F&& emit) {
   constexpr int n = simd::kLanes<A>;
   Vec<A> w[k * k];
 #pragma GCC unroll 32
@@ -229,9 +238,9 @@ inline void convolve(const A* const (&in)[kRows + k - 1], const Vec<A>* weight, 
   });
 }
 
-// Adds to sums[tap] the products of `grad` with the rows shifted by that tap, and to sums[k * k] `grad` itself; with kConvolve,
-// `emit` gets what it gets from `convolve`. Only the first `last_lanes` lanes of the last vector count in the sums: the products
-// of padding would turn infinities into NaN.
+// Adds to sums[tap] the products of `grad` with the rows shifted by that tap, and to sums[k * k] `grad` itself; with
+// kConvolve, `emit` gets what it gets from `convolve`. Only the first `last_lanes` lanes of the last vector count in
+// the sums: the products of padding would turn infinities into NaN.
 template <bool kConvolve, int k, int kRows, int64_t kStep, class A, class F>
   requires(k <= 5)
 inline void correlate(
@@ -306,7 +315,8 @@ inline void correlate(
   if (kConvolve) convolve<k, kRows, kStep>(in, weight, bias, whole, vectors, emit);
 }
 
-// What to do with the vectors of convolved rows, of types that do not depend on the images', so that all share the loops: nothing, ...
+// What to do with the vectors of convolved rows, of types that do not depend on the images', so that all share the
+// loops: nothing, ...
 struct Ignore {
   template <class V, class B>
   void operator()(int64_t, V&, B) const {}
@@ -322,11 +332,13 @@ struct Keep {
   }
 };
 
-// The sums over the pixels of images like `x`, (B, C), as an operator returns them: empty where they were not asked for.
+// The sums over the pixels of images like `x`, (B, C), as an operator returns them: empty where they were not asked
+// for.
 inline tensor::Tensor plane_sums(const tensor::Tensor& x, bool needed, const std::vector<double>& sums) {
   using tensor::ScalarType;
   const auto size = needed ? std::vector<int64_t>{x.size(0), x.size(1)} : std::vector<int64_t>{0};
-  return tensor::write(x, size, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, sums.data());
+  return tensor::write(
+      x, size, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, sums.data());
 }
 
 // Their gradient: zero where there is none.

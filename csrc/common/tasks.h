@@ -15,12 +15,16 @@ struct Range {
 };
 
 // Part `index` of `parts` of [0, count).
-inline Range part(int64_t index, int64_t parts, int64_t count) { return {index * count / parts, (index + 1) * count / parts}; }
+inline Range part(int64_t index, int64_t parts, int64_t count) {
+  return {index * count / parts, (index + 1) * count / parts};
+}
 
-// In how many parts to cut each of `groups` runs of `count` pieces: no part of less than `fewest` pieces, and of `sums` doubles each.
+// In how many parts to cut each of `groups` runs of `count` pieces: no part of less than `fewest` pieces, and of `sums`
+// doubles each.
 inline int64_t parts(int64_t groups, int64_t count, int64_t fewest, int64_t sums = 0) {
   groups = std::max<int64_t>(1, groups);
-  const int64_t most = std::max<int64_t>(1, count / fewest), held = kPartialBytes / (8 * groups * std::max<int64_t>(1, sums));
+  const int64_t most = std::max<int64_t>(1, count / fewest),
+                held = kPartialBytes / (8 * groups * std::max<int64_t>(1, sums));
   return std::clamp<int64_t>(std::min(kWanted / groups, held), 1, most);
 }
 
@@ -31,7 +35,8 @@ inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, 16384 / std
 template <class A = double>
 class Partial {
  public:
-  Partial(scratch::Frame& frame, int64_t tasks, int64_t size) : tasks_(tasks), size_(size), sums_(frame.take<A>(tasks * size)) {}
+  Partial(scratch::Frame& frame, int64_t tasks, int64_t size)
+      : tasks_(tasks), size_(size), sums_(frame.take<A>(tasks * size)) {}
 
   // The sums of a task that begins: zero; null where there are none.
   A* start(int64_t task) const { return size_ ? std::fill_n(of(task), size_, A(0)) - size_ : nullptr; }

@@ -1,5 +1,5 @@
-// Channel attention, x times s with s = sigmoid(w2 relu(w1 mean + b1) + b2). Forward and backward each take two passes over planes:
-// one that sums, one that scales. The small matrices in between are taken in double.
+// Channel attention, x times s with s = sigmoid(w2 relu(w1 mean + b1) + b2). Forward and backward each take two passes
+// over planes: one that sums, one that scales. The small matrices in between are taken in double.
 #include <algorithm>
 #include <cmath>
 
@@ -50,9 +50,9 @@ template <class T>
 double sum(const Plane<const T>& x) {
   double total = 0;
   for (int64_t r = 0; r < x.runs; ++r)
-    total += accumulate::over<Acc<T>>(x.length, [p = x.data + r * x.stride](auto wide, int64_t i) __attribute__((always_inline)) {
-      return at(p + i, wide);
-    });
+    total += accumulate::over<Acc<T>>(
+        x.length,
+        [p = x.data + r * x.stride](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide); });
   return total;
 }
 
@@ -63,9 +63,8 @@ double sum_of_products(const Plane<const T>& x, const Plane<const T>& y) {
   const int64_t x_step = x.runs == runs ? x.stride : length, y_step = y.runs == runs ? y.stride : length;
   for (int64_t r = 0; r < runs; ++r)
     total += accumulate::over<Acc<T>>(
-        length, [p = x.data + r * x_step, q = y.data + r * y_step](auto wide, int64_t i) __attribute__((always_inline)) {
-          return at(p + i, wide) * at(q + i, wide);
-        });
+        length, [p = x.data + r * x_step, q = y.data + r * y_step](auto wide, int64_t i)
+                    __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
   return total;
 }
 
@@ -89,8 +88,8 @@ struct Network {
 
   Network(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2)
       : batch(x.size(0)), channels(x.size(1)), hidden(weight1.size(0)), w1(tensor::read<double>(weight1)),
-        b1(tensor::read<double>(bias1)), w2(tensor::read<double>(weight2)), b2(tensor::read<double>(bias2)), mean(batch * channels),
-        before_relu(batch * hidden), scale(batch * channels) {}
+        b1(tensor::read<double>(bias1)), w2(tensor::read<double>(weight2)), b2(tensor::read<double>(bias2)),
+        mean(batch * channels), before_relu(batch * hidden), scale(batch * channels) {}
 
   double relu(int64_t b, int64_t r) const {
     const double value = before_relu[b * hidden + r];
@@ -109,7 +108,8 @@ struct Network {
   }
 
   static double dot(int64_t n, const double* p, const double* q) {
-    return accumulate::over<double>(n, [=](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
+    return accumulate::over<double>(
+        n, [=](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
   }
 };
 
@@ -140,8 +140,8 @@ Tensor channel_attention(const Tensor& x, const Tensor& w1, const Tensor& b1, co
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, bool need_images,
-    bool need_parameters) {
+    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+    bool need_images, bool need_parameters) {
   const Tensor dense = tensor::with_dense_rows(x), dense_grad = tensor::with_dense_rows(grad);
   Network net(x, w1, b1, w2, b2);
   const int64_t channels = net.channels, hidden = net.hidden;
@@ -180,11 +180,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
     for_each_plane(x, [&](int64_t i) {
       const int64_t plane = last - i;
       affine(
-          input<T>(dense_grad, plane), static_cast<Acc<T>>(net.scale[plane]), static_cast<Acc<T>>(grad_mean[plane] / area),
-          output<T>(grad_x, plane));
+          input<T>(dense_grad, plane), static_cast<Acc<T>>(net.scale[plane]),
+          static_cast<Acc<T>>(grad_mean[plane] / area), output<T>(grad_x, plane));
     });
   });
-  if (!need_parameters) return {grad_x, tensor::empty(w1, {0}), tensor::empty(b1, {0}), tensor::empty(w2, {0}), tensor::empty(b2, {0})};
+  if (!need_parameters)
+    return {grad_x, tensor::empty(w1, {0}), tensor::empty(b1, {0}), tensor::empty(w2, {0}), tensor::empty(b2, {0})};
   return {
       grad_x, tensor::write(w1, grad_w1.data()), tensor::write(b1, grad_b1.data()), tensor::write(w2, grad_w2.data()),
       tensor::write(b2, grad_b2.data())};
@@ -195,7 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("channel_attention(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor");
   m.def(
-      "channel_attention_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, bool need_images, bool need_parameters)"
+      "channel_attention_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, bool need_images, "
+      "bool need_parameters)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -1,4 +1,5 @@
-// Depthwise k x k convolution and GELU in one pass over the rows, and their gradients, with nothing saved but the input.
+// Depthwise k x k convolution and GELU in one pass over the rows, and their gradients, with nothing saved but the
+// input.
 #include "depthwise_gelu.h"
 
 namespace {
@@ -23,25 +24,30 @@ std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   const Tasks cut(g.batch, g.channels, g.height, F::kStep);
   Frame frame;
   const tasks::Partial<> partial(frame, cut.size(), kSums ? F::kStep : 0);
-  torch::stable::parallel_for(0, cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
-    Frame frame;
-    Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
-    for (int64_t index = begin; index < end; ++index) {
-      const Task task = cut[index];
-      F(memory, g, task).template run<kSums>(g, p, task, task.begin, task.end, std::min(g.height, task.end + k / 2), partial.start(index));
-    }
-  });
+  torch::stable::parallel_for(
+      0, cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
+        Frame frame;
+        Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
+        for (int64_t index = begin; index < end; ++index) {
+          const Task task = cut[index];
+          F(memory, g, task)
+              .template run<kSums>(
+                  g, p, task, task.begin, task.end, std::min(g.height, task.end + k / 2), partial.start(index));
+        }
+      });
   return cut.by_plane(partial);
 }
 
-// One task of the backward pass: z is the convolution's output; grad_z = grad GELU'(z), whose rows pass through a ring of their own.
+// One task of the backward pass: z is the convolution's output; grad_z = grad GELU'(z), whose rows pass through a ring
+// of their own.
 template <class T, bool kChannelsLast, int k>
 class Backward {
  public:
   using A = Acc<T>;
   using Lines = Line<T, kChannelsLast>;
   using RowsZ = stencil::WindowRing<A, k>;
-  using RowsX = Ring<A, stencil::kMostRows + 3 * (k / 2)>;  // grad_z is k / 2 rows ahead, and as many rows of x ahead of it
+  using RowsX =
+      Ring<A, stencil::kMostRows + 3 * (k / 2)>;  // grad_z is k / 2 rows ahead, and as many rows of x ahead of it
   static constexpr int kStep = Lines::kGroup, kSums = k * k + 1;
 
   static Padding<A> padding(int64_t width) { return Padding<A>(Lines{width, 0, 0}.vectors(), kStep, k); }
@@ -49,8 +55,9 @@ class Backward {
   static int64_t size(int64_t width) { return padding(width).size(RowsX::kDepth + RowsZ::kDepth + 1); }
 
   Backward(A* memory, const Problem<T>& g, const Parameters<A>& p, const Task& task)
-      : g_(g), task_(task), x_line_{g.width, g.x_strides.w, task.lanes}, grad_line_{g.width, g.grad_strides.w, task.lanes},
-        out_line_{g.width, g.out_strides.w, task.lanes}, bias_(stencil::per_channel<kChannelsLast>(p.bias, task, 1, 0)),
+      : g_(g), task_(task), x_line_{g.width, g.x_strides.w, task.lanes},
+        grad_line_{g.width, g.grad_strides.w, task.lanes}, out_line_{g.width, g.out_strides.w, task.lanes},
+        bias_(stencil::per_channel<kChannelsLast>(p.bias, task, 1, 0)),
         grad_sums_(stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels)), x_(start(g.x, g.x_strides, task)),
         grad_(start(g.grad, g.grad_strides, task)), out_(start(g.out, g.out_strides, task)),
         x_next_(std::max<int64_t>(0, task.begin - k / 2 * 2)), z_next_(std::max<int64_t>(0, task.begin - k / 2)) {
@@ -68,7 +75,8 @@ class Backward {
     accumulate::Sums<A, kSums> sums;
     stencil::by_pairs(task_.begin, task_.end, [&](auto count, int64_t i) {
       constexpr int kRows = count;
-      static_assert(RowsX::kDepth >= kRows + 3 * (k / 2), "the rows of x from i - k / 2, when those for grad_z's last are there");
+      static_assert(
+          RowsX::kDepth >= kRows + 3 * (k / 2), "the rows of x from i - k / 2, when those for grad_z's last are there");
       const int64_t z_end = std::min(g_.height, i + kRows + k / 2);
       stencil::by_pairs(z_next_, z_end, [&](auto rows, int64_t z) { differentiate<rows>(z); });
       z_next_ = z_end;
@@ -104,7 +112,8 @@ class Backward {
     const A* around[kRows + k - 1];
     x_rows.rows_from(i - k / 2, around);
     stencil::convolve<k, kRows, kStep>(
-        around, weight_, bias_, line.whole(), line.vectors(), [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
+        around, weight_, bias_, line.whole(), line.vectors(),
+        [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
           for (int o = 0; o < kRows; ++o) {
             const Vec<A> upstream = line.load(grad + o * stride, v, whole) + grad_sums;
             Vec<A> grad_z = simd::gelu_derivative(z[o]) * upstream;
@@ -123,7 +132,8 @@ class Backward {
     const A* around[kRows + k - 1];
     z_rows_.rows_from(i - k / 2, around);
     stencil::convolve<k, kRows, kStep>(
-        around, flipped_, Vec<A>{}, line.whole(), line.vectors(), [&](int64_t v, auto& value, auto whole) __attribute__((always_inline)) {
+        around, flipped_, Vec<A>{}, line.whole(), line.vectors(),
+        [&](int64_t v, auto& value, auto whole) __attribute__((always_inline)) {
           for (int o = 0; o < kRows; ++o) line.store(out + o * stride, v, value[o], whole);
         });
   }
@@ -142,16 +152,18 @@ class Backward {
 
 template <class T, bool kChannelsLast, int k>
 void backward(
-    const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_parameters, std::vector<double>& grad_weight, std::vector<double>& grad_bias) {
+    const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_parameters, std::vector<double>& grad_weight,
+    std::vector<double>& grad_bias) {
   using B = Backward<T, kChannelsLast, k>;
   const Tasks cut(g.batch, g.channels, g.height, B::kStep);
   Frame frame;
   const tasks::Partial<> partial(frame, cut.size(), need_parameters ? B::kStep * B::kSums : 0);
-  torch::stable::parallel_for(0, cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
-    Frame frame;
-    Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
-    for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
-  });
+  torch::stable::parallel_for(
+      0, cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
+        Frame frame;
+        Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
+        for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
+      });
   partial.each([&](int64_t index, const double* sums) {
     const Task task = cut[index];
     for (int64_t channel = task.channel; channel < task.channel + task.lanes; ++channel) {
@@ -168,7 +180,12 @@ std::tuple<Tensor, Tensor> depthwise_gelu(const Tensor& x, const Tensor& weight,
   std::vector<double> sums;
   stencil::specialise(x, channels_last, weight.size(3), [&](auto* tag, auto layout, auto k) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    Problem<T> g{x.size(0), x.size(1), x.size(2), x.size(3), static_cast<const T*>(dense.const_data_ptr()), tensor::strides_of(dense)};
+    Problem<T> g{x.size(0),
+                 x.size(1),
+                 x.size(2),
+                 x.size(3),
+                 static_cast<const T*>(dense.const_data_ptr()),
+                 tensor::strides_of(dense)};
     g.out = static_cast<T*>(y.mutable_data_ptr());
     g.out_strides = tensor::strides_of(y);
     const Parameters<Acc<T>> p{tensor::read<Acc<T>>(weight), tensor::read<Acc<T>>(bias)};
@@ -178,16 +195,21 @@ std::tuple<Tensor, Tensor> depthwise_gelu(const Tensor& x, const Tensor& weight,
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(
-    const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight, const Tensor& bias, bool need_images,
-    bool need_parameters) {
+    const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, bool need_images, bool need_parameters) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last), upstream = tensor::with_format(grad, channels_last);
-  Tensor grad_x =
-      need_images ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last) : tensor::empty(x, {0});
+  Tensor grad_x = need_images ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last)
+                              : tensor::empty(x, {0});
   std::vector<double> grad_weight(weight.numel()), grad_bias(bias.numel());
   stencil::specialise(x, channels_last, weight.size(3), [&](auto* tag, auto layout, auto k) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    Problem<T> g{x.size(0), x.size(1), x.size(2), x.size(3), static_cast<const T*>(dense.const_data_ptr()), tensor::strides_of(dense)};
+    Problem<T> g{x.size(0),
+                 x.size(1),
+                 x.size(2),
+                 x.size(3),
+                 static_cast<const T*>(dense.const_data_ptr()),
+                 tensor::strides_of(dense)};
     g.grad = static_cast<const T*>(upstream.const_data_ptr());
     g.grad_strides = tensor::strides_of(upstream);
     g.grad_sums = stencil::read_plane_sums<Acc<T>>(x, grad_sums);

@@ -37,9 +37,12 @@ class Forward {
     rows_ = {memory + p.margin, memory + p.margin + Rows::kDepth * p.stride(), p.stride(), g.height};
   }
 
-  // Output rows [begin, end), from the rows of x up to `available`. With kSums, adds their sums to those of the task's channels.
+  // Output rows [begin, end), from the rows of x up to `available`. With kSums, adds their sums to those of the task's
+  // channels.
   template <bool kSums>
-  void run(const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available, double* totals) {
+  void run(
+      const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available,
+      double* totals) {
     const Lines in{g.width, g.x_strides.w, task.lanes}, out{g.width, g.out_strides.w, task.lanes};
     const T* x = stencil::start(g.x, g.x_strides, task);
     T* y = stencil::start(g.out, g.out_strides, task);
@@ -50,7 +53,8 @@ class Forward {
     const Rows rows = rows_;  // a local copy that no store can alias stays in registers
     int64_t loaded = loaded_;
     auto load_to = [&](int64_t row) {
-      for (; loaded < std::min(available, row); ++loaded) stencil::load_row(in, x + loaded * g.x_strides.h, rows.slot(loaded));
+      for (; loaded < std::min(available, row); ++loaded)
+        stencil::load_row(in, x + loaded * g.x_strides.h, rows.slot(loaded));
     };
     stencil::by_pairs(begin, end, [&](auto count, int64_t i) {
       constexpr int kRows = count;

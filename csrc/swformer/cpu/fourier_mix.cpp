@@ -1,9 +1,10 @@
-// The Fourier branch between its two transforms. The work goes by tiles of frequencies (spectrum.h), held as rows of real parts and
-// rows of imaginary parts.
+// The Fourier branch between its two transforms. The work goes by tiles of frequencies (spectrum.h), held as rows of
+// real parts and rows of imaginary parts.
 //
-// A tile's input rows are, for each part r (real, imaginary), the channels and one more row: 1 (r = 0), or 1 in the zero frequency
-// and else 0 (r = 1). With s for such a column, `matrix` (2, 2, C, 2, D + 1) gives the pre-activations (gate, value) of all output
-// parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is out_weight y, or y where that is empty.
+// A tile's input rows are, for each part r (real, imaginary), the channels and one more row: 1 (r = 0), or 1 in the
+// zero frequency and else 0 (r = 1). With s for such a column, `matrix` (2, 2, C, 2, D + 1) gives the pre-activations
+// (gate, value) of all output parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is
+// out_weight y, or y where that is empty.
 #include <algorithm>
 
 #include "accumulate.h"
@@ -37,8 +38,11 @@ int64_t vectors(int64_t count) { return gemm::round_up(count, kFloats); }
 struct Spectra : spectrum::Layout {
   int64_t batch;
   std::vector<spectrum::Tile> tiles;
-  Spectra(const Tensor& spectra, int64_t height, int64_t width) : Layout(height, width), batch(spectra.size(0)), tiles(Layout::tiles(kTile)) {
-    STD_TORCH_CHECK(spectra.size(2) == blocks, "a spectrum of ", height, " x ", width, " has ", blocks, " blocks, got ", spectra.size(2));
+  Spectra(const Tensor& spectra, int64_t height, int64_t width)
+      : Layout(height, width), batch(spectra.size(0)), tiles(Layout::tiles(kTile)) {
+    STD_TORCH_CHECK(
+        spectra.size(2) == blocks, "a spectrum of ", height, " x ", width, " has ", blocks, " blocks, got ",
+        spectra.size(2));
   }
   int64_t count() const { return batch * static_cast<int64_t>(tiles.size()); }
   Tensor empty(const Tensor& like, int64_t channels) const {
@@ -50,13 +54,15 @@ struct Tile : spectrum::Tile {
   int64_t image, count;
   bool nyquist;
   Tile(const Spectra& g, int64_t index)
-      : spectrum::Tile(g.tiles[index % g.tiles.size()]), image(index / g.tiles.size()), count(blocks * lanes), nyquist(first >= g.nyquist) {}
+      : spectrum::Tile(g.tiles[index % g.tiles.size()]), image(index / g.tiles.size()), count(blocks * lanes),
+        nyquist(first >= g.nyquist) {}
   bool zero_frequency() const { return first == 0; }
 };
 
 const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-// Real parts of the channels to rows from `tile`, imaginary parts to rows from `tile + part * kTile`; zeros up to a whole vector.
+// Real parts of the channels to rows from `tile`, imaginary parts to rows from `tile + part * kTile`; zeros up to a
+// whole vector.
 void load(const Spectra& g, const Tile& t, const float* spectra, int64_t channels, int64_t part, float* tile) {
   for (int64_t c = 0; c < channels; ++c) {
     const float* in = spectra + ((t.image * channels + c) * g.blocks + t.first) * spectrum::kBlock;
@@ -130,22 +136,25 @@ struct Gate {
   // use(offset, gate, value): a vector of the pre-activations, at `offset` of y's rows.
   template <class Use>
   void apply(int64_t count, const float* tile, Use&& use) const {
-    gemm::multiply((outputs + kHalf - 1) / kHalf * kRows, count, inputs, panels.data(), kRows * inputs, kRows, tile, kTile,
-                   [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
-                     constexpr int n = sizeof(sum[0]) / sizeof(VecF);
-                     for (int i = 0; i < kHalf && row / 2 + i < outputs; ++i)
-                       for (int v = 0; v < n; ++v) use((row / 2 + i) * kTile + column + v * kFloats, sum[i][v], sum[kHalf + i][v]);
-                   });
+    gemm::multiply(
+        (outputs + kHalf - 1) / kHalf * kRows, count, inputs, panels.data(), kRows * inputs, kRows, tile, kTile,
+        [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
+          constexpr int n = sizeof(sum[0]) / sizeof(VecF);
+          for (int i = 0; i < kHalf && row / 2 + i < outputs; ++i)
+            for (int v = 0; v < n; ++v) use((row / 2 + i) * kTile + column + v * kFloats, sum[i][v], sum[kHalf + i][v]);
+        });
   }
 };
 
 // sum += left right^T over the tile's columns; `right` comes transposed.
 void accumulate_product(
-    int64_t count, int64_t m, const float* left, int64_t n, const float* right, int64_t ldright, float* group, float* sum, int64_t ldsum) {
+    int64_t count, int64_t m, const float* left, int64_t n, const float* right, int64_t ldright, float* group,
+    float* sum, int64_t ldsum) {
   for (int64_t i = 0; i < m; i += kGroup) {
     gemm::transpose(kGroup, count, left + i * kTile, kTile, group, kGroup);
     const int64_t left_over = std::min(kGroup, m - i);
-    gemm::multiply(left_over, n, count, group, kRows, kGroup, right, ldright, gemm::into<true>(sum + i * ldsum, ldsum, left_over));
+    gemm::multiply(
+        left_over, n, count, group, kRows, kGroup, right, ldright, gemm::into<true>(sum + i * ldsum, ldsum, left_over));
   }
 }
 
@@ -170,7 +179,8 @@ void flush_rows(int64_t rows, VecF* sums, double* totals, int64_t step) {
   for (int64_t row = 0; row < rows; ++row) accumulate::flush(sums[row], totals[row * step]);
 }
 
-// The tile's channels, both parts side by side, by frequency. Whole vectors are written, the second part's over the first's excess.
+// The tile's channels, both parts side by side, by frequency. Whole vectors are written, the second part's over the
+// first's excess.
 void transpose_parts(int64_t count, int64_t channels, const float* tile, float* out, int64_t ld) {
   for (int r = 0; r < 2; ++r)
     gemm::transpose(channels, count, tile + r * (channels + 1) * kTile, kTile, out + r * channels, ld);
@@ -182,7 +192,8 @@ Tensor to_tensor(const Tensor& like, std::initializer_list<int64_t> size, const 
   return out;
 }
 
-Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width) {
+Tensor spectrum_mix(
+    const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
   const bool has_last = out_weight.dim() == 2;
   const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c;
@@ -201,7 +212,8 @@ Tensor spectrum_mix(const Tensor& spectrum, const Tensor& matrix, const Tensor& 
       gate.apply(t.count, in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
         simd::store(y + at, simd::sigmoid(a) * simd::gelu(v));
       });
-      for (int r = 0; has_last && r < 2; ++r) last.blocks(t.count, y + r * c * kTile, kTile, gemm::into<false>(out + r * e * kTile, kTile, e));
+      for (int r = 0; has_last && r < 2; ++r)
+        last.blocks(t.count, y + r * c * kTile, kTile, gemm::into<false>(out + r * e * kTile, kTile, e));
       store(g, t, has_last ? out : y, e, result);
     }
   });
@@ -219,8 +231,8 @@ class MixBackward {
     int64_t n() const { return 2 * d + 2; }
 
     Factors(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight)
-        : d(spectrum.size(1)), c(matrix.size(0) / 4), e(out_weight.dim() == 2 ? out_weight.size(0) : c), has_last(out_weight.dim() == 2),
-          gate(matrix) {
+        : d(spectrum.size(1)), c(matrix.size(0) / 4), e(out_weight.dim() == 2 ? out_weight.size(0) : c),
+          has_last(out_weight.dim() == 2), gate(matrix) {
       const float *m = data(matrix), *w = data(out_weight);
       matrix_t = Matrix(2 * d, 4 * c, [&](int64_t i, int64_t j) { return m[j * n() + i + i / d]; });
       if (has_last) last_t = Matrix(c, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
@@ -228,12 +240,13 @@ class MixBackward {
   };
 
   MixBackward(Frame& frame, const Factors& f)
-      : f_(f), in(frame.take<float>(rows(f.n()) + kGroup * kTile)), grad(frame.take<float>(rows(2 * f.e) + kGroup * kTile)),
-        y(frame.take<float>(rows(2 * f.c) + kGroup * kTile)), grad_y(frame.take<float>(2 * f.c * kTile)),
-        grad_pre(frame.take<float>(rows(4 * f.c))), grad_in(frame.take<float>(2 * f.d * kTile)), in_t(frame.take<float>(kTile * ld_in())),
-        y_t(frame.take<float>(kTile * vectors(f.c))), group(frame.take<float>(kTile * kGroup)), alpha(frame.take<float>(kTile)),
-        inverse(frame.take<float>(kTile)), matrix(frame.zeros<float>(4 * f.c * ld())), out_weight(frame.zeros<float>(f.e * vectors(f.c))),
-        constants(frame.zeros<VecF>(4 * f.c)) {}
+      : f_(f), in(frame.take<float>(rows(f.n()) + kGroup * kTile)),
+        grad(frame.take<float>(rows(2 * f.e) + kGroup * kTile)), y(frame.take<float>(rows(2 * f.c) + kGroup * kTile)),
+        grad_y(frame.take<float>(2 * f.c * kTile)), grad_pre(frame.take<float>(rows(4 * f.c))),
+        grad_in(frame.take<float>(2 * f.d * kTile)), in_t(frame.take<float>(kTile * ld_in())),
+        y_t(frame.take<float>(kTile * vectors(f.c))), group(frame.take<float>(kTile * kGroup)),
+        alpha(frame.take<float>(kTile)), inverse(frame.take<float>(kTile)), matrix(frame.zeros<float>(4 * f.c * ld())),
+        out_weight(frame.zeros<float>(f.e * vectors(f.c))), constants(frame.zeros<VecF>(4 * f.c)) {}
 
   // The tile's input, and the gradients of y and of what the gate takes.
   void differentiate(const Spectra& g, const Tile& t, const float* spectrum, const float* upstream) const {
@@ -246,7 +259,8 @@ class MixBackward {
         simd::store(p, simd::load(p) * simd::load(alpha + i));
       }
     for (int r = 0; f_.has_last && r < 2; ++r)
-      f_.last_t.blocks(t.count, grad + r * f_.e * kTile, kTile, gemm::into<false>(grad_y + r * f_.c * kTile, kTile, f_.c));
+      f_.last_t.blocks(
+          t.count, grad + r * f_.e * kTile, kTile, gemm::into<false>(grad_y + r * f_.c * kTile, kTile, f_.c));
     const float* const grad_product = f_.has_last ? grad_y : grad;
     float* const grad_value = grad_pre + 2 * f_.c * kTile;
     f_.gate.apply(t.count, in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
@@ -290,14 +304,15 @@ class MixBackward {
   int64_t ld_in() const { return ld() + kFloats; }
 
   const Factors& f_;
-  float *const in, *const grad, *const y, *const grad_y, *const grad_pre, *const grad_in, *const in_t, *const y_t, *const group;
+  float *const in, *const grad, *const y, *const grad_y, *const grad_pre, *const grad_in, *const in_t, *const y_t,
+                                                                                                           *const group;
   float *const alpha, *const inverse, *const matrix, *const out_weight;
   VecF* const constants;
 };
 
 std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
-    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width,
-    bool need_images, bool need_parameters) {
+    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height,
+    int64_t width, bool need_images, bool need_parameters) {
   const Spectra g(spectrum, height, width);
   const MixBackward::Factors f(spectrum, matrix, out_weight);
   Tensor grad_spectrum = need_images ? g.empty(spectrum, f.d) : tensor::empty(spectrum, {0});
@@ -315,11 +330,13 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
       if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) tile.flush(total);
     }
   });
-  return {grad_spectrum, to_tensor(spectrum, {4 * f.c, f.n()}, totals.data()),
-          to_tensor(spectrum, {f.has_last ? f.e : 0, f.c}, totals.data() + of_matrix)};
+  return {
+      grad_spectrum, to_tensor(spectrum, {4 * f.c, f.n()}, totals.data()),
+      to_tensor(spectrum, {f.has_last ? f.e : 0, f.c}, totals.data() + of_matrix)};
 }
 
-// Over all frequencies but zero: of each part, the channels' products with each other, and in the last column their sums.
+// Over all frequencies but zero: of each part, the channels' products with each other, and in the last column their
+// sums.
 Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
   const int64_t d = spectrum.size(1), n = d + 1, ld = vectors(d), ld_in = vectors(2 * d) + kFloats;
@@ -347,7 +364,8 @@ Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
 }
 
 // The spectrum's gradient `grad` plus what comes through its moments.
-Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, const Tensor& grad_moments, int64_t height, int64_t width) {
+Tensor spectrum_moments_backward(
+    const Tensor& grad, const Tensor& spectrum, const Tensor& grad_moments, int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
   const int64_t d = spectrum.size(1), n = d + 1;
   const double* q = static_cast<const double*>(grad_moments.const_data_ptr());
@@ -369,10 +387,11 @@ Tensor spectrum_moments_backward(const Tensor& grad, const Tensor& spectrum, con
       load(g, t, data(grad), d, d, out);
       multiplicity(g, t, alpha, inverse);
       for (int r = 0; r < 2; ++r)
-        parts[r].times(t.count, in + r * n * kTile, kTile, [&](int64_t row, int64_t at, VecF sum) __attribute__((always_inline)) {
-          float* p = out + (r * d + row) * kTile + at;
-          simd::store(p, simd::load(p) + sum * simd::load(inverse + at));
-        });
+        parts[r].times(
+            t.count, in + r * n * kTile, kTile, [&](int64_t row, int64_t at, VecF sum) __attribute__((always_inline)) {
+              float* p = out + (r * d + row) * kTile + at;
+              simd::store(p, simd::load(p) + sum * simd::load(inverse + at));
+            });
       store(g, t, out, d, result);
     }
   });
@@ -387,7 +406,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
       "spectrum_mix_backward(Tensor grad, Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width,"
       " bool need_images, bool need_parameters) -> (Tensor, Tensor, Tensor)");
   m.def("spectrum_moments(Tensor spectrum, int height, int width) -> Tensor");
-  m.def("spectrum_moments_backward(Tensor grad, Tensor spectrum, Tensor grad_moments, int height, int width) -> Tensor");
+  m.def(
+      "spectrum_moments_backward(Tensor grad, Tensor spectrum, Tensor grad_moments, int height, int width) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {

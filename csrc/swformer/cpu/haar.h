@@ -1,7 +1,8 @@
 // The 2-D Haar transform of one 2 x 2 block (or one vector of blocks), and its filters' gradients.
 //
-// A block's pixels (a, b) and its bands (p, q) are tied by band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or its transpose
-// (synthesis); every filter gradient is a contraction of the 16 sums correlation[p, q][a, b] over the blocks of band * pixel.
+// A block's pixels (a, b) and its bands (p, q) are tied by band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or
+// its transpose (synthesis); every filter gradient is a contraction of the 16 sums correlation[p, q][a, b] over the
+// blocks of band * pixel.
 #pragma once
 
 #include <algorithm>
@@ -55,8 +56,8 @@ inline void correlate(const V (&y)[4], const V (&x)[4], V* sums) {
     for (int a = 0; a < 4; ++a) sums[4 * q + a] += y[q] * x[a];
 }
 
-// From correlation[4 * band + pixel], the sums over the blocks of band * pixel. Each filter acts along H (its first index into a
-// band) and along W (its second): both roles add to its gradient.
+// From correlation[4 * band + pixel], the sums over the blocks of band * pixel. Each filter acts along H (its first
+// index into a band) and along W (its second): both roles add to its gradient.
 template <class A>
 void filter_gradients(const Filters<A>& f, const double* correlation, double (&low)[2], double (&high)[2]) {
   const A* taps[2] = {f.lo, f.hi};

@@ -25,11 +25,12 @@ Tensor haar_dwt2d(const Tensor& x, const Tensor& dec_lo, const Tensor& dec_hi) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> haar_dwt2d_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& dec_lo, const Tensor& dec_hi, bool need_images, bool need_parameters) {
+    const Tensor& grad, const Tensor& x, const Tensor& dec_lo, const Tensor& dec_hi, bool need_images,
+    bool need_parameters) {
   const bool channels_last = tensor::is_channels_last(x);
   return haar::backward<true, Out::kPixels>(
-      tensor::with_format(x, channels_last), tensor::with_format(grad, channels_last), x, dec_lo, dec_hi, channels_last, need_images,
-      need_parameters);
+      tensor::with_format(x, channels_last), tensor::with_format(grad, channels_last), x, dec_lo, dec_hi, channels_last,
+      need_images, need_parameters);
 }
 
 }  // namespace

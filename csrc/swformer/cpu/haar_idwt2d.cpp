@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> haar_idwt2d_backward(
     bool need_parameters) {
   const bool channels_last = tensor::is_channels_last(y);
   return haar::backward<false, Out::kBands>(
-      tensor::with_format(grad, channels_last), tensor::with_format(y, channels_last), y, rec_lo, rec_hi, channels_last, need_images,
-      need_parameters);
+      tensor::with_format(grad, channels_last), tensor::with_format(y, channels_last), y, rec_lo, rec_hi, channels_last,
+      need_images, need_parameters);
 }
 
 }  // namespace
@@ -38,7 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> haar_idwt2d_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("haar_idwt2d(Tensor y, Tensor rec_lo, Tensor rec_hi, int height, int width) -> Tensor");
   m.def(
-      "haar_idwt2d_backward(Tensor grad, Tensor y, Tensor rec_lo, Tensor rec_hi, int height, int width, bool need_images,"
+      "haar_idwt2d_backward(Tensor grad, Tensor y, Tensor rec_lo, Tensor rec_hi, int height, int width, bool "
+      "need_images,"
       " bool need_parameters) -> (Tensor, Tensor, Tensor)");
 }
 

@@ -1,6 +1,6 @@
 // The four Haar ops as one walk over 2 x 2 pixel blocks: a block's pixels (a, b) and its bands (p, q) are tied by
-// band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or its transpose (synthesis), and every filter gradient is a contraction of
-// the 16 sums correlation[p, q][a, b] = sum over blocks of band * pixel.
+// band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or its transpose (synthesis), and every filter gradient is a
+// contraction of the 16 sums correlation[p, q][a, b] = sum over blocks of band * pixel.
 #pragma once
 
 #include "haar.h"
@@ -72,7 +72,8 @@ struct Problem {
   Strides out_strides{};
 };
 
-// One function, and lambdas in it: what a line's blocks need stays in registers. kReplicate: the sample missing at an odd border is its neighbour (gradients fold onto it); else it is zero (and cropped).
+// One function, and lambdas in it: what a line's blocks need stays in registers. kReplicate: the sample missing at an
+// odd border is its neighbour (gradients fold onto it); else it is zero (and cropped).
 template <class T, bool kChannelsLast, bool kReplicate, Out kOut, bool kCorrelate>
 void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* correlation) {
   const Problem<T> g = problem;
@@ -110,7 +111,8 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
         const int64_t i = line % rows, c = kChannelsLast ? 0 : line / rows % g.channels;
         const int64_t b = line / rows / (kChannelsLast ? 1 : g.channels);
         const bool single_row = 2 * i + 1 == g.height;
-        const T* row0 = g.pixels + (kReadPixels ? b * g.pixel_strides.b + c * g.pixel_strides.c + 2 * i * g.pixel_strides.h : 0);
+        const T* row0 =
+            g.pixels + (kReadPixels ? b * g.pixel_strides.b + c * g.pixel_strides.c + 2 * i * g.pixel_strides.h : 0);
         const T* row1 = !single_row ? row0 + g.pixel_strides.h : kReplicate ? row0 : zeros.data();
         const bool zero_row = single_row && !kReplicate;
         const T* band[4];
@@ -118,9 +120,11 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
         for (int k = 0; k < 4; ++k) {
           const int64_t channel = k * g.channels + c;
           if (kReadBands) band[k] = g.bands + b * g.band_strides.b + channel * g.band_strides.c + i * g.band_strides.h;
-          if (kOut == Out::kBands) band_out[k] = g.out + b * g.out_strides.b + channel * g.out_strides.c + i * g.out_strides.h;
+          if (kOut == Out::kBands)
+            band_out[k] = g.out + b * g.out_strides.b + channel * g.out_strides.c + i * g.out_strides.h;
         }
-        T* out0 = g.out + (kOut == Out::kPixels ? b * g.out_strides.b + c * g.out_strides.c + 2 * i * g.out_strides.h : 0);
+        T* out0 =
+            g.out + (kOut == Out::kPixels ? b * g.out_strides.b + c * g.out_strides.c + 2 * i * g.out_strides.h : 0);
         T* out1 = out0 + g.out_strides.h;
 
         // One block, or one vector of blocks: at column j, channel k; `single` where the block has one pixel column.
@@ -214,10 +218,11 @@ void walk_layout(bool channels_last, const Problem<T>& g, const Filters<Acc<T>>&
 // The shared body of the backward ops; out is written where need_images, filter gradients where need_parameters.
 template <bool kReplicate, Out kOut>
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& pixels, const Tensor& bands, const Tensor& like, const Tensor& low, const Tensor& high, bool channels_last,
-    bool need_images, bool need_parameters) {
-  Tensor out = need_images ? tensor::empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, channels_last)
-                        : tensor::empty(like, {0});
+    const Tensor& pixels, const Tensor& bands, const Tensor& like, const Tensor& low, const Tensor& high,
+    bool channels_last, bool need_images, bool need_parameters) {
+  Tensor out = need_images
+                   ? tensor::empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, channels_last)
+                   : tensor::empty(like, {0});
   double correlation[16], grad_low[2], grad_high[2];
   tensor::dispatch(like.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

@@ -1,5 +1,5 @@
-// The spatial and the wavelet branch behind their 1x1 convolution, without its map: the image goes by strips of rows, of which the
-// convolution's results and the branches' rings stay in the cache.
+// The spatial and the wavelet branch behind their 1x1 convolution, without its map: the image goes by strips of rows,
+// of which the convolution's results and the branches' rings stay in the cache.
 #include "depthwise_gelu.h"
 #include "gather.h"
 #include "gemm.h"
@@ -11,9 +11,9 @@ namespace {
 using stencil::Task;
 using tensor::Tensor;
 
-constexpr int64_t kTile = 240;                      // pixels of a matrix product
-constexpr int64_t kStripBytes = int64_t{1} << 19;   // of the convolution's results
-constexpr int64_t kFewestRows = 32;                 // of blocks in a task, which computes a few of its neighbours' too
+constexpr int64_t kTile = 240;                     // pixels of a matrix product
+constexpr int64_t kStripBytes = int64_t{1} << 19;  // of the convolution's results
+constexpr int64_t kFewestRows = 32;                // of blocks in a task, which computes a few of its neighbours' too
 
 template <class T, int ks, int kw>
 class LocalBranches {
@@ -23,13 +23,14 @@ class LocalBranches {
   using Wavelet = wavelet::Forward<T, false, kw>;
 
   LocalBranches(
-      const Tensor& x, std::vector<T> weight, std::vector<T> bias, spatial::Parameters<T> spatial, wavelet::Parameters<T> wavelet,
-      const Tensor& spatial_out, const Tensor& wavelet_out)
+      const Tensor& x, std::vector<T> weight, std::vector<T> bias, spatial::Parameters<T> spatial,
+      wavelet::Parameters<T> wavelet, const Tensor& spatial_out, const Tensor& wavelet_out)
       : batch_(x.size(0)), inputs_(x.size(1)), channels_(spatial_out.size(1)), height_(x.size(2)), width_(x.size(3)),
         x_(static_cast<const T*>(x.const_data_ptr())),
-        matrix_(2 * channels_, inputs_, [&](int64_t e, int64_t c) { return weight[e * inputs_ + c]; }), bias_(std::move(bias)),
-        spatial_parameters_(std::move(spatial)), wavelet_parameters_(std::move(wavelet)), spatial_(problem(spatial_out)),
-        wavelet_(problem(wavelet_out)), ranges_(tasks::parts(batch_, block_rows(), kFewestRows)) {}
+        matrix_(2 * channels_, inputs_, [&](int64_t e, int64_t c) { return weight[e * inputs_ + c]; }),
+        bias_(std::move(bias)), spatial_parameters_(std::move(spatial)), wavelet_parameters_(std::move(wavelet)),
+        spatial_(problem(spatial_out)), wavelet_(problem(wavelet_out)),
+        ranges_(tasks::parts(batch_, block_rows(), kFewestRows)) {}
 
   // Sums of both branches over the pixels, (2, B, C).
   std::vector<double> run() const {
@@ -87,7 +88,8 @@ class LocalBranches {
     std::vector<Wavelet> wavelet;
     auto task = [&](int64_t c, int64_t from, int64_t to) { return Task{image, c, c, 1, from, to}; };
     for (int64_t c = 0; c < channels_; ++c) {
-      spatial.emplace_back(frame.zeros<T>(Spatial::size(width_)), spatial_, task(c, 2 * begin, std::min(height_, 2 * end)));
+      spatial.emplace_back(
+          frame.zeros<T>(Spatial::size(width_)), spatial_, task(c, 2 * begin, std::min(height_, 2 * end)));
       wavelet.emplace_back(frame.zeros<T>(Wavelet::size(width_)), wavelet_, task(c, begin, end));
     }
 
@@ -104,9 +106,11 @@ class LocalBranches {
       const int64_t spatial_end = std::clamp(all ? height_ : known - ks / 2, spatial_next, std::min(height_, 2 * end));
       const int64_t wavelet_end = std::clamp(all ? blocks : blocks - kw / 2, wavelet_next, end);
       for (int64_t c = 0; c < channels_; ++c) {
-        spatial[c].template run<true>(of_spatial, spatial_parameters_, task(c, 0, 0), spatial_next, spatial_end, known, totals + c);
+        spatial[c].template run<true>(
+            of_spatial, spatial_parameters_, task(c, 0, 0), spatial_next, spatial_end, known, totals + c);
         wavelet[c].template run<true>(
-            of_wavelet, wavelet_parameters_, task(c, 0, 0), wavelet_next, wavelet_end, blocks, mixed, totals + channels_ + c);
+            of_wavelet, wavelet_parameters_, task(c, 0, 0), wavelet_next, wavelet_end, blocks, mixed,
+            totals + channels_ + c);
       }
       spatial_next = spatial_end;
       wavelet_next = wavelet_end;
@@ -124,9 +128,9 @@ class LocalBranches {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
-    const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& spatial_weight, const Tensor& spatial_bias,
-    const Tensor& wavelet_weight, const Tensor& wavelet_bias, const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo,
-    const Tensor& rec_hi) {
+    const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& spatial_weight,
+    const Tensor& spatial_bias, const Tensor& wavelet_weight, const Tensor& wavelet_bias, const Tensor& dec_lo,
+    const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi) {
   const Tensor dense = torch::stable::contiguous(x);
   const int64_t batch = x.size(0), channels = spatial_weight.size(0);
   const std::vector<int64_t> size{batch, channels, x.size(2), x.size(3)};
@@ -137,8 +141,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
     stencil::specialise_kernel(spatial_weight.size(3), [&](auto ks) {
       stencil::specialise_kernel(wavelet_weight.size(3), [&](auto kw) {
         const LocalBranches<T, ks, kw> branches(
-            dense, tensor::read<T>(in_weight), tensor::read<T>(in_bias), {tensor::read<T>(spatial_weight), tensor::read<T>(spatial_bias)},
-            {tensor::read<T>(wavelet_weight), tensor::read<T>(wavelet_bias), {dec_lo, dec_hi}, {rec_lo, rec_hi}}, spatial, wavelet);
+            dense, tensor::read<T>(in_weight), tensor::read<T>(in_bias),
+            {tensor::read<T>(spatial_weight), tensor::read<T>(spatial_bias)},
+            {tensor::read<T>(wavelet_weight), tensor::read<T>(wavelet_bias), {dec_lo, dec_hi}, {rec_lo, rec_hi}},
+            spatial, wavelet);
         sums = branches.run();
       });
     });
@@ -155,8 +161,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def(
-      "local_branches(Tensor x, Tensor in_weight, Tensor in_bias, Tensor spatial_weight, Tensor spatial_bias, Tensor wavelet_weight,"
-      " Tensor wavelet_bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi) -> (Tensor, Tensor, Tensor, Tensor)");
+      "local_branches(Tensor x, Tensor in_weight, Tensor in_bias, Tensor spatial_weight, Tensor spatial_bias, Tensor "
+      "wavelet_weight,"
+      " Tensor wavelet_bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) { m.impl("local_branches", TORCH_BOX(&local_branches)); }

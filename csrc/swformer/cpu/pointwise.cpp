@@ -1,6 +1,6 @@
-// 1x1 convolution of up to three maps, as a matrix product over tiles of pixels. Planes are often a power of two apart, where they
-// evict each other from the caches: so the rows of a tile are gathered into a scratch that stays in cache, plane by plane in long
-// runs, and so leaves the result. The concatenation of the maps never exists.
+// 1x1 convolution of up to three maps, as a matrix product over tiles of pixels. Planes are often a power of two apart,
+// where they evict each other from the caches: so the rows of a tile are gathered into a scratch that stays in cache,
+// plane by plane in long runs, and so leaves the result. The concatenation of the maps never exists.
 #include <optional>
 
 #include "accumulate.h"
@@ -15,7 +15,7 @@ namespace {
 using simd::Acc;
 using tensor::Tensor;
 
-constexpr int64_t kTile = 240;                      // pixels: runs of so many are read and written
+constexpr int64_t kTile = 240;                       // pixels: runs of so many are read and written
 constexpr int64_t kScratchBytes = int64_t{1} << 18;  // of a tile's input, where the channels are many
 constexpr int64_t kAhead = 1;                        // planes that a read goes ahead
 constexpr int64_t kTilesPerFlush = 8;                // float sums stay this short before they are added up in double
@@ -45,7 +45,7 @@ struct Weight {
 template <class T>
 struct Planes {
   struct Plane {
-    T* data;  // of the first image
+    T* data;        // of the first image
     int64_t image;  // elements to the next
   };
   std::vector<Plane> planes;
@@ -61,7 +61,9 @@ struct Planes {
     }
   }
   int64_t count() const { return planes.size(); }
-  T* at(int64_t image, int64_t plane, int64_t pixel) const { return planes[plane].data + image * planes[plane].image + pixel; }
+  T* at(int64_t image, int64_t plane, int64_t pixel) const {
+    return planes[plane].data + image * planes[plane].image + pixel;
+  }
 
   // Pixels [first, first + n) of an image, in rows `pitch` apart.
   template <class A>
@@ -76,7 +78,8 @@ struct Tiles {
   template <class A>
   static Tiles of(const Tensor& map, int64_t channels, A) {
     constexpr int64_t unit = gemm::kVectors * simd::kLanes<A>;
-    const int64_t pixels = map.size(2) * map.size(3), most = kScratchBytes / (std::max<int64_t>(1, channels) * static_cast<int64_t>(sizeof(A)));
+    const int64_t pixels = map.size(2) * map.size(3),
+                  most = kScratchBytes / (std::max<int64_t>(1, channels) * static_cast<int64_t>(sizeof(A)));
     const int64_t size = std::clamp(most / unit * unit, unit, gemm::round_up(kTile, unit));
     return {pixels, size, (pixels + size - 1) / size};
   }
@@ -90,7 +93,8 @@ struct Factors {
   std::vector<gemm::Matrix<A>> matrices;
   template <class At>
   Factors(int64_t count, int64_t rows, int64_t depth, At&& at) {
-    for (int64_t b = 0; b < count; ++b) matrices.emplace_back(rows, depth, [&](int64_t e, int64_t c) { return at(b, e, c); });
+    for (int64_t b = 0; b < count; ++b)
+      matrices.emplace_back(rows, depth, [&](int64_t e, int64_t c) { return at(b, e, c); });
   }
   // out = factor * in, n columns, in rows `pitch` apart.
   void multiply(int64_t image, int64_t n, const A* in, A* out, int64_t pitch) const {
@@ -109,7 +113,8 @@ class Correlation {
   static int64_t padded_right(int64_t rows) { return gemm::round_up(rows, kRight); }
 
   Correlation(scratch::Frame& frame, int64_t left, int64_t right)
-      : left_(left), right_(right), products_(frame.zeros<V>(padded_left(left) * padded_right(right))), sums_(frame.zeros<V>(left)) {}
+      : left_(left), right_(right), products_(frame.zeros<V>(padded_left(left) * padded_right(right))),
+        sums_(frame.zeros<V>(left)) {}
 
   // Both of zeros past column n up to a whole vector; the rows up to the padded numbers are read.
   void add(int64_t n, const A* left, const A* right, int64_t pitch) const {
@@ -160,8 +165,8 @@ class Correlation {
 };
 
 Tensor pointwise(
-    const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const Tensor& weight, const Tensor& bias,
-    const std::optional<Tensor>& residual) {
+    const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const Tensor& weight,
+    const Tensor& bias, const std::optional<Tensor>& residual) {
   const Maps maps(x0, x1, x2);
   const int64_t batch = x0.size(0), outputs = weight.size(1);
   Tensor out = tensor::empty(x0, {batch, outputs, x0.size(2), x0.size(3)});
@@ -170,7 +175,8 @@ Tensor pointwise(
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = Acc<T>;
     const Weight<A> w(weight);
-    const Factors<A> factors(w.batch, outputs, maps.channels, [&](int64_t i, int64_t e, int64_t c) { return w.at(i, e, c); });
+    const Factors<A> factors(
+        w.batch, outputs, maps.channels, [&](int64_t i, int64_t e, int64_t c) { return w.at(i, e, c); });
     const auto offset = tensor::read<A>(bias);
     const int64_t offset_stride = bias.dim() == 2 ? outputs : 0;
     std::vector<Tensor> added;
@@ -183,12 +189,14 @@ Tensor pointwise(
       A* inputs = frame.take<A>(maps.channels * tiles.size);
       A* products = frame.take<A>(outputs * tiles.size);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / tiles.count, first = tiles.first(task % tiles.count), n = tiles.length(task % tiles.count);
+        const int64_t b = task / tiles.count, first = tiles.first(task % tiles.count),
+                      n = tiles.length(task % tiles.count);
         in.gather_tile(b, first, n, inputs, tiles.size);
         factors.multiply(b, n, inputs, products, tiles.size);
         for (int64_t e = 0; e < outputs; ++e)
           gather::scatter(
-              products + e * tiles.size, n, offset[b * offset_stride + e], residual ? add.at(b, e, first) : nullptr, to.at(b, e, first));
+              products + e * tiles.size, n, offset[b * offset_stride + e], residual ? add.at(b, e, first) : nullptr,
+              to.at(b, e, first));
       }
     });
   });
@@ -203,13 +211,14 @@ struct ParameterGradients {
 // Into `grads` the maps' gradients, where there are any, and with need_parameters into `sums` the parameters'.
 template <class T>
 void backward(
-    const Maps& maps, const Tensor& grad, const Tensor& weight, const Tensor& bias, const std::vector<Tensor>& grads, bool need_parameters,
-    ParameterGradients& sums) {
+    const Maps& maps, const Tensor& grad, const Tensor& weight, const Tensor& bias, const std::vector<Tensor>& grads,
+    bool need_parameters, ParameterGradients& sums) {
   using A = Acc<T>;
   const bool need_images = !grads.empty();
   const int64_t batch = grad.size(0), outputs = weight.size(1), channels = maps.channels;
   const Weight<A> w(weight);
-  const Factors<A> factors(need_images ? w.batch : 0, channels, outputs, [&](int64_t i, int64_t c, int64_t e) { return w.at(i, e, c); });
+  const Factors<A> factors(
+      need_images ? w.batch : 0, channels, outputs, [&](int64_t i, int64_t c, int64_t e) { return w.at(i, e, c); });
   const Planes<const T> upstream({grad}), in(maps.parts);
   const Planes<T> to(grads);
   const Tiles tiles = Tiles::of(grad, channels + outputs, A());
@@ -235,7 +244,8 @@ void backward(
         }
         if (!need_images) continue;
         factors.multiply(b, n, left, right, tiles.size);
-        for (int64_t c = 0; c < channels; ++c) gather::scatter<T>(right + c * tiles.size, n, A(0), nullptr, to.at(b, c, first));
+        for (int64_t c = 0; c < channels; ++c)
+          gather::scatter<T>(right + c * tiles.size, n, A(0), nullptr, to.at(b, c, first));
       }
     }
   });
@@ -249,8 +259,8 @@ void backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
-    const Tensor& grad, const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const Tensor& weight,
-    const Tensor& bias, bool need_images, bool need_parameters) {
+    const Tensor& grad, const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2,
+    const Tensor& weight, const Tensor& bias, bool need_images, bool need_parameters) {
   const Maps maps(x0, x1, x2);
   const Tensor dense = torch::stable::contiguous(grad);
   std::vector<Tensor> grads;
@@ -263,9 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
     });
   while (grads.size() < 3) grads.push_back(tensor::empty(grad, {0}));
   return {
-      grads[0],
-      grads[1],
-      grads[2],
+      grads[0], grads[1], grads[2],
       need_parameters ? tensor::write(weight, sums.weight.data()) : tensor::empty(weight, {0}),
       need_parameters ? tensor::write(bias, sums.bias.data()) : tensor::empty(bias, {0})};
 }
@@ -275,7 +283,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("pointwise(Tensor x0, Tensor? x1, Tensor? x2, Tensor weight, Tensor bias, Tensor? residual) -> Tensor");
   m.def(
-      "pointwise_backward(Tensor grad, Tensor x0, Tensor? x1, Tensor? x2, Tensor weight, Tensor bias, bool need_images, bool need_parameters)"
+      "pointwise_backward(Tensor grad, Tensor x0, Tensor? x1, Tensor? x2, Tensor weight, Tensor bias, bool "
+      "need_images, bool need_parameters)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

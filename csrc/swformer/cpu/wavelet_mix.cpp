@@ -1,5 +1,5 @@
-// Haar transform, depthwise k x k convolution of the four bands and inverse transform in one pass over pairs of pixel rows, and
-// their gradients, with nothing saved but the input. No band leaves the ring of rows.
+// Haar transform, depthwise k x k convolution of the four bands and inverse transform in one pass over pairs of pixel
+// rows, and their gradients, with nothing saved but the input. No band leaves the ring of rows.
 #include "wavelet_mix.h"
 
 namespace {
@@ -16,12 +16,12 @@ using stencil::Tasks;
 using tensor::Tensor;
 using namespace wavelet;
 
-// sums[4 * band + pixel] += band * pixel over a row of blocks; writes to `out`, where it is given, the pixels that `synthesis`
-// makes of the bands. Only lanes of the image count in the sums.
+// sums[4 * band + pixel] += band * pixel over a row of blocks; writes to `out`, where it is given, the pixels that
+// `synthesis` makes of the bands. Only lanes of the image count in the sums.
 template <bool kReplicate, bool kSum, bool kStore, class B, class T, class A>
 void synthesise_row(
-    const B& blocks, const B& out_blocks, int64_t i, const A* const (&bands)[kBands], const Filters<A>& synthesis, const T* x, T* out,
-    Vec<A>* sums) {
+    const B& blocks, const B& out_blocks, int64_t i, const A* const (&bands)[kBands], const Filters<A>& synthesis,
+    const T* x, T* out, Vec<A>* sums) {
   const Filters<A> f = synthesis;
   Vec<A> total[16];
   if (kSum) {
@@ -34,7 +34,8 @@ void synthesise_row(
     if (kSum) {
       blocks.template load<kReplicate>(x, i, v, whole, pixels);
       Vec<A> bands_of_image[kBands];
-      for (int q = 0; q < kBands; ++q) bands_of_image[q] = whole ? y[q] : stencil::first_lanes<A>(y[q], blocks.count(v));
+      for (int q = 0; q < kBands; ++q)
+        bands_of_image[q] = whole ? y[q] : stencil::first_lanes<A>(y[q], blocks.count(v));
       haar::correlate(bands_of_image, pixels, total);
     }
     if (kStore) {
@@ -56,16 +57,18 @@ std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   const Tasks cut(g.batch, g.channels, rows, F::kStep);
   Frame frame;
   const tasks::Partial<> partial(frame, cut.size(), kSums ? F::kStep : 0);
-  torch::stable::parallel_for(0, cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
-    Frame frame;
-    Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
-    Acc<T>* mixed = frame.zeros<Acc<T>>(F::run_size(g.width));
-    for (int64_t index = begin; index < end; ++index) {
-      const Task task = cut[index];
-      F(memory, g, task).template run<kSums>(
-          g, p, task, task.begin, task.end, std::min(rows, task.end + k / 2), mixed, partial.start(index));
-    }
-  });
+  torch::stable::parallel_for(
+      0, cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
+        Frame frame;
+        Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
+        Acc<T>* mixed = frame.zeros<Acc<T>>(F::run_size(g.width));
+        for (int64_t index = begin; index < end; ++index) {
+          const Task task = cut[index];
+          F(memory, g, task)
+              .template run<kSums>(
+                  g, p, task, task.begin, task.end, std::min(rows, task.end + k / 2), mixed, partial.start(index));
+        }
+      });
   return cut.by_plane(partial);
 }
 
@@ -74,8 +77,9 @@ struct Gradients {
   double dec[16] = {}, rec[16] = {};  // correlations of bands and pixels, for haar::filter_gradients
 };
 
-// One task of the backward pass. With y = bands of x, z = conv(y) and the output made of z: grad_z = bands of grad by the synthesis
-// filters, grad_y = the transposed convolution of grad_z, and grad_x is made of grad_y by the analysis filters.
+// One task of the backward pass. With y = bands of x, z = conv(y) and the output made of z: grad_z = bands of grad by
+// the synthesis filters, grad_y = the transposed convolution of grad_z, and grad_x is made of grad_y by the analysis
+// filters.
 template <class T, bool kChannelsLast, int k>
 class Backward {
  public:
@@ -93,18 +97,19 @@ class Backward {
   Backward(A* memory, const Problem<T>& g, const Parameters<A>& p, const Task& task)
       : p_(p), task_(task), in_{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes},
         out_{g.height, g.width, g.out_strides.h, g.out_strides.w, task.lanes},
-        upstream_{g.height, g.width, g.grad_strides.h, g.grad_strides.w, task.lanes,
-                  stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels)},
-        x_(start(g.x, g.x_strides, task)), grad_(start(g.grad, g.grad_strides, task)), grad_x_(start(g.out, g.out_strides, task)),
-        stride_(padding(g.width).stride()), rows_(block_rows(g.height)), mixed_(memory + padding(g.width).margin + 2 * Rings::kSlots * stride_),
+        upstream_{g.height,         g.width,    g.grad_strides.h,
+                  g.grad_strides.w, task.lanes, stencil::per_plane<kChannelsLast>(g.grad_sums, task, g.channels)},
+        x_(start(g.x, g.x_strides, task)), grad_(start(g.grad, g.grad_strides, task)),
+        grad_x_(start(g.out, g.out_strides, task)), stride_(padding(g.width).stride()), rows_(block_rows(g.height)),
+        mixed_(memory + padding(g.width).margin + 2 * Rings::kSlots * stride_),
         grad_bands_(mixed_ + 2 * kBands * stride_), y_(memory + padding(g.width).margin, zero(), stride_, rows_),
         grad_z_(memory + padding(g.width).margin + Rings::kSlots * stride_, zero(), stride_, rows_) {
     read_weights<kChannelsLast, k>(p, g.channels, task, weight_, bias_);
     for (int q = 0; q < kBands; ++q) std::reverse_copy(weight_[q], weight_[q] + k * k, flipped_[q]);
   }
 
-  // Writes the sums to `totals`, where it is given: for each of the task's channels the taps and the bias of each band, then, at the
-  // end, the correlations for the analysis and the synthesis filters.
+  // Writes the sums to `totals`, where it is given: for each of the task's channels the taps and the bias of each band,
+  // then, at the end, the correlations for the analysis and the synthesis filters.
   void run(double* totals) {
     accumulate::Sums<A, kTapSums + 32> sums;
     int64_t next = std::max<int64_t>(0, task_.begin - k / 2);
@@ -142,7 +147,8 @@ class Backward {
       }
       grad_z_.ring[q].rows_from(i - k / 2, around);
       stencil::convolve<k, kRows, kStep>(
-          around, flipped_[q], Vec<A>{}, in_.vectors(), in_.vectors(), stencil::Keep<A>{grad_bands_ + q * 2 * stride_, stride_});
+          around, flipped_[q], Vec<A>{}, in_.vectors(), in_.vectors(),
+          stencil::Keep<A>{grad_bands_ + q * 2 * stride_, stride_});
     }
   }
 
@@ -181,11 +187,12 @@ void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_parame
   const Tasks cut(g.batch, g.channels, block_rows(g.height), B::kStep);
   Frame frame;
   const tasks::Partial<> partial(frame, cut.size(), need_parameters ? B::kSums : 0);
-  torch::stable::parallel_for(0, cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
-    Frame frame;
-    Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
-    for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
-  });
+  torch::stable::parallel_for(
+      0, cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
+        Frame frame;
+        Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
+        for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
+      });
   partial.each([&](int64_t index, const double* sums) {
     const Task task = cut[index];
     const double* correlations = sums + B::kTapSums * B::kStep;
@@ -209,13 +216,14 @@ Problem<T> describe(const Tensor& x) {
 
 template <class A>
 Parameters<A> read_parameters(
-    const Tensor& weight, const Tensor& bias, const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi) {
+    const Tensor& weight, const Tensor& bias, const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo,
+    const Tensor& rec_hi) {
   return {tensor::read<A>(weight), tensor::read<A>(bias), Filters<A>(dec_lo, dec_hi), Filters<A>(rec_lo, rec_hi)};
 }
 
 std::tuple<Tensor, Tensor> wavelet_mix(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo,
-    const Tensor& rec_hi, bool need_sums) {
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& dec_lo, const Tensor& dec_hi,
+    const Tensor& rec_lo, const Tensor& rec_hi, bool need_sums) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last);
   Tensor y = tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last);
@@ -232,12 +240,13 @@ std::tuple<Tensor, Tensor> wavelet_mix(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_mix_backward(
-    const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight, const Tensor& bias,
-    const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi, bool need_images, bool need_parameters) {
+    const Tensor& grad, const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi,
+    bool need_images, bool need_parameters) {
   const bool channels_last = tensor::is_channels_last(x);
   const Tensor dense = tensor::with_format(x, channels_last), upstream = tensor::with_format(grad, channels_last);
-  Tensor grad_x =
-      need_images ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last) : tensor::empty(x, {0});
+  Tensor grad_x = need_images ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last)
+                              : tensor::empty(x, {0});
   Gradients gradients{std::vector<double>(weight.numel()), std::vector<double>(bias.numel())};
   double dec[2][2], rec[2][2];
   stencil::specialise(x, channels_last, weight.size(3), [&](auto* tag, auto layout, auto k) {
@@ -258,18 +267,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_mix_b
   auto result = [&](const Tensor& like, const double* values) {
     return need_parameters ? tensor::write(like, values) : tensor::empty(like, {0});
   };
-  return {grad_x, result(weight, gradients.weight.data()), result(bias, gradients.bias.data()), result(dec_lo, dec[0]),
-          result(dec_hi, dec[1]), result(rec_lo, rec[0]), result(rec_hi, rec[1])};
+  return {
+      grad_x,
+      result(weight, gradients.weight.data()),
+      result(bias, gradients.bias.data()),
+      result(dec_lo, dec[0]),
+      result(dec_hi, dec[1]),
+      result(rec_lo, rec[0]),
+      result(rec_hi, rec[1])};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def(
-      "wavelet_mix(Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi, bool need_sums)"
+      "wavelet_mix(Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi, "
+      "bool need_sums)"
       " -> (Tensor, Tensor)");
   m.def(
-      "wavelet_mix_backward(Tensor grad, Tensor? grad_sums, Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, Tensor dec_hi,"
+      "wavelet_mix_backward(Tensor grad, Tensor? grad_sums, Tensor x, Tensor weight, Tensor bias, Tensor dec_lo, "
+      "Tensor dec_hi,"
       " Tensor rec_lo, Tensor rec_hi, bool need_images, bool need_parameters)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -1,5 +1,5 @@
-// Haar transform, depthwise k x k convolution of the four bands and inverse transform: the forward pass over the pairs of rows of one
-// channel (or one vector of channels).
+// Haar transform, depthwise k x k convolution of the four bands and inverse transform: the forward pass over the pairs
+// of rows of one channel (or one vector of channels).
 #pragma once
 
 #include "accumulate.h"
@@ -23,8 +23,8 @@ struct Parameters {
   Filters<A> dec, rec;
 };
 
-// The 2 x 2 pixel blocks of one channel (or one vector of channels), in vectors of blocks. kOffset: the pixels are `offset` more than
-// what is stored.
+// The 2 x 2 pixel blocks of one channel (or one vector of channels), in vectors of blocks. kOffset: the pixels are
+// `offset` more than what is stored.
 template <class T, bool kChannelsLast, bool kOffset = false>
 struct Blocks {
   using A = Acc<T>;
@@ -143,7 +143,8 @@ void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filte
 
 // Writes to `out` the pixels that `synthesis` makes of a row of bands and, with kSums, adds them to `total`.
 template <bool kSums, class B, class T, class A>
-void synthesise_row(const B& blocks, int64_t i, const A* const (&bands)[kBands], const Filters<A>& synthesis, T* out, Vec<A>& total) {
+void synthesise_row(
+    const B& blocks, int64_t i, const A* const (&bands)[kBands], const Filters<A>& synthesis, T* out, Vec<A>& total) {
   const Filters<A> f = synthesis;
   Vec<A> run = total;
   stencil::each_vector(blocks.whole(), blocks.vectors(), [&](int64_t v, auto whole) __attribute__((always_inline)) {
@@ -158,7 +159,9 @@ void synthesise_row(const B& blocks, int64_t i, const A* const (&bands)[kBands],
 
 // The weights of the task's channels in the four bands, and their biases.
 template <bool kChannelsLast, int k, class A>
-void read_weights(const Parameters<A>& p, int64_t channels, const Task& task, Vec<A> (&weight)[kBands][k * k], Vec<A> (&bias)[kBands]) {
+void read_weights(
+    const Parameters<A>& p, int64_t channels, const Task& task, Vec<A> (&weight)[kBands][k * k],
+    Vec<A> (&bias)[kBands]) {
   for (int q = 0; q < kBands; ++q) {
     Task band = task;
     band.channel += q * channels;
@@ -167,7 +170,8 @@ void read_weights(const Parameters<A>& p, int64_t channels, const Task& task, Ve
   }
 }
 
-// A task's rings of rows of bands. Its output may come in several runs, each of the rows of blocks that follow the last run's.
+// A task's rings of rows of bands. Its output may come in several runs, each of the rows of blocks that follow the last
+// run's.
 template <class T, bool kChannelsLast, int k>
 class Forward {
  public:
@@ -181,12 +185,15 @@ class Forward {
   static int64_t size(int64_t width) { return padding(width).size(Rings::kSlots + 1); }
   static int64_t run_size(int64_t width) { return kBands * 2 * padding(width).stride(); }
 
-  Forward(A* memory, const Problem<T>& g, const Task& task) : Forward(memory + padding(g.width).margin, padding(g.width).stride(), g, task) {}
+  Forward(A* memory, const Problem<T>& g, const Task& task)
+      : Forward(memory + padding(g.width).margin, padding(g.width).stride(), g, task) {}
 
-  // Output rows [begin, end) of blocks, from those of x up to `available`. With kSums, adds their sums to those of the task's channels.
+  // Output rows [begin, end) of blocks, from those of x up to `available`. With kSums, adds their sums to those of the
+  // task's channels.
   template <bool kSums>
   void run(
-      const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available, A* mixed, double* totals) {
+      const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available,
+      A* mixed, double* totals) {
     const B in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
     const B out{g.height, g.width, g.out_strides.h, g.out_strides.w, task.lanes};
     const T* x = stencil::start(g.x, g.x_strides, task);
@@ -225,7 +232,8 @@ class Forward {
 
  private:
   Forward(A* rows, int64_t stride, const Problem<T>& g, const Task& task)
-      : bands_(rows, rows + Rings::kSlots * stride, stride, block_rows(g.height)), loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
+      : bands_(rows, rows + Rings::kSlots * stride, stride, block_rows(g.height)),
+        loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
 
   Rings bands_;
   int64_t loaded_;

@@ -10,21 +10,26 @@ namespace {
 
 constexpr int64_t kGroupBytes = int64_t{32} << 20;  // of gradients between the two passes
 
-// First pass over a strip. `grad_x` gets what comes through the first scale; `sums` is null where no parameter needs a gradient.
+// First pass over a strip. `grad_x` gets what comes through the first scale; `sums` is null where no parameter needs a
+// gradient.
 template <class T>
 class StripBackward {
  public:
   StripBackward(
-      Frame& frame, const Net& net, const Layout& layout, const Image<const T>& x, const Image<const T>& grad, const Image<T>* grad_x,
-      const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image, int64_t strip, float* sums)
-      : net_(net), layout_(layout), full_(net.grid[0]), grad_(grad), grad_x_(grad_x), sums_(sums), begin_(strip * net.rows_per_strip()),
-        end_(std::min(net.height, begin_ + net.rows_per_strip())), zeros_(zero_row(frame, full_)), hidden_(frame, net, 0, x, begin_ - 2, 4, 3),
-        half_(frame, net, 1, x, net.row_source[1][begin_].low), quarter_(frame, net, 2, x, net.row_source[2][begin_].low),
-        half_down_(frame, net, half_grad, image, strip), quarter_down_(frame, net, quarter_grad, image, strip),
-        scale_(frame, net, layout, 0, grad_x != nullptr, sums), mixed_grad_(frame, 3, net.mid, full_), result_(frame, 1, net.in, full_),
+      Frame& frame, const Net& net, const Layout& layout, const Image<const T>& x, const Image<const T>& grad,
+      const Image<T>* grad_x, const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image,
+      int64_t strip, float* sums)
+      : net_(net), layout_(layout), full_(net.grid[0]), grad_(grad), grad_x_(grad_x), sums_(sums),
+        begin_(strip * net.rows_per_strip()), end_(std::min(net.height, begin_ + net.rows_per_strip())),
+        zeros_(zero_row(frame, full_)), hidden_(frame, net, 0, x, begin_ - 2, 4, 3),
+        half_(frame, net, 1, x, net.row_source[1][begin_].low),
+        quarter_(frame, net, 2, x, net.row_source[2][begin_].low), half_down_(frame, net, half_grad, image, strip),
+        quarter_down_(frame, net, quarter_grad, image, strip), scale_(frame, net, layout, 0, grad_x != nullptr, sums),
+        mixed_grad_(frame, 3, net.mid, full_), result_(frame, 1, net.in, full_),
         activated_(take_block(frame, kScales * net.mid)), slope_(take_block(frame, kScales * net.mid)),
-        grad_blocks_(frame.take<float>((full_.blocks * net.out + kLanes) * kBlock)), activated_pixels_(frame, kScales * net.mid, full_),
-        grad_pixels_(frame, net.out, full_), out_bias_(frame, net.out) {}
+        grad_blocks_(frame.take<float>((full_.blocks * net.out + kLanes) * kBlock)),
+        activated_pixels_(frame, kScales * net.mid, full_), grad_pixels_(frame, net.out, full_),
+        out_bias_(frame, net.out) {}
 
   void run() {
     int64_t next = begin_;
@@ -63,7 +68,8 @@ class StripBackward {
       propagate(i, b, own);
       if (own && sums_) collect(b);
     }
-    if (own && sums_) add_product(grad_pixels_, activated_pixels_, net_.width, sums_ + layout_.out_weight, layout_.out_pitch);
+    if (own && sums_)
+      add_product(grad_pixels_, activated_pixels_, net_.width, sums_ + layout_.out_weight, layout_.out_pitch);
   }
 
   // Block b of the gradient, through the last convolution and the GELU, to the maps of each scale.
@@ -73,16 +79,19 @@ class StripBackward {
     float* row = mixed_grad_[i] + b * kBlock;
     VecU inside[kVectors];  // lanes past the width stay zero
     for (int v = 0; v < kVectors; ++v) inside[v] = first_lanes(net_.width - b * kBlock - v * kLanes);
-    net_.out_transposed[0].times(columns, block, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
-      simd::store(row + c * pitch + j, keep(inside[j / kLanes], g * simd::load(slope + c * kBlock + j)));
-    });
+    net_.out_transposed[0].times(
+        columns, block, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
+          simd::store(row + c * pitch + j, keep(inside[j / kLanes], g * simd::load(slope + c * kBlock + j)));
+        });
     if (!own) return;
-    net_.out_transposed[1].times(columns, block, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
-      half_down_.add(c, b * kBlock + j, g * simd::load(slope + (mid + c) * kBlock + j));
-    });
-    net_.out_transposed[2].times(columns, block, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
-      quarter_down_.add(c, b * kBlock + j, g * simd::load(slope + (2 * mid + c) * kBlock + j));
-    });
+    net_.out_transposed[1].times(
+        columns, block, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
+          half_down_.add(c, b * kBlock + j, g * simd::load(slope + (mid + c) * kBlock + j));
+        });
+    net_.out_transposed[2].times(
+        columns, block, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
+          quarter_down_.add(c, b * kBlock + j, g * simd::load(slope + (2 * mid + c) * kBlock + j));
+        });
   }
 
   // For the gradients of the last convolution.
@@ -113,13 +122,16 @@ class StripBackward {
 
 // image[row i] += half + quarter, each sample for all its pixels.
 template <class T>
-void add_low_row(const Image<T>& image, int64_t i, const float* half, int64_t half_pitch, const float* quarter, int64_t quarter_pitch) {
+void add_low_row(
+    const Image<T>& image, int64_t i, const float* half, int64_t half_pitch, const float* quarter,
+    int64_t quarter_pitch) {
   T* row = image.row(i);
   if (!image.dense()) {
     for (int64_t j = 0; j < image.width; ++j)
       for (int64_t c = 0; c < image.channels; ++c) {
         T& pixel = row[c * image.strides.c + j * image.strides.w];
-        pixel = static_cast<T>(static_cast<float>(pixel) + half[c * half_pitch + j / 2] + quarter[c * quarter_pitch + j / 4]);
+        pixel = static_cast<T>(
+            static_cast<float>(pixel) + half[c * half_pitch + j / 2] + quarter[c * quarter_pitch + j / 4]);
       }
     return;
   }
@@ -130,7 +142,8 @@ void add_low_row(const Image<T>& image, int64_t i, const float* half, int64_t ha
   }
   for (int64_t c = 0; c < image.channels; ++c, row += image.strides.c, half += half_pitch, quarter += quarter_pitch)
     for (int64_t j = 0; j < image.width; j += kLanes) {
-      const VecF low = simd::permute(simd::load(half + j / 2), twice) + simd::permute(simd::load(quarter + j / 4), four_times);
+      const VecF low =
+          simd::permute(simd::load(half + j / 2), twice) + simd::permute(simd::load(quarter + j / 4), four_times);
       gather::store(row + j, gather::load(row + j, image.width - j) + low, image.width - j);
     }
 }
@@ -138,8 +151,8 @@ void add_low_row(const Image<T>& image, int64_t i, const float* half, int64_t ha
 // Second pass over a strip: from the gradients of the low-resolution maps to the input and the parameters.
 template <class T>
 void backward_low_strip(
-    const Net& net, const Layout& layout, const Image<const T>& x, const Image<T>* grad_x, const LowGradients& half_grad,
-    const LowGradients& quarter_grad, int64_t image, int64_t strip, float* sums) {
+    const Net& net, const Layout& layout, const Image<const T>& x, const Image<T>* grad_x,
+    const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image, int64_t strip, float* sums) {
   Frame frame;
   const int64_t begin = strip * net.rows_per_strip(), end = std::min(net.height, begin + net.rows_per_strip());
   struct Scale {
@@ -150,17 +163,19 @@ void backward_low_strip(
     ScaleBackward backward;
     int64_t next, next_grad;
 
-    Scale(Frame& frame, const Net& net, const Layout& layout, const Image<const T>& x, const LowGradients& gradients, bool need_images,
-          int64_t begin, float* sums)
+    Scale(
+        Frame& frame, const Net& net, const Layout& layout, const Image<const T>& x, const LowGradients& gradients,
+        bool need_images, int64_t begin, float* sums)
         : low(gradients), factor(kFactor[low.scale]), height(net.grid[low.scale].height),
           hidden(frame, net, low.scale, x, begin / factor - 1, 3, 3), grad(frame, 3, net.mid, net.grid[low.scale]),
-          result(frame, 2, net.in, net.grid[low.scale]), backward(frame, net, layout, low.scale, need_images, sums), next(begin / factor),
-          next_grad(std::max<int64_t>(0, next - 1)) {}
+          result(frame, 2, net.in, net.grid[low.scale]), backward(frame, net, layout, low.scale, need_images, sums),
+          next(begin / factor), next_grad(std::max<int64_t>(0, next - 1)) {}
 
     void advance(int64_t image, int64_t last) {
       for (; next <= last; ++next) {
         hidden.advance(next + 1);
-        for (; next_grad <= std::min(next + 1, height - 1); ++next_grad) low.gather(image, next_grad, grad[next_grad] - kLanes);
+        for (; next_grad <= std::min(next + 1, height - 1); ++next_grad)
+          low.gather(image, next_grad, grad[next_grad] - kLanes);
         backward.row(hidden.rows, grad, next, hidden.blocks(next), result[next]);
       }
     }
@@ -172,13 +187,15 @@ void backward_low_strip(
     quarter.advance(image, i / quarter.factor);
     if (grad_x)
       add_low_row(
-          *grad_x, i, half.result[i / half.factor], half.result.pitch, quarter.result[i / quarter.factor], quarter.result.pitch);
+          *grad_x, i, half.result[i / half.factor], half.result.pitch, quarter.result[i / quarter.factor],
+          quarter.result.pitch);
   }
   half.backward.finish();
   quarter.backward.finish();
 }
 
-// Runs work(task, sums) in parallel with `count` zeroed floats a task (null for none) and adds them to `totals` in task order.
+// Runs work(task, sums) in parallel with `count` zeroed floats a task (null for none) and adds them to `totals` in task
+// order.
 template <class Work>
 void sum_over_tasks(int64_t count, int64_t size, double* totals, Work&& work) {
   Frame frame;
@@ -189,10 +206,12 @@ void sum_over_tasks(int64_t count, int64_t size, double* totals, Work&& work) {
   partial.add_to(totals);
 }
 
-// Into `grad_x`, where it is given, and with need_parameters into `totals`, as `layout` has them. By groups of images, so that the
-// gradients between the two passes stay few.
+// Into `grad_x`, where it is given, and with need_parameters into `totals`, as `layout` has them. By groups of images,
+// so that the gradients between the two passes stay few.
 template <class T>
-void backward(const Net& net, const Layout& layout, const Tensor& grad, const Tensor& x, Tensor* grad_x, bool need_parameters, double* totals) {
+void backward(
+    const Net& net, const Layout& layout, const Tensor& grad, const Tensor& x, Tensor* grad_x, bool need_parameters,
+    double* totals) {
   const int64_t strips = net.strips();
   int64_t image_bytes = 1;
   for (int s = 1; s < kScales; ++s)
@@ -208,14 +227,19 @@ void backward(const Net& net, const Layout& layout, const Tensor& grad, const Te
       const auto image = input<T>(x, b), upstream = input<T>(grad, b);
       const auto to = gradient(b);
       Frame frame;
-      StripBackward<T>(frame, net, layout, image, upstream, to ? &*to : nullptr, half, quarter, task / strips, task % strips, sums).run();
+      StripBackward<T>(
+          frame, net, layout, image, upstream, to ? &*to : nullptr, half, quarter, task / strips, task % strips, sums)
+          .run();
     });
-    sum_over_tasks(tasks, need_parameters ? layout.size - layout.second : 0, totals + layout.second, [&](int64_t task, float* sums) {
-      const auto image = input<T>(x, start + task / strips);
-      const auto to = gradient(start + task / strips);
-      backward_low_strip(
-          net, layout, image, to ? &*to : nullptr, half, quarter, task / strips, task % strips, sums ? sums - layout.second : sums);
-    });
+    sum_over_tasks(
+        tasks, need_parameters ? layout.size - layout.second : 0, totals + layout.second,
+        [&](int64_t task, float* sums) {
+          const auto image = input<T>(x, start + task / strips);
+          const auto to = gradient(start + task / strips);
+          backward_low_strip(
+              net, layout, image, to ? &*to : nullptr, half, quarter, task / strips, task % strips,
+              sums ? sums - layout.second : sums);
+        });
   }
 }
 
@@ -225,8 +249,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 using Depthwise = std::array<Tensor, 2 * kScales>;
 
 Gradients from_totals(
-    const Net& net, const Layout& layout, const double* totals, const Tensor& grad_x, const Tensor& in_weight, const Tensor& in_bias,
-    const Depthwise& dw, const Tensor& out_weight, const Tensor& out_bias) {
+    const Net& net, const Layout& layout, const double* totals, const Tensor& grad_x, const Tensor& in_weight,
+    const Tensor& in_bias, const Depthwise& dw, const Tensor& out_weight, const Tensor& out_bias) {
   std::vector<double> in_w, in_b, out_w;
   Depthwise dw_grad = dw;
   for (int s = 0; s < kScales; ++s) {
@@ -246,26 +270,37 @@ Gradients from_totals(
     const double* row = totals + layout.out_weight + e * layout.out_pitch;
     out_w.insert(out_w.end(), row, row + kScales * net.mid);
   }
-  return {grad_x,     tensor::write(in_weight, in_w.data()), tensor::write(in_bias, in_b.data()),
-          dw_grad[0], dw_grad[1], dw_grad[2], dw_grad[3], dw_grad[4], dw_grad[5],
-          tensor::write(out_weight, out_w.data()), tensor::write(out_bias, totals + layout.out_bias)};
+  return {
+      grad_x,
+      tensor::write(in_weight, in_w.data()),
+      tensor::write(in_bias, in_b.data()),
+      dw_grad[0],
+      dw_grad[1],
+      dw_grad[2],
+      dw_grad[3],
+      dw_grad[4],
+      dw_grad[5],
+      tensor::write(out_weight, out_w.data()),
+      tensor::write(out_bias, totals + layout.out_bias)};
 }
 
 Gradients multiscale_ffn_backward(
     const Tensor& grad, const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& dw_weight1,
-    const Tensor& dw_bias1, const Tensor& dw_weight2, const Tensor& dw_bias2, const Tensor& dw_weight4, const Tensor& dw_bias4,
-    const Tensor& out_weight, const Tensor& out_bias, bool need_images, bool need_parameters) {
+    const Tensor& dw_bias1, const Tensor& dw_weight2, const Tensor& dw_bias2, const Tensor& dw_weight4,
+    const Tensor& dw_bias4, const Tensor& out_weight, const Tensor& out_bias, bool need_images, bool need_parameters) {
   const Depthwise dw = {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4};
   const Net net(x, in_weight, in_bias, dw, out_weight, out_bias, true);
   const Layout layout(net);
-  Tensor grad_x = need_images ? tensor::empty(x, {net.batch, net.in, net.height, net.width}, tensor::is_channels_last(x))
-                              : tensor::empty(x, {0});
+  Tensor grad_x = need_images
+                      ? tensor::empty(x, {net.batch, net.in, net.height, net.width}, tensor::is_channels_last(x))
+                      : tensor::empty(x, {0});
   std::vector<double> totals(layout.size);
   dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     backward<T>(net, layout, grad, x, need_images ? &grad_x : nullptr, need_parameters, totals.data());
   });
-  if (need_parameters) return from_totals(net, layout, totals.data(), grad_x, in_weight, in_bias, dw, out_weight, out_bias);
+  if (need_parameters)
+    return from_totals(net, layout, totals.data(), grad_x, in_weight, in_bias, dw, out_weight, out_bias);
   auto none = [](const Tensor& t) { return tensor::empty(t, {0}); };
   return {grad_x,      none(in_weight), none(in_bias), none(dw[0]),      none(dw[1]),   none(dw[2]),
           none(dw[3]), none(dw[4]),     none(dw[5]),   none(out_weight), none(out_bias)};
@@ -276,9 +311,14 @@ Gradients multiscale_ffn_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def(
-      "multiscale_ffn_backward(Tensor grad, Tensor x, Tensor in_weight, Tensor in_bias, Tensor dw_weight1, Tensor dw_bias1,"
-      " Tensor dw_weight2, Tensor dw_bias2, Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias, bool need_images,"
-      " bool need_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "multiscale_ffn_backward(Tensor grad, Tensor x, Tensor in_weight, Tensor in_bias, Tensor dw_weight1, Tensor "
+      "dw_bias1,"
+      " Tensor dw_weight2, Tensor dw_bias2, Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias, "
+      "bool need_images,"
+      " bool need_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) { m.impl("multiscale_ffn_backward", TORCH_BOX(&multiscale_ffn::multiscale_ffn_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
+  m.impl("multiscale_ffn_backward", TORCH_BOX(&multiscale_ffn::multiscale_ffn_backward));
+}

@@ -45,7 +45,8 @@ struct PixelMajor {
 // sum[i][j] += a[p][i] b[p][j] over the pixels p of a row.
 inline void add_product(const PixelMajor& a, const PixelMajor& b, int64_t pixels, float* sum, int64_t pitch) {
   gemm::multiply(
-      a.channels, b.channels, pixels, a.data, gemm::kRows, a.pitch, b.data, b.pitch, gemm::into<true>(sum, pitch, a.channels));
+      a.channels, b.channels, pixels, a.data, gemm::kRows, a.pitch, b.data, b.pitch,
+      gemm::into<true>(sum, pitch, a.channels));
 }
 
 // Sums kept in vectors until a task ends.
@@ -63,12 +64,14 @@ inline float* take_block(Frame& frame, int64_t channels) {
   return frame.take<float>(gemm::round_up(channels, kLanes) * kBlock);
 }
 
-// From the gradient after the depthwise convolution of one scale to those of its taps, of the first 1x1 convolution and of its input.
+// From the gradient after the depthwise convolution of one scale to those of its taps, of the first 1x1 convolution and
+// of its input.
 class ScaleBackward {
  public:
   ScaleBackward(Frame& frame, const Net& net, const Layout& layout, int scale, bool need_images, float* sums)
-      : net_(net), layout_(layout), scale_(scale), need_images_(need_images), sums_(sums), zeros_(zero_row(frame, net.grid[scale])),
-        block_(take_block(frame, net.mid)), grad_pixels_(frame, net.mid, net.grid[scale]), x_pixels_(frame, net.in, net.grid[scale]),
+      : net_(net), layout_(layout), scale_(scale), need_images_(need_images), sums_(sums),
+        zeros_(zero_row(frame, net.grid[scale])), block_(take_block(frame, net.mid)),
+        grad_pixels_(frame, net.mid, net.grid[scale]), x_pixels_(frame, net.in, net.grid[scale]),
         tap_sums_(frame, net.mid * (kTaps + 1)), bias_sums_(frame, net.mid) {}
 
   // Row i: `hidden` and `grad` hold its neighbours, `x` its blocks; grad_x is a planar row.
@@ -80,16 +83,19 @@ class ScaleBackward {
     for (int64_t b = 0; b < grid.blocks; ++b) {
       VecU inside[kVectors];
       for (int v = 0; v < kVectors; ++v) inside[v] = first_lanes(grid.width - b * kBlock - v * kLanes);
-      depthwise(near, net_.flipped[scale_].data(), net_.mid, b * kBlock, [&](int64_t c, int v, VecF g) __attribute__((always_inline)) {
-        g = keep(inside[v], g);
-        simd::store(block_ + c * kBlock + v * kLanes, g);
-        if (sums_) bias_sums_.sums[c] += g;
-      });
+      depthwise(
+          near, net_.flipped[scale_].data(), net_.mid, b * kBlock,
+          [&](int64_t c, int v, VecF g) __attribute__((always_inline)) {
+            g = keep(inside[v], g);
+            simd::store(block_ + c * kBlock + v * kLanes, g);
+            if (sums_) bias_sums_.sums[c] += g;
+          });
       if (need_images_) {
         const float* inverse = grid.inverse.data() + b * kBlock;
-        net_.in_transposed[scale_].times(grid.columns(b), block_, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
-          simd::store(grad_x + c * grid.pitch + b * kBlock + j, g * simd::load(inverse + j) * inverse_rows);
-        });
+        net_.in_transposed[scale_].times(
+            grid.columns(b), block_, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
+              simd::store(grad_x + c * grid.pitch + b * kBlock + j, g * simd::load(inverse + j) * inverse_rows);
+            });
       }
       if (sums_) {
         grad_pixels_.set(b, block_);
@@ -135,7 +141,8 @@ class ScaleBackward {
   const VectorSums tap_sums_, bias_sums_;
 };
 
-// Gradients of the low-resolution maps, by image, strip and row: a strip holds what its own pixels add to the rows it touches.
+// Gradients of the low-resolution maps, by image, strip and row: a strip holds what its own pixels add to the rows it
+// touches.
 struct LowGradients {
   const Net& net;
   int scale;
@@ -146,9 +153,7 @@ struct LowGradients {
       : net(n), scale(s), strips(n.strips()), rows(n.rows_per_strip()), capacity(capacity_of(n, s)),
         row_size(n.mid * n.grid[s].pitch), data(frame.take<float>(images * strips * capacity * row_size)) {}
 
-  static int64_t capacity_of(const Net& n, int s) {
-    return n.rows_per_strip() * n.grid[s].height / n.height + 4;
-  }
+  static int64_t capacity_of(const Net& n, int s) { return n.rows_per_strip() * n.grid[s].height / n.height + 4; }
   int64_t first(int64_t strip) const { return net.row_source[scale][strip * rows].low; }
   int64_t last(int64_t strip) const { return net.row_source[scale][std::min(net.height, (strip + 1) * rows) - 1].high; }
   float* row(int64_t image, int64_t strip, int64_t u) const {
@@ -168,13 +173,13 @@ struct LowGradients {
   }
 };
 
-// The transpose of `upsample`, row by row of the full resolution: gradients gather in full-width rows, one for each open row of the
-// low resolution, and are summed along the row when it closes.
+// The transpose of `upsample`, row by row of the full resolution: gradients gather in full-width rows, one for each
+// open row of the low resolution, and are summed along the row when it closes.
 class Downsample {
  public:
   Downsample(Frame& frame, const Net& net, const LowGradients& low, int64_t image, int64_t strip)
-      : net_(net), low_(low), image_(image), strip_(strip), open_(frame, 2, net.mid, net.grid[0]), next_open_(low.first(strip)),
-        next_closed_(next_open_) {}
+      : net_(net), low_(low), image_(image), strip_(strip), open_(frame, 2, net.mid, net.grid[0]),
+        next_open_(low.first(strip)), next_closed_(next_open_) {}
 
   void begin(const Source& source) {
     for (; next_closed_ < source.low; ++next_closed_) close(next_closed_);

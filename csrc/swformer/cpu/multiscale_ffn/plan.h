@@ -1,12 +1,13 @@
-// Multi-scale feed-forward network, streamed by rows. Average pooling commutes with the first 1x1 convolution, so for the scales 2 and
-// 4 the input is pooled and then convolved. A task owns a strip of rows; it keeps a few rows of each stage in rings and computes the
-// rows that it shares with its neighbours' strips again. All arithmetic is float.
+// Multi-scale feed-forward network, streamed by rows. Average pooling commutes with the first 1x1 convolution, so for
+// the scales 2 and 4 the input is pooled and then convolved. A task owns a strip of rows; it keeps a few rows of each
+// stage in rings and computes the rows that it shares with its neighbours' strips again. All arithmetic is float.
 //
 // Two layouts: "planar" rows [channel][pitch] with zeros before column 0 and after the last, for stencils; and "blocks"
 // [block][channel][kBlock] of pixels, for matrix products.
 //
-// The backward pass recomputes the forward and takes two passes over the strips: the first has every full-resolution gradient and the
-// gradient of each low-resolution map (strip by strip, boundary rows in parts); the second takes those to the input and the weights.
+// The backward pass recomputes the forward and takes two passes over the strips: the first has every full-resolution
+// gradient and the gradient of each low-resolution map (strip by strip, boundary rows in parts); the second takes those
+// to the input and the weights.
 #pragma once
 
 #include <algorithm>
@@ -60,15 +61,17 @@ struct Grid {
   std::vector<float> inverse;  // 1 / pixel columns of each sample
 
   Grid(int64_t f, int64_t image_height, int64_t image_width)
-      : factor(f), height(divide_up(image_height, f)), width(divide_up(image_width, f)), blocks(divide_up(width, kBlock)),
-        pitch(blocks * kBlock + 2 * kLanes), last_rows(image_height - (height - 1) * f), inverse(blocks * kBlock, 1.0f / f) {
+      : factor(f), height(divide_up(image_height, f)), width(divide_up(image_width, f)),
+        blocks(divide_up(width, kBlock)), pitch(blocks * kBlock + 2 * kLanes),
+        last_rows(image_height - (height - 1) * f), inverse(blocks * kBlock, 1.0f / f) {
     inverse[width - 1] = 1.0f / (image_width - (width - 1) * f);
   }
   int64_t rows_of(int64_t u) const { return u == height - 1 ? last_rows : factor; }
   int64_t columns(int64_t block) const { return std::min(kBlock, width - block * kBlock); }
 };
 
-// Bilinear interpolation of one axis, align_corners=False: output i is low_weight * source[low] + high_weight * source[high].
+// Bilinear interpolation of one axis, align_corners=False: output i is low_weight * source[low] + high_weight *
+// source[high].
 struct Source {
   int64_t low, high;
   float low_weight, high_weight;
@@ -135,10 +138,10 @@ struct Net {
   gemm::Matrix<float> in_transposed[kScales], out_transposed[kScales];
   std::vector<float> flipped[kScales];
 
-  Net(const Tensor& x, const Tensor& in_w, const Tensor& in_b, const std::array<Tensor, 2 * kScales>& dw, const Tensor& out_w,
-      const Tensor& out_b, bool backward)
-      : batch(x.size(0)), in(x.size(1)), mid(in_w.size(0) / kScales), out(out_w.size(0)), height(x.size(2)), width(x.size(3)),
-        in_bias(tensor::read<float>(in_b)), out_bias(tensor::read<float>(out_b)) {
+  Net(const Tensor& x, const Tensor& in_w, const Tensor& in_b, const std::array<Tensor, 2 * kScales>& dw,
+      const Tensor& out_w, const Tensor& out_b, bool backward)
+      : batch(x.size(0)), in(x.size(1)), mid(in_w.size(0) / kScales), out(out_w.size(0)), height(x.size(2)),
+        width(x.size(3)), in_bias(tensor::read<float>(in_b)), out_bias(tensor::read<float>(out_b)) {
     const auto first = tensor::read<float>(in_w), last = tensor::read<float>(out_w);
     const int64_t wide = kScales * mid;
     out_weight = gemm::Matrix<float>(out, wide, [&](int64_t i, int64_t j) { return last[i * wide + j]; });
@@ -151,8 +154,10 @@ struct Net {
       for (int64_t i = 0; i < height; ++i) row_source[s].emplace_back(i, grid[s].height, height);
       if (s > 0) column_map.emplace_back(grid[s], grid[0]);
       if (!backward) continue;
-      in_transposed[s] = gemm::Matrix<float>(in, mid, [&](int64_t i, int64_t j) { return first[(s * mid + j) * in + i]; });
-      out_transposed[s] = gemm::Matrix<float>(mid, out, [&](int64_t i, int64_t j) { return last[j * wide + s * mid + i]; });
+      in_transposed[s] =
+          gemm::Matrix<float>(in, mid, [&](int64_t i, int64_t j) { return first[(s * mid + j) * in + i]; });
+      out_transposed[s] =
+          gemm::Matrix<float>(mid, out, [&](int64_t i, int64_t j) { return last[j * wide + s * mid + i]; });
       flipped[s].resize(taps[s].size());
       for (size_t i = 0; i < flipped[s].size(); ++i) flipped[s][i] = taps[s][i / kTaps * kTaps + kTaps - 1 - i % kTaps];
     }

@@ -38,7 +38,8 @@ void pack_row(const Image<const T>& x, int64_t i, float* blocks) {
     for (int64_t c = 0; c < x.channels; ++c)
       for (int64_t j = 0; j < x.width; j += kLanes)
         simd::store(
-            blocks + (j / kBlock * x.channels + c) * kBlock + j % kBlock, gather::load(row + c * x.strides.c + j, x.width - j));
+            blocks + (j / kBlock * x.channels + c) * kBlock + j % kBlock,
+            gather::load(row + c * x.strides.c + j, x.width - j));
     return;
   }
   for (int64_t j = 0; j < gemm::round_up(x.width, kLanes); ++j)
@@ -53,7 +54,8 @@ inline VecF add_pairs(VecF a, VecF b) {
   return even + odd;
 }
 
-// Row u of the pooled image as blocks. `line` holds factor * blocks * kBlock floats, zero from the width rounded up to kLanes on.
+// Row u of the pooled image as blocks. `line` holds factor * blocks * kBlock floats, zero from the width rounded up to
+// kLanes on.
 template <class T>
 void pool_row(const Image<const T>& x, const Grid& grid, int64_t u, float* line, float* blocks) {
   const int64_t rows = grid.rows_of(u);
@@ -76,7 +78,8 @@ void pool_row(const Image<const T>& x, const Grid& grid, int64_t u, float* line,
     for (int64_t j = 0; j < grid.width; j += kLanes) {
       const float* from = line + j * grid.factor;
       VecF sum = add_pairs(simd::load(from), simd::load(from + kLanes));
-      if (grid.factor == 4) sum = add_pairs(sum, add_pairs(simd::load(from + 2 * kLanes), simd::load(from + 3 * kLanes)));
+      if (grid.factor == 4)
+        sum = add_pairs(sum, add_pairs(simd::load(from + 2 * kLanes), simd::load(from + 3 * kLanes)));
       simd::store(
           blocks + (j / kBlock * x.channels + c) * kBlock + j % kBlock,
           sum * simd::load(grid.inverse.data() + j) * inverse_rows);
@@ -94,7 +97,8 @@ void store_row(const float* planar, int64_t pitch, const Image<T>& y, int64_t i,
       for (int64_t j = 0; j < y.width; j += kLanes) {
         const VecF value = simd::load(planar + c * pitch + j);
         gather::store(
-            row + c * y.strides.c + j, add ? value + gather::load(added + c * add->strides.c + j, y.width - j) : value, y.width - j);
+            row + c * y.strides.c + j, add ? value + gather::load(added + c * add->strides.c + j, y.width - j) : value,
+            y.width - j);
       }
     return;
   }
@@ -112,7 +116,8 @@ struct Rows {
   float* data;
 
   Rows(Frame& frame, int64_t slots_, int64_t channels_, const Grid& grid)
-      : slots(slots_), channels(channels_), pitch(grid.pitch), data(frame.zeros<float>(slots_ * channels_ * grid.pitch)) {}
+      : slots(slots_), channels(channels_), pitch(grid.pitch),
+        data(frame.zeros<float>(slots_ * channels_ * grid.pitch)) {}
   float* operator[](int64_t i) const { return data + i % slots * channels * pitch + kLanes; }
   void clear(int64_t i) const { std::memset((*this)[i] - kLanes, 0, channels * pitch * sizeof(float)); }
 };
@@ -161,7 +166,9 @@ inline void upsample(const Rows& low, const Source& source, const ColumnMap& map
     for (int64_t c = 0; c < low.channels; ++c) {
       const int64_t at = c * low.pitch + window.base;
       const VecF blend = source.low_weight * simd::load(top + at) + source.high_weight * simd::load(bottom + at);
-      use(c, v, window.low_weight * simd::permute(blend, window.low) + window.high_weight * simd::permute(blend, window.high));
+      use(c, v,
+          window.low_weight * simd::permute(blend, window.low) +
+              window.high_weight * simd::permute(blend, window.high));
     }
   }
 }
@@ -170,9 +177,12 @@ inline void upsample(const Rows& low, const Source& source, const ColumnMap& map
 template <class T>
 class Hidden {
  public:
-  Hidden(Frame& frame, const Net& net, int scale, const Image<const T>& x, int64_t first, int64_t row_slots, int64_t pack_slots)
-      : rows(frame, row_slots, net.mid, net.grid[scale]), net_(net), scale_(scale), x_(x), next_(std::max<int64_t>(0, first)),
-        pack_slots_(pack_slots), pack_size_(net.grid[scale].blocks * kBlock * net.in),
+  Hidden(
+      Frame& frame, const Net& net, int scale, const Image<const T>& x, int64_t first, int64_t row_slots,
+      int64_t pack_slots)
+      : rows(frame, row_slots, net.mid, net.grid[scale]), net_(net), scale_(scale), x_(x),
+        next_(std::max<int64_t>(0, first)), pack_slots_(pack_slots),
+        pack_size_(net.grid[scale].blocks * kBlock * net.in),
         packs_(frame.take<float>(pack_slots * pack_size_ + kLanes * kBlock)),
         line_(frame.zeros<float>(net.grid[scale].blocks * kBlock * kFactor[scale])) {}
 
@@ -189,9 +199,10 @@ class Hidden {
       else
         pool_row(x_, grid, next_, line_, block);
       for (int64_t b = 0; b < grid.blocks; ++b, block += net_.in * kBlock, row += kBlock)
-        net_.in_weight[scale_].times(grid.columns(b), block, kBlock, [&](int64_t c, int64_t j, VecF v) __attribute__((always_inline)) {
-          simd::store(row + c * grid.pitch + j, v + bias[c]);
-        });
+        net_.in_weight[scale_].times(
+            grid.columns(b), block, kBlock, [&](int64_t c, int64_t j, VecF v) __attribute__((always_inline)) {
+              simd::store(row + c * grid.pitch + j, v + bias[c]);
+            });
       if (grid.width % kLanes)
         for (int64_t c = 0; c < net_.mid; ++c)
           std::fill_n(rows[next_] + c * grid.pitch + grid.width, kLanes - grid.width % kLanes, 0.0f);
@@ -215,8 +226,8 @@ template <class T>
 class Mixed {
  public:
   Mixed(Frame& frame, const Net& net, int scale, const Image<const T>& x, int64_t first)
-      : rows(frame, 2, net.mid, net.grid[scale]), net_(net), scale_(scale), hidden_(frame, net, scale, x, first - 1, 3, 1),
-        zeros_(zero_row(frame, net.grid[scale])), next_(first) {}
+      : rows(frame, 2, net.mid, net.grid[scale]), net_(net), scale_(scale),
+        hidden_(frame, net, scale, x, first - 1, 3, 1), zeros_(zero_row(frame, net.grid[scale])), next_(first) {}
 
   void advance(int64_t last) {
     const Grid& grid = net_.grid[scale_];
@@ -226,9 +237,10 @@ class Mixed {
       const Neighbours near(hidden_.rows, next_, grid.height, zeros_);
       for (int64_t b = 0; b < grid.blocks; ++b) {
         float* row = rows[next_] + b * kBlock;
-        depthwise(near, net_.taps[scale_].data(), net_.mid, b * kBlock, [&](int64_t c, int v, VecF z) __attribute__((always_inline)) {
-          simd::store(row + c * grid.pitch + v * kLanes, z + bias[c]);
-        });
+        depthwise(
+            near, net_.taps[scale_].data(), net_.mid, b * kBlock,
+            [&](int64_t c, int v, VecF z)
+                __attribute__((always_inline)) { simd::store(row + c * grid.pitch + v * kLanes, z + bias[c]); });
       }
     }
   }
@@ -243,20 +255,22 @@ class Mixed {
   int64_t next_;
 };
 
-// use(channel of the concatenation, vector, value) for what enters the GELU at block b of row i; full resolution only, or all scales.
+// use(channel of the concatenation, vector, value) for what enters the GELU at block b of row i; full resolution only,
+// or all scales.
 template <class T, class Use>
 inline void before_gelu(
-    const Net& net, const Neighbours& near, const Mixed<T>& half, const Mixed<T>& quarter, int64_t i, int64_t b, bool all, Use&& use) {
-  depthwise(near, net.taps[0].data(), net.mid, b * kBlock, [&](int64_t c, int v, VecF z) __attribute__((always_inline)) {
-    use(c, v, z + net.dw_bias[0][c]);
-  });
+    const Net& net, const Neighbours& near, const Mixed<T>& half, const Mixed<T>& quarter, int64_t i, int64_t b,
+    bool all, Use&& use) {
+  depthwise(
+      near, net.taps[0].data(), net.mid, b * kBlock,
+      [&](int64_t c, int v, VecF z) __attribute__((always_inline)) { use(c, v, z + net.dw_bias[0][c]); });
   if (!all) return;
-  upsample(half.rows, net.row_source[1][i], net.column_map[0], b, [&](int64_t c, int v, VecF z) __attribute__((always_inline)) {
-    use(net.mid + c, v, z);
-  });
-  upsample(quarter.rows, net.row_source[2][i], net.column_map[1], b, [&](int64_t c, int v, VecF z) __attribute__((always_inline)) {
-    use(2 * net.mid + c, v, z);
-  });
+  upsample(
+      half.rows, net.row_source[1][i], net.column_map[0], b,
+      [&](int64_t c, int v, VecF z) __attribute__((always_inline)) { use(net.mid + c, v, z); });
+  upsample(
+      quarter.rows, net.row_source[2][i], net.column_map[1], b,
+      [&](int64_t c, int v, VecF z) __attribute__((always_inline)) { use(2 * net.mid + c, v, z); });
 }
 
 }  // namespace multiscale_ffn
