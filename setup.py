@@ -6,6 +6,8 @@ Environment variables:
   SDO_SWFORMER_FORCE_CUDA=1  fail instead of leaving the CUDA sources out
   TORCH_CUDA_ARCH_LIST       the CUDA targets, e.g. "8.0;9.0+PTX" (default: 8.0 to 10.0, what this nvcc knows)
   CXX, NVCC, MAX_JOBS        the compilers and the number of parallel compile jobs
+  DEBUG=1                    -O1 and debug information
+  SANITIZE=undefined         or address or thread: the C++ code under this sanitizer (its runtime: LD_PRELOAD)
 """
 
 from __future__ import annotations
@@ -24,10 +26,18 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 MINIMUM_TORCH = "0x020a000000000000"
+
+
+def enabled(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+SANITIZE = [f"-fsanitize={os.environ['SANITIZE']}"] if os.environ.get("SANITIZE") else []
 # No -ffast-math: inf and NaN must propagate as in the reference.
 CXX_FLAGS = [
     "-std=c++20",
-    "-O3",
+    *(["-O1", "-g"] if enabled("DEBUG") else ["-O3"]),
+    *SANITIZE,
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",
@@ -44,10 +54,6 @@ INSTRUCTION_SETS = {
     "aarch64": {"neon": ["-march=armv8.2-a+fp16"]},
 }
 CUDA_TARGETS = ["8.0", "8.6", "9.0", "10.0"]
-
-
-def enabled(name: str) -> bool:
-    return os.environ.get(name, "0") not in ("", "0")
 
 
 def pure_python(reason: str) -> list[Extension]:
@@ -99,14 +105,14 @@ def find_extensions() -> list[Extension]:
         return pure_python("ninja was not found")
     extensions = []
     for package, folder in (("swformer_fast", "swformer"), ("sdo_fast", "sdo")):
-        sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder / "cpu").glob("*.cpp"))
+        sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder / "cpu").rglob("*.cpp"))
         if sources:
             extensions += [
                 Extension(f"{package}._C_{isa}", sources, extra_compile_args=f) for isa, f in variants.items()
             ]
         cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder / "cuda").glob("*.cu"))
         if cuda_sources and find_nvcc():
-            extensions.append(Extension(f"{package}._C_cuda", cuda_sources))
+            extensions.insert(0, Extension(f"{package}._C_cuda", cuda_sources))  # first: nvcc takes longest
     return extensions
 
 
@@ -132,19 +138,23 @@ class NinjaBuild(build_ext):
             f"cxx = {cxx}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  description = compile $name",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             "  command = $cxx -o $out $in $flags",
+            "  description = link $name",
         ]
         if nvcc:
             lines += [
                 "rule compile_cuda",
                 f"  command = {shlex.quote(nvcc)} -MMD -MF $out.d $flags -c $in -o $out",
+                "  description = compile $name",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link_cuda",
                 f"  command = {shlex.quote(nvcc)} -ccbin $cxx -o $out $in $flags",
+                "  description = link $name",
             ]
         build_dir = Path(self.build_temp).resolve()
         targets = []
@@ -157,17 +167,18 @@ class NinjaBuild(build_ext):
                 flags = [*CXX_FLAGS, *extension.extra_compile_args, *include]
             objects = []
             for source in extension.sources:
-                object_file = build_dir / extension.name / (Path(source).stem + ".o")
+                object_file = build_dir / extension.name / Path(source).relative_to("csrc").with_suffix(".o")
                 objects.append(str(object_file))
                 rule = "compile_cuda" if cuda else "compile"
                 lines += [f"build {object_file}: {rule} {ROOT / source}", f"  flags = {shlex.join(flags + defines)}"]
+                lines += [f"  name = {extension.name} {source}"]
             output = Path(self.get_ext_fullpath(extension.name)).resolve()
             output.parent.mkdir(parents=True, exist_ok=True)
             link_flags = (
-                ["-shared", *(f for f in link[1:] if not f.startswith("-Wl")), "-cudart", "static"] if cuda else link
+                ["-shared", *(f for f in link[1:] if not f.startswith("-Wl")), "-cudart", "static"] if cuda else [*link, *SANITIZE]
             )
             lines += [f"build {output}: {'link_cuda' if cuda else 'link'} {' '.join(objects)}"]
-            lines += [f"  flags = {shlex.join(link_flags)}"]
+            lines += [f"  flags = {shlex.join(link_flags)}", f"  name = {extension.name}"]
             targets.append(str(output))
         build_dir.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text("\n".join([*lines, f"default {' '.join(targets)}", ""]))

@@ -124,6 +124,20 @@ def test_many_images_are_taken_in_groups(cpp: object) -> None:
     check(arguments((9, 3, 200, 200), mid=32, out=2))
 
 
+@needs_cpp
+def test_no_channels_between_the_convolutions() -> None:
+    """What is left is the last bias."""
+    x, bias, empty = torch.randn(2, 3, 9, 6), torch.randn(4), torch.empty(0)
+    depthwise = (torch.empty(0, 1, 3, 3), empty) * 3
+    args = (x, torch.empty(0, 3, 1, 1), empty, *depthwise, torch.empty(4, 0, 1, 1), bias)
+    y = torch.ops._swformer_fast.multiscale_ffn(*args, None)
+    assert torch.equal(y, bias.view(4, 1, 1).expand_as(y))
+    grads = torch.ops._swformer_fast.multiscale_ffn_backward(torch.ones_like(y), *args, True, True)
+    assert [g.shape for g in grads] == [t.shape for t in args]
+    assert not grads[0].any()
+    assert torch.equal(grads[-1], torch.full((4,), 2 * 9 * 6.0))
+
+
 def test_empty_batch(backend: str) -> None:
     args = arguments((0, 4, 8, 9))
     y = functional.multiscale_ffn(*args)

@@ -229,6 +229,15 @@ def test_inf_and_nan_propagate(backend: str, value: float, training: bool) -> No
     assert torch.equal(y.isfinite()[0, :, 0, 0], torch.tensor([True, False, True]))
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_no_outputs(kernels: str, running: bool) -> None:
+    x, arguments = image(2, 3, 6, 9), parameters(3, 4, 0, running=running)
+    y = functional.fourier_mix(x, *arguments, training=not running)
+    assert y.shape == (2, 0, 6, 9)
+    y.sum().backward()
+    assert not any(t.grad.any() for t in tree_leaves((x, arguments)) if isinstance(t, Tensor) and t.requires_grad)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_empty_batch(backend: str, training: bool) -> None:
     branch = FourierBranch(3).train(training)

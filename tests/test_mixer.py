@@ -39,7 +39,7 @@ def check(args: list[Tensor]) -> None:
         assert (actual_sums - sums).abs().max() <= TOLERANCE[dtype] * size.max()
 
 
-@pytest.mark.parametrize("kernels", [(3, 3), (3, 5), (5, 3), (5, 5)])
+@pytest.mark.parametrize("kernels", [(3, 3), (3, 5), (5, 3), (5, 5), (7, 3), (5, 7), (7, 7)])
 @pytest.mark.parametrize("size", [*SIZES, (2, 1), (3, 8), (6, 7)])
 def test_sizes_and_kernels(size: tuple[int, int], kernels: tuple[int, int]) -> None:
     check(arguments(2, 5, *size, channels=4, kernels=kernels))
@@ -83,8 +83,8 @@ def test_same_bits_for_every_number_of_threads() -> None:
 
 
 def test_other_kernels_take_the_ops() -> None:
-    args = arguments(1, 3, 8, 9, kernels=(7, 3))
-    assert "3 x 3 and 5 x 5" in sf.why_not("local_branches", *args)
+    args = arguments(1, 3, 8, 9, kernels=(9, 3))
+    assert "3 x 3, 5 x 5, 7 x 7 only, got 9 x 9" in sf.why_not("local_branches", *args)
     assert_close(local_branches(*args), definition(*fp64(args)), torch.float32)
 
 

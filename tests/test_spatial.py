@@ -41,7 +41,7 @@ def check(args: Arguments, grad: Tensor | None = None) -> None:
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [*SIZES, (96, 1), (3, 200)])
-@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_matches_reference(kernel: int, size: tuple[int, int], dtype: torch.dtype) -> None:
     with sf.use_backend("cpp"):
         check(arguments(2, 3, *size, kernel=kernel, dtype=dtype))
@@ -51,7 +51,7 @@ def test_matches_reference(kernel: int, size: tuple[int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 3, 16, 21])
-@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_layouts(kernel: int, channels: int, layout: str, dtype: torch.dtype) -> None:
     with sf.use_backend("cpp"):
         args = arguments(2, channels, 19, 37, kernel=kernel, dtype=dtype, layout=layout)
@@ -75,7 +75,7 @@ def test_layouts_of_the_gradient(layout_of_x: str, layout: str, dtype: torch.dty
 
 
 @needs_cpp
-@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_ranges_of_rows_meet(kernel: int) -> None:
     """Tall images are cut into ranges of rows that overlap by the kernel."""
     with sf.use_backend("cpp"):
@@ -84,10 +84,10 @@ def test_ranges_of_rows_meet(kernel: int) -> None:
 
 
 def test_other_kernel_sizes_fall_back() -> None:
-    args = arguments(1, 2, 9, 8, kernel=7, dtype=torch.float64)
+    args = arguments(1, 2, 9, 8, kernel=9, dtype=torch.float64)
     check(args)
     if "cpp" in BACKENDS:
-        assert "3 x 3 and 5 x 5 only, got 7 x 7" in sf.why_not("depthwise_gelu", *args)
+        assert "3 x 3, 5 x 5, 7 x 7 only, got 9 x 9" in sf.why_not("depthwise_gelu", *args)
 
 
 @needs_cpp

@@ -118,7 +118,7 @@ def test_layouts_and_dtypes(kernels: str, name: str, layout: str, channels: int,
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(1, 1), (19, 37), (20, 70)])
-@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("name", ["depthwise_gelu", "wavelet_mix"])
 def test_double_precision(kernels: str, name: str, kernel: int, size: tuple[int, int], layout: str) -> None:
     check(name, arguments(name, 2, 9, *size, kernel_size=kernel, dtype=torch.float64, layout=layout))

@@ -1,7 +1,7 @@
 // Discrete Fourier transforms of kFloats signals at a time, one in each lane.
 //
-// A signal of n complex numbers is n vectors of real parts, each followed by its vector of imaginary parts. The inverse transform is
-// the forward one with the two exchanged before and after.
+// A signal of n complex numbers is n vectors of real parts, each followed by its vector of imaginary parts. The inverse
+// transform is the forward one with the two exchanged before and after.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +56,8 @@ struct Butterfly {
     for (int j = 0; j < B; ++j)
       Butterfly<A>::apply(
           roots, [&](int i) __attribute__((always_inline)) { return load(j + B * i); },
-          [&](int i, Complex z) __attribute__((always_inline)) { parts[i * B + j] = i * j != 0 ? z * (roots + 2 * i * j) : z; });
+          [&](int i, Complex z)
+              __attribute__((always_inline)) { parts[i * B + j] = i * j != 0 ? z * (roots + 2 * i * j) : z; });
 #pragma GCC unroll 8
     for (int i = 0; i < A; ++i)
       Butterfly<B>::apply(
@@ -134,7 +135,8 @@ inline void odd_butterfly(int64_t radix, const float* roots, Load&& load, Store&
   }
 }
 
-// A transform of n complex numbers: passes of small radices, or Bluestein's convolution where n has a large prime factor.
+// A transform of n complex numbers: passes of small radices, or Bluestein's convolution where n has a large prime
+// factor.
 class Plan {
  public:
   explicit Plan(int64_t n, bool inverse = false) : n_(n), inverse_(inverse) {
@@ -230,7 +232,8 @@ class Plan {
           const int64_t at = (first + p) * kComplex;
           transform(
               [&](int64_t k) __attribute__((always_inline)) { return load(in + at + k * step); },
-              [&](int64_t k, Complex z) __attribute__((always_inline)) { store(work + at + k * step, k ? z * (w + 2 * (k - 1)) : z); });
+              [&](int64_t k, Complex z)
+                  __attribute__((always_inline)) { store(work + at + k * step, k ? z * (w + 2 * (k - 1)) : z); });
         }
       }
       return;
@@ -258,8 +261,12 @@ class Plan {
     std::vector<VecF> b(2 * length), spectrum(2 * length);
     for (int64_t j = 0; j < n_; ++j)
       for (int64_t at : {j, (length - j) % length})
-        store(reinterpret_cast<float*>(&b[2 * at]), Complex{{chirp_[2 * j]}, {-chirp_[2 * j + 1]}} * (1.0f / static_cast<float>(length)));
-    convolution_[0].run(reinterpret_cast<float*>(b.data()), reinterpret_cast<float*>(b.data()), reinterpret_cast<float*>(spectrum.data()));
+        store(
+            reinterpret_cast<float*>(&b[2 * at]),
+            Complex{{chirp_[2 * j]}, {-chirp_[2 * j + 1]}} * (1.0f / static_cast<float>(length)));
+    convolution_[0].run(
+        reinterpret_cast<float*>(b.data()), reinterpret_cast<float*>(b.data()),
+        reinterpret_cast<float*>(spectrum.data()));
     for (VecF v : spectrum) kernel_.push_back(v[0]);
   }
 
@@ -268,11 +275,14 @@ class Plan {
     float* spectrum = work + length * kComplex;
     for (int64_t j = 0; j < n_; ++j) {
       const float* from = in + j * kComplex;
-      store(work + j * kComplex, Complex{simd::load(from + exchange), simd::load(from + kFloats - exchange)} * &chirp_[2 * j]);
+      store(
+          work + j * kComplex,
+          Complex{simd::load(from + exchange), simd::load(from + kFloats - exchange)} * &chirp_[2 * j]);
     }
     std::fill(work + n_ * kComplex, spectrum, 0.0f);
     convolution_[0].run(work, work, spectrum);
-    for (int64_t j = 0; j < length; ++j) store(spectrum + j * kComplex, load(spectrum + j * kComplex) * &kernel_[2 * j]);
+    for (int64_t j = 0; j < length; ++j)
+      store(spectrum + j * kComplex, load(spectrum + j * kComplex) * &kernel_[2 * j]);
     convolution_[1].run(spectrum, spectrum, work);
     for (int64_t j = 0; j < n_; ++j) {
       const Complex z = load(work + j * kComplex) * &chirp_[2 * j];

@@ -1,8 +1,8 @@
 // GELU (exact, by erf), its derivative, exp and the sigmoid on vectors.
 //
-// In float, Phi(x) = 1/2 + sign(x) P(|x|) and GELU'(x) = 1/2 + sign(x) D(|x|), with P and D from polynomials over equal cells
-// of |x|; in the last cell both are exactly 1/2. The absolute errors are below 6e-7 (GELU) and 1e-6 (GELU').
-// As in x Phi(x) and Phi(x) + x phi(x): GELU(inf) = inf, GELU(-inf) and GELU'(+-inf) are NaN, and NaN stays NaN.
+// In float, Phi(x) = 1/2 + sign(x) P(|x|) and GELU'(x) = 1/2 + sign(x) D(|x|), with P and D from polynomials over equal
+// cells of |x|; in the last cell both are exactly 1/2. The absolute errors are below 6e-7 (GELU) and 1e-6 (GELU'). As
+// in x Phi(x) and Phi(x) + x phi(x): GELU(inf) = inf, GELU(-inf) and GELU'(+-inf) are NaN, and NaN stays NaN.
 #pragma once
 
 #include <cmath>
@@ -87,7 +87,8 @@ inline VecF with_sign_of(VecF magnitude, VecF x) {
 }
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
 
-// Both give x where x is NaN, as the instructions do whose second operand is x; GCC makes two of a comparison and a selection.
+// Both give x where x is NaN, as the instructions do whose second operand is x; GCC makes two of a comparison and a
+// selection.
 inline VecF at_most(VecF x, float limit) {
 #if defined(__AVX512F__)
   return reinterpret_cast<VecF>(_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(limit), reinterpret_cast<__m512>(x)));

@@ -1,9 +1,11 @@
-// Matrix products of cache-resident tiles: C (m x n) = A (m x k) B (k x n), the columns n in vectors, a block of C in registers.
+// Matrix products of cache-resident tiles: C (m x n) = A (m x k) B (k x n), the columns n in vectors, a block of C in
+// registers.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "simd.h"
 
@@ -22,7 +24,8 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 // Elements that `pack` writes.
 inline int64_t packed_size(int64_t rows, int64_t k) { return round_up(rows, kRows) * k; }
 
-// Rows in panels of kRows, each k x kRows: element (i, j) = at(i, j) goes to [i / kRows][j][i % kRows]; missing rows are zero.
+// Rows in panels of kRows, each k x kRows: element (i, j) = at(i, j) goes to [i / kRows][j][i % kRows]; missing rows
+// are zero.
 template <class A, class At>
 inline void pack(int64_t rows, int64_t k, A* panels, At&& at) {
   for (int64_t first = 0; first < rows; first += kRows, panels += k * kRows)
@@ -52,12 +55,14 @@ __attribute__((always_inline)) inline void block(
   }
 }
 
-// Calls use(row, column, sum) for every block of the product, sum being Vec<A>[kRows][vectors]. A is in panels `panel_stride`
-// apart, each with its kRows elements of column j at j * lda (`pack`: lda = kRows, panel_stride = k * kRows). Columns are computed
-// in whole vectors: B's rows must be readable, and what `use` does with columns past n harmless, up to round_up(n, kLanes).
+// Calls use(row, column, sum) for every block of the product, sum being Vec<A>[kRows][vectors]. A is in panels
+// `panel_stride` apart, each with its kRows elements of column j at j * lda (`pack`: lda = kRows, panel_stride = k *
+// kRows). Columns are computed in whole vectors: B's rows must be readable, and what `use` does with columns past n
+// harmless, up to round_up(n, kLanes).
 template <class A, class Use>
 inline void multiply(
-    int64_t m, int64_t n, int64_t k, const A* a, int64_t panel_stride, int64_t lda, const A* b, int64_t ldb, Use&& use) {
+    int64_t m, int64_t n, int64_t k, const A* a, int64_t panel_stride, int64_t lda, const A* b, int64_t ldb,
+    Use&& use) {
   constexpr int64_t lanes = simd::kLanes<A>;
   auto strip = [&](auto width, int64_t column) __attribute__((always_inline)) {
     const A* panel = a;
@@ -85,10 +90,43 @@ inline auto into(A* c, int64_t ldc, int64_t m) {
       if (row + i >= m) break;
       A* out = c + (row + i) * ldc + column;
 #pragma GCC unroll 3
-      for (int v = 0; v < n; ++v, out += simd::kLanes<A>) simd::store(out, kAdd ? simd::load(out) + sum[i][v] : sum[i][v]);
+      for (int v = 0; v < n; ++v, out += simd::kLanes<A>)
+        simd::store(out, kAdd ? simd::load(out) + sum[i][v] : sum[i][v]);
     }
   };
 }
+
+// A left factor of products, packed.
+template <class A>
+struct Matrix {
+  int64_t rows = 0, depth = 0;
+  std::vector<A> panels;
+
+  Matrix() = default;
+  // Element (i, j) is at(i, j).
+  template <class At>
+  Matrix(int64_t rows, int64_t depth, At&& at) : rows(rows), depth(depth), panels(packed_size(rows, depth)) {
+    pack(rows, depth, panels.data(), at);
+  }
+  // `multiply` with n columns of b.
+  template <class Use>
+  void blocks(int64_t n, const A* b, int64_t ldb, Use&& use) const {
+    multiply(rows, n, depth, panels.data(), depth * kRows, int64_t{kRows}, b, ldb, use);
+  }
+  // use(row, column, vector) for every vector of the product.
+  template <class Use>
+  void times(int64_t n, const A* b, int64_t ldb, Use&& use) const {
+    blocks(n, b, ldb, [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
+      constexpr int vectors = sizeof(sum[0]) / sizeof(sum[0][0]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        if (row + i >= rows) break;
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; ++v) use(row + i, column + v * simd::kLanes<A>, sum[i][v]);
+      }
+    });
+  }
+};
 
 // out[j * ldout + i] = in[i * ldin + j]; rows and columns are rounded up to whole vectors, in what is read and written.
 template <class A>

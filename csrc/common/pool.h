@@ -1,5 +1,5 @@
-// Memory for large results, kept when they are freed. glibc's malloc gives large blocks back to the system (beyond 32 MiB always,
-// below when enough is free), and fresh pages cost more than most operators' arithmetic on them.
+// Memory for large results, kept when they are freed. glibc's malloc gives large blocks back to the system (beyond 32
+// MiB always, below when enough is free), and fresh pages cost more than most operators' arithmetic on them.
 #pragma once
 
 #if defined(__linux__)
@@ -29,7 +29,8 @@ class Pool {
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       size_t best = idle_.size();
       for (size_t i = idle_.size(); i-- > 0;)
-        if (idle_[i].bytes >= bytes && idle_[i].bytes - bytes <= bytes / 4 && (best == idle_.size() || idle_[i].bytes < idle_[best].bytes))
+        if (idle_[i].bytes >= bytes && idle_[i].bytes - bytes <= bytes / 4 &&
+            (best == idle_.size() || idle_[i].bytes < idle_[best].bytes))
           best = i;
       if (best < idle_.size()) {
         const Block block = idle_[best];

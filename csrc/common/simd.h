@@ -1,4 +1,5 @@
-// Fixed-width vectors on the compiler's vector extensions (GCC, Clang), as wide as the instruction set this file is compiled for.
+// Fixed-width vectors on the compiler's vector extensions (GCC, Clang), as wide as the instruction set this file is
+// compiled for.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -98,9 +99,12 @@ inline VecF load(const Half* p) {
 }
 inline void store(Half* p, VecF v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kFloats; ++i) p[i] = static_cast<Half>(v[i]);
 #endif
@@ -201,7 +205,8 @@ template <class V, int n>
 __attribute__((always_inline)) inline void transpose(V (&x)[n]) {
   V y[n];
 #pragma GCC unroll 4
-  for (int round = n; round > 1; round /= 2) {  // each interleaves the halves; log2(n) rounds rotate the index bits by half a turn
+  for (int round = n; round > 1;
+       round /= 2) {  // each interleaves the halves; log2(n) rounds rotate the index bits by half a turn
 #pragma GCC unroll 8
     for (int l = 0; l < n / 2; ++l) interleave(x[l], x[l + n / 2], y[2 * l], y[2 * l + 1]);
 #pragma GCC unroll 16
@@ -241,7 +246,8 @@ inline VecF permute(VecF v, VecU index) {
 #elif defined(__AVX512F__)
   return reinterpret_cast<VecF>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), reinterpret_cast<__m512>(v)));
 #elif defined(__AVX2__)
-  return reinterpret_cast<VecF>(_mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256i>(index)));
+  return reinterpret_cast<VecF>(
+      _mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256i>(index)));
 #else
   VecF result;
   for (int i = 0; i < kFloats; ++i) result[i] = v[index[i] % kFloats];

@@ -1,15 +1,17 @@
 // Depthwise k x k convolutions that stream over the rows of an image: each row enters a ring of padded rows once.
 //
-// A task works on one channel, whose rows are cut into vectors of neighbouring pixels, or, in a channels_last image, on as many
-// channels as a vector has lanes, a vector to a pixel. One pixel to the side is then one element or one vector away: the `step`.
+// A task works on one channel, whose rows are cut into vectors of neighbouring pixels, or, in a channels_last image, on
+// as many channels as a vector has lanes, a vector to a pixel. One pixel to the side is then one element or one vector
+// away: the `step`.
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
+#include <bit>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "tasks.h"
 #include "tensor.h"
 
 namespace stencil {
@@ -18,7 +20,7 @@ using simd::Vec;
 
 struct Task {
   int64_t image, channel, group;
-  int lanes;  // how many channels
+  int lanes;           // how many channels
   int64_t begin, end;  // rows
 };
 
@@ -41,76 +43,65 @@ inline P* start(P* data, const tensor::Strides& strides, const Task& task) {
   return data ? data + task.image * strides.b + task.channel * strides.c : nullptr;
 }
 
-// A (B, C, rows, ...) image cut into tasks by its shape alone, so that sums over tasks are the same for every number of threads.
+// A (B, C, rows, ...) image cut into tasks: groups of channels, and ranges of their rows.
 class Tasks {
  public:
   Tasks(int64_t batch, int64_t channels, int64_t rows, int group_size)
-      : channels_(channels), rows_(rows), group_size_(group_size), groups_((channels + group_size - 1) / group_size) {
-    const int64_t columns = std::max<int64_t>(1, batch * groups_);
-    ranges_ = std::clamp<int64_t>(kWanted / columns, 1, std::max<int64_t>(1, rows / kFewestRows));
-    size_ = batch * groups_ * ranges_;
-  }
+      : channels_(channels), rows_(rows), group_size_(group_size), groups_((channels + group_size - 1) / group_size),
+        ranges_(tasks::parts(batch * groups_, rows, kFewestRows)), size_(batch * groups_ * ranges_) {}
   int64_t size() const { return size_; }
   Task operator[](int64_t i) const {
-    const int64_t range = i % ranges_, group = i / ranges_ % groups_, channel = group * group_size_;
-    return {i / ranges_ / groups_, channel, group, static_cast<int>(std::min<int64_t>(group_size_, channels_ - channel)),
-            range * rows_ / ranges_, (range + 1) * rows_ / ranges_};
+    const int64_t group = i / ranges_ % groups_, channel = group * group_size_;
+    const tasks::Range range = tasks::part(i % ranges_, ranges_, rows_);
+    return {
+        i / ranges_ / groups_, channel,  group, static_cast<int>(std::min<int64_t>(group_size_, channels_ - channel)),
+        range.begin,           range.end};
   }
-  // From one number for each channel of each task, group_size a task, their sums over the rows, (B, C).
-  std::vector<double> by_plane(const std::vector<double>& numbers) const {
-    std::vector<double> sums(size_ / ranges_ / groups_ * channels_);
-    for (int64_t index = 0; index < size_; ++index) {
+  // From one number for each channel of each task, their sums over the rows, (B, C).
+  std::vector<double> by_plane(const tasks::Partial<>& numbers) const {
+    std::vector<double> sums(size_ ? size_ / ranges_ / groups_ * channels_ : 0);
+    numbers.each([&](int64_t index, const double* of_task) {
       const Task task = (*this)[index];
-      for (int lane = 0; lane < task.lanes; ++lane)
-        sums[task.image * channels_ + task.channel + lane] += numbers[index * group_size_ + lane];
-    }
+      for (int lane = 0; lane < task.lanes; ++lane) sums[task.image * channels_ + task.channel + lane] += of_task[lane];
+    });
     return sums;
   }
-  // Tasks worth a thread of their own, when a task costs about `elements` elements.
-  static int64_t grain(int64_t elements) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements)); }
 
  private:
-  static constexpr int64_t kWanted = 16, kFewestRows = 64;
-  int64_t channels_, rows_, group_size_, groups_, ranges_ = 1, size_ = 0;
+  static constexpr int64_t kFewestRows = 64;
+  int64_t channels_, rows_, group_size_, groups_, ranges_, size_;
 };
 
-// Zeroed memory of this thread, valid until its next call.
-template <class A>
-inline A* workspace(size_t count) {
-  struct Buffer {
-    void* memory = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(memory); }
-  };
-  thread_local Buffer buffer;
-  const size_t size = (count * sizeof(A) + 4095) / 4096 * 4096;
-  if (buffer.size < size) {
-    std::free(buffer.memory);
-    buffer.memory = std::aligned_alloc(4096, size);
-    buffer.size = buffer.memory ? size : 0;
-    if (!buffer.memory) throw std::bad_alloc();
-  }
-  std::memset(buffer.memory, 0, count * sizeof(A));
-  return static_cast<A*>(buffer.memory);
-}
+constexpr int kMostRows = 2;  // rows of output that are made at a time
 
-// Row i of `rows` lies in slot i % kDepth; the rows outside are zero.
-template <class A, int64_t kDepth>
+// Row i of `rows` lies in slot i % kDepth; the rows outside are zero. kLive rows are in use at a time: from the oldest
+// that is still read to the newest.
+template <class A, int kLive>
 struct Ring {
-  static_assert((kDepth & (kDepth - 1)) == 0, "a power of two, for the sake of the remainder");
+  static constexpr int64_t kDepth = std::bit_ceil(static_cast<uint64_t>(kLive));  // for the sake of the remainder
   A* slots;
   const A* zero;
   int64_t stride, rows;
   A* slot(int64_t i) const { return slots + (i & (kDepth - 1)) * stride; }
   const A* row(int64_t i) const { return i < 0 || i >= rows ? zero : slot(i); }
+  template <size_t kCount>
+  void rows_from(int64_t first, const A* (&list)[kCount]) const {
+    static_assert(kCount <= kLive, "rows that were overwritten");
+    for (size_t r = 0; r < kCount; ++r) list[r] = row(first + static_cast<int64_t>(r));
+  }
 };
+
+// Of the rows around kMostRows rows of output.
+template <class A, int k>
+using WindowRing = Ring<A, kMostRows + k - 1>;
 
 // Rows of `vectors` vectors, with zeros between them for the columns outside the image.
 template <class A>
 struct Padding {
   static constexpr int n = simd::kLanes<A>;
   int64_t vectors, step, margin;
-  Padding(int64_t vectors, int64_t step, int k) : vectors(vectors), step(step), margin(step == 1 ? n : k / 2 * step) {}
+  Padding(int64_t vectors, int64_t step, int k)
+      : vectors(vectors), step(step), margin(((k / 2 * step) + n - 1) / n * n) {}
   int64_t stride() const { return margin + vectors * n; }
   int64_t size(int64_t rows) const { return rows * stride() + margin; }
 };
@@ -118,12 +109,14 @@ struct Padding {
 // f<2>(i), f<2>(i + 2), ... and at last f<1>, over [begin, end).
 template <class F>
 inline void by_pairs(int64_t begin, int64_t end, F&& f) {
+  static_assert(kMostRows == 2);
   int64_t i = begin;
   for (; i + 2 <= end; i += 2) f(std::integral_constant<int, 2>{}, i);
   if (i < end) f(std::integral_constant<int, 1>{}, i);
 }
 
-// f(v, true) for the vectors that are whole, f(v, false) for the others; inlined, so that what f adds up stays in registers.
+// f(v, true) for the vectors that are whole, f(v, false) for the others; inlined, so that what f adds up stays in
+// registers.
 template <class F>
 __attribute__((always_inline)) inline void each_vector(int64_t whole, int64_t vectors, F&& f) {
   int64_t v = 0;
@@ -131,11 +124,16 @@ __attribute__((always_inline)) inline void each_vector(int64_t whole, int64_t ve
   for (; v < vectors; ++v) f(v, std::false_type{});
 }
 
+// Which of the lanes are among the first `count`.
 template <class A>
-inline auto first_lanes(Vec<A> v, int count) {
+inline auto first_lanes(int count) {
   Vec<A> lane;
   for (int i = 0; i < simd::kLanes<A>; ++i) lane[i] = static_cast<A>(i);
-  return lane < simd::broadcast<A>(count) ? v : Vec<A>{};
+  return lane < simd::broadcast<A>(count);
+}
+template <class A>
+inline Vec<A> first_lanes(Vec<A> v, int count) {
+  return first_lanes<A>(count) ? v : Vec<A>{};
 }
 
 // How a row of the image lies in vectors.
@@ -144,14 +142,16 @@ struct Line {
   using A = simd::Acc<T>;
   static constexpr int n = simd::kLanes<A>;
   static constexpr int kGroup = kChannelsLast ? n : 1;  // channels of a task, and the step from pixel to pixel
-  int64_t width, pixel;  // pixel: elements from one pixel to the next
+  int64_t width, pixel;                                 // pixel: elements from one pixel to the next
   int lanes;
 
   int64_t vectors() const { return kChannelsLast ? width : (width + n - 1) / n; }
   int64_t whole() const { return kChannelsLast ? (lanes == n ? width : 0) : width / n; }
   int last_lanes() const { return kChannelsLast ? n : static_cast<int>(width - (vectors() - 1) * n); }
   int64_t at(int64_t v) const { return v * (kChannelsLast ? pixel : n); }
-  int count(int64_t v) const { return kChannelsLast ? lanes : static_cast<int>(std::clamp<int64_t>(width - v * n, 0, n)); }
+  int count(int64_t v) const {
+    return kChannelsLast ? lanes : static_cast<int>(std::clamp<int64_t>(width - v * n, 0, n));
+  }
 
   template <class B>
   Vec<A> load(const T* row, int64_t v, B is_whole) const {
@@ -189,12 +189,12 @@ inline void load_row(const L& line, const T* row, A* padded) {
   });
 }
 
-// The pixels kSide beside those at p, which is aligned to a vector: by shuffles where half of the loads would cross cache lines or
-// more. With AVX2 it is less, and a shuffle across the register's halves takes two instructions.
+// The pixels kSide beside those at p, which is aligned to a vector: by shuffles where half of the loads would cross
+// cache lines or more. With AVX2 it is less, and a shuffle across the register's halves takes two instructions.
 template <int kSide, int64_t kStep, class A>
 inline Vec<A> beside(const A* p) {
   constexpr int n = simd::kLanes<A>;
-  if constexpr (kStep != 1 || kSide == 0 || simd::kBytes == 32)
+  if constexpr (kStep != 1 || kSide == 0 || kSide < -n || kSide > n || simd::kBytes == 32)
     return simd::load(p + kSide * kStep);
   else if constexpr (kSide < 0)
     return simd::window<n + kSide>(simd::load(p - n), simd::load(p));
@@ -202,19 +202,21 @@ inline Vec<A> beside(const A* p) {
     return simd::window<kSide>(simd::load(p), simd::load(p + n));
 }
 
-template <int... I, class F>
-inline void each_of(std::integer_sequence<int, I...>, F&& f) {
-  (f(std::integral_constant<int, I>{}), ...);
+// x[d]: the pixels d - k / 2 beside those at p.
+template <int k, int64_t kStep, class A, int... d>
+__attribute__((always_inline)) inline void all_beside(const A* p, Vec<A> (&x)[k], std::integer_sequence<int, d...>) {
+  ((x[d] = beside<d - k / 2, kStep>(p)), ...);
 }
-// f(0), ..., f(kCount - 1), the arguments as types.
-template <int kCount, class F>
-inline void each_of(F&& f) {
-  each_of(std::make_integer_sequence<int, kCount>{}, f);
+template <int k, int64_t kStep, class A>
+__attribute__((always_inline)) inline void all_beside(const A* p, Vec<A> (&x)[k]) {
+  all_beside<k, kStep>(p, x, std::make_integer_sequence<int, k>{});
 }
 
-// emit(v, sums, whole) gets vector v of kRows output rows, bias + weight * rows; in: the kRows + k - 1 rows around them.
+// emit(v, sums, whole) gets vector v of kRows output rows, bias + weight * rows; in: the kRows + k - 1 rows around
+// them.
 template <int k, int kRows, int64_t kStep, class A, class F>
-inline void convolve(const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t whole, int64_t vectors, F&& emit) {
+inline void convolve(
+    const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t whole, int64_t vectors, F&& emit) {
   constexpr int n = simd::kLanes<A>;
   Vec<A> w[k * k];
 #pragma GCC unroll 32
@@ -222,26 +224,31 @@ inline void convolve(const A* const (&in)[kRows + k - 1], const Vec<A>* weight, 
   each_vector(whole, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
     Vec<A> sums[kRows];
     for (int o = 0; o < kRows; ++o) sums[o] = bias;
-    each_of<kRows + k - 1>([&](auto r) __attribute__((always_inline)) {
-      each_of<k>([&](auto d) __attribute__((always_inline)) {
-        const Vec<A> x = beside<d - k / 2, kStep>(in[r] + v * n);
-        each_of<kRows>([&](auto o) __attribute__((always_inline)) {
-          if constexpr (r - o >= 0 && r - o < k) sums[o] += w[(r - o) * k + d] * x;
-        });
-      });
-    });
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows + k - 1; ++r) {
+      Vec<A> x[k];
+      all_beside<k, kStep>(in[r] + v * n, x);
+#pragma GCC unroll 8
+      for (int d = 0; d < k; ++d)
+#pragma GCC unroll 2
+        for (int o = 0; o < kRows; ++o)
+          if (r - o >= 0 && r - o < k) sums[o] += w[(r - o) * k + d] * x[d];
+    }
     emit(v, sums, is_whole);
   });
 }
 
-// Adds to sums[tap] the products of `grad` with the rows shifted by that tap, and to sums[k * k] `grad` itself; with kConvolve,
-// `emit` gets what it gets from `convolve`. Only the first `last_lanes` lanes of the last vector count in the sums: the products
-// of padding would turn infinities into NaN.
+// Adds to sums[tap] the products of `grad` with the rows shifted by that tap, and to sums[k * k] `grad` itself; with
+// kConvolve, `emit` gets what it gets from `convolve`. Only the first `last_lanes` lanes of the last vector count in
+// the sums: the products of padding would turn infinities into NaN.
 template <bool kConvolve, int k, int kRows, int64_t kStep, class A, class F>
+  requires(k <= 5)
 inline void correlate(
     const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int last_lanes,
     const Vec<A>* weight, Vec<A> bias, F&& emit) {
   constexpr int n = simd::kLanes<A>;
+  const int64_t whole = last_lanes == n ? vectors : vectors - 1;
+  const auto counted = first_lanes<A>(last_lanes);
   Vec<A> total[k * k + 1], w[k * k];
 #pragma GCC unroll 32
   for (int t = 0; t <= k * k; ++t) total[t] = sums[t];  // unrolled, not std::copy, so that they stay in registers
@@ -249,69 +256,89 @@ inline void correlate(
 #pragma GCC unroll 32
     for (int t = 0; t < k * k; ++t) w[t] = weight[t];
   }
-  each_vector(last_lanes == n ? vectors : vectors - 1, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
+  each_vector(whole, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
     Vec<A> g[kRows], convolved[kRows];
     for (int o = 0; o < kRows; ++o) {
       g[o] = simd::load(grad[o] + v * n);
       total[k * k] += g[o];
       convolved[o] = bias;
     }
-    each_of<kRows + k - 1>([&](auto r) __attribute__((always_inline)) {
-      each_of<k>([&](auto d) __attribute__((always_inline)) {
-        const Vec<A> x = beside<d - k / 2, kStep>(in[r] + v * n);
-        const Vec<A> counted = is_whole ? x : first_lanes<A>(x, last_lanes);
-        each_of<kRows>([&](auto o) __attribute__((always_inline)) {
-          if constexpr (r - o >= 0 && r - o < k) {
-            constexpr int tap = (r - o) * k + d;
-            total[tap] += g[o] * counted;
-            if constexpr (kConvolve) convolved[o] += w[tap] * x;
-          }
-        });
-      });
-    });
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows + k - 1; ++r) {
+      Vec<A> x[k];
+      all_beside<k, kStep>(in[r] + v * n, x);
+#pragma GCC unroll 8
+      for (int d = 0; d < k; ++d) {
+        const Vec<A> in_image = is_whole ? x[d] : counted ? x[d] : Vec<A>{};
+#pragma GCC unroll 2
+        for (int o = 0; o < kRows; ++o) {
+          const int tap = (r - o) * k + d;
+          if (r < o || r - o >= k) continue;
+          total[tap] += g[o] * in_image;
+          if (kConvolve) convolved[o] += w[tap] * x[d];
+        }
+      }
+    }
     if constexpr (kConvolve) emit(v, convolved, is_whole);
   });
 #pragma GCC unroll 32
   for (int t = 0; t <= k * k; ++t) sums[t] = total[t];
 }
 
-// Sums that are kept in A for short runs and in double beyond.
-template <class A, int kCount>
-struct Sums {
-  static constexpr int n = simd::kLanes<A>, kWide = simd::kLanes<double>, kParts = n / kWide;
-  static constexpr int64_t kTermsPerFlush = 128;
-  using Wide = Vec<double>;
-  Vec<A> run[kCount] = {};
-  Wide total[kCount][kParts] = {};
-  int64_t terms = 0;
+// The same for a kernel whose sums are too many for the registers: one of its rows at a time.
+template <bool kConvolve, int k, int kRows, int64_t kStep, class A, class F>
+  requires(k > 5)
+inline void correlate(
+    const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int last_lanes,
+    const Vec<A>* weight, Vec<A> bias, F&& emit) {
+  constexpr int n = simd::kLanes<A>;
+  const int64_t whole = last_lanes == n ? vectors : vectors - 1;
+  const auto counted = first_lanes<A>(last_lanes);
+  for (int row = 0; row < k; ++row) {
+    Vec<A> total[k], all = {};
+#pragma GCC unroll 8
+    for (int d = 0; d < k; ++d) total[d] = sums[row * k + d];
+    each_vector(whole, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
+      for (int o = 0; o < kRows; ++o) {
+        const Vec<A> g = simd::load(grad[o] + v * n);
+        all += g;
+        Vec<A> x[k];
+        all_beside<k, kStep>(in[row + o] + v * n, x);
+#pragma GCC unroll 8
+        for (int d = 0; d < k; ++d) total[d] += g * (is_whole ? x[d] : counted ? x[d] : Vec<A>{});
+      }
+    });
+#pragma GCC unroll 8
+    for (int d = 0; d < k; ++d) sums[row * k + d] = total[d];
+    if (row == 0) sums[k * k] += all;
+  }
+  if (kConvolve) convolve<k, kRows, kStep>(in, weight, bias, whole, vectors, emit);
+}
 
-  void count(int64_t added) {
-    if ((terms += added) >= kTermsPerFlush) flush();
-  }
-  void flush() {
-    typedef A Part __attribute__((vector_size(kWide * sizeof(A))));
-    for (int i = 0; i < kCount; ++i) {
-      for (int part = 0; part < kParts; ++part)
-        total[i][part] += __builtin_convertvector(simd::load_raw<Part>(reinterpret_cast<A*>(&run[i]) + part * kWide), Wide);
-      run[i] = Vec<A>{};
-    }
-    terms = 0;
-  }
-  double lane(int i, int l) const { return total[i][l / kWide][l % kWide]; }
-  double sum(int i) const {
-    Wide all = total[i][0];
-    for (int part = 1; part < kParts; ++part) all += total[i][part];
-    double s = 0;
-    for (int l = 0; l < kWide; ++l) s += all[l];
-    return s;
+// What to do with the vectors of convolved rows, of types that do not depend on the images', so that all share the
+// loops: nothing, ...
+struct Ignore {
+  template <class V, class B>
+  void operator()(int64_t, V&, B) const {}
+};
+// ... or to keep them in rows `stride` apart.
+template <class A>
+struct Keep {
+  A* to;
+  int64_t stride;
+  template <int kRows, class B>
+  __attribute__((always_inline)) void operator()(int64_t v, Vec<A> (&value)[kRows], B) const {
+    for (int o = 0; o < kRows; ++o) simd::store(to + o * stride + v * simd::kLanes<A>, value[o]);
   }
 };
 
-// The sums over the pixels of images like `x`, (B, C), as an operator returns them: empty where they were not asked for.
+// The sums over the pixels of images like `x`, (B, C), as an operator returns them: empty where they were not asked
+// for.
 inline tensor::Tensor plane_sums(const tensor::Tensor& x, bool needed, const std::vector<double>& sums) {
   using tensor::ScalarType;
   const auto size = needed ? std::vector<int64_t>{x.size(0), x.size(1)} : std::vector<int64_t>{0};
-  return tensor::write(x, size, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, sums.data());
+  return tensor::write(
+      x, size, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, sums.data());
 }
 
 // Their gradient: zero where there is none.
@@ -321,13 +348,14 @@ inline std::vector<A> read_plane_sums(const tensor::Tensor& x, const std::option
 }
 
 // f(k) with the kernel size as a type.
+template <class F, int... k>
+inline void specialise_kernel(int64_t size, F&& f, std::integer_sequence<int, k...>) {
+  const bool found = ((size == k && (f(std::integral_constant<int, k>{}), true)) || ...);
+  STD_TORCH_CHECK(found, "there is no kernel of ", size, " x ", size);
+}
 template <class F>
-inline void specialise_kernel(int64_t k, F&& f) {
-  STD_TORCH_CHECK(k == 3 || k == 5, "expected a 3 x 3 or 5 x 5 kernel, got ", k, " x ", k);
-  if (k == 3)
-    f(std::integral_constant<int, 3>{});
-  else
-    f(std::integral_constant<int, 5>{});
+inline void specialise_kernel(int64_t size, F&& f) {
+  specialise_kernel(size, f, std::integer_sequence<int, 3, 5, 7>{});
 }
 
 // f(T*, channels_last, k) with the storage type, the layout and the kernel size as types.

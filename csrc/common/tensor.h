@@ -18,9 +18,9 @@
 
 // Since torch 2.11; the address is null in older ones.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
-    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype, int32_t device_type,
-    int32_t device_index, AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
-    void (*deleter)(void* data, void* context), void* context);
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace tensor {
 
@@ -37,8 +37,8 @@ inline Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x
 
 inline bool is_channels_last(const Tensor& x) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  return c > 1 && !x.is_contiguous() && x.stride(1) == 1 && (w == 1 || x.stride(3) == c) && (h == 1 || x.stride(2) == w * c) &&
-         (x.size(0) == 1 || x.stride(0) == h * w * c);
+  return c > 1 && !x.is_contiguous() && x.stride(1) == 1 && (w == 1 || x.stride(3) == c) &&
+         (h == 1 || x.stride(2) == w * c) && (x.size(0) == 1 || x.stride(0) == h * w * c);
 }
 
 // x itself where its rows are dense, else a contiguous copy.
@@ -62,7 +62,8 @@ inline size_t size_of(ScalarType dtype) {
 
 // By the shims, not by the dispatcher: its boxed calls take microseconds.
 inline Tensor empty(
-    const Tensor& like, const std::vector<int64_t>& size, bool channels_last = false, std::optional<ScalarType> dtype = std::nullopt) {
+    const Tensor& like, const std::vector<int64_t>& size, bool channels_last = false,
+    std::optional<ScalarType> dtype = std::nullopt) {
   const ScalarType type = dtype.value_or(like.scalar_type());
   const int64_t rank = static_cast<int64_t>(size.size());
   std::vector<int64_t> strides(rank), order(rank);
@@ -75,7 +76,8 @@ inline Tensor empty(
   }
   namespace detail = torch::stable::detail;
   const auto device = like.device();
-  const int32_t dtype_code = detail::to<int32_t>(detail::from(type)), device_type = detail::to<int32_t>(detail::from(device.type()));
+  const int32_t dtype_code = detail::to<int32_t>(detail::from(type)),
+                device_type = detail::to<int32_t>(detail::from(device.type()));
   AtenTensorHandle handle;
   const size_t bytes = static_cast<size_t>(numel) * size_of(type);
   if (torch_from_blob && bytes >= pool::kSmallest) {

@@ -36,8 +36,8 @@ struct Operands {
   }
 };
 
-// Dimensions sorted by the first operand's strides, innermost first, and merged where every operand allows it, so that dense
-// tensors of one layout become a single run.
+// Dimensions sorted by the first operand's strides, innermost first, and merged where every operand allows it, so that
+// dense tensors of one layout become a single run.
 struct Walk {
   int rank = 0;
   int operands = 0;
@@ -54,7 +54,8 @@ struct Walk {
     std::stable_sort(dims.begin(), dims.end(), [&](int64_t i, int64_t j) { return first.stride(i) < first.stride(j); });
     for (int64_t d : dims) {
       bool merges = rank > 0;
-      for (int k = 0; k < operands && merges; ++k) merges = tensors[k]->stride(d) == stride[rank - 1][k] * size[rank - 1];
+      for (int k = 0; k < operands && merges; ++k)
+        merges = tensors[k]->stride(d) == stride[rank - 1][k] * size[rank - 1];
       if (merges) {
         size[rank - 1] *= first.size(d);
         continue;

@@ -24,4 +24,4 @@ def kernel_size(weight: Tensor, sides: tuple[int, ...]) -> str | None:
     height, width = weight.shape[2:]
     if height == width and width in sides:
         return None
-    return f"kernels of {' and '.join(f'{k} x {k}' for k in sides)} only, got {height} x {width}"
+    return f"kernels of {', '.join(f'{k} x {k}' for k in sides)} only, got {height} x {width}"

@@ -8,9 +8,11 @@ from .. import reference
 from ._limits import kernel_size, no_triton_fp64
 from ._operator import Image, Operator, Parameter, empty, register
 
+SIDES = {"cpp": (3, 5, 7), "triton": (3, 5)}
+
 
 def limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
-    return kernel_size(weight, (3, 5)) or no_triton_fp64(backend, x)
+    return kernel_size(weight, SIDES[backend]) or no_triton_fp64(backend, x)
 
 
 OPERATOR = register(

@@ -1,5 +1,5 @@
-// Element-wise loops on the CPU. Every element goes through the same vector arithmetic, wherever it lies in a row, so results do
-// not depend on strides or on the number of threads.
+// Element-wise loops on the CPU. Every element goes through the same vector arithmetic, wherever it lies in a row, so
+// results do not depend on strides or on the number of threads.
 #pragma once
 
 #include "../formula.h"
@@ -38,7 +38,8 @@ void for_each_vector(const Operands& operands, const Body& body) {
       int64_t done = 0;
       if (dense)
         for (; done + n <= count; done += n)
-          on_vectors([&](int k) { return simd::load(at[k] + done); }, [&](int k, V v) { simd::store(at[k] + done, v); });
+          on_vectors(
+              [&](int k) { return simd::load(at[k] + done); }, [&](int k, V v) { simd::store(at[k] + done, v); });
       for (; done < count; done += n) {
         const int left = static_cast<int>(std::min<int64_t>(n, count - done));
         on_vectors(

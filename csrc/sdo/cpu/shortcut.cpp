@@ -1,5 +1,5 @@
-// The gradient shortcut in one pass: from the cotangent of the sampler's (or of one step's) result, the latents' direct gradient
-// and the cotangents of the model's two halves. m is 1 where the predicted sample was not clipped, else 0.
+// The gradient shortcut in one pass: from the cotangent of the sampler's (or of one step's) result, the latents' direct
+// gradient and the cotangents of the model's two halves. m is 1 where the predicted sample was not clipped, else 0.
 //   grad_x = (a + c pred_x m) grad;  grad_eps = (b + c pred_eps m) grad
 //   grad_cond = guidance grad_eps;  grad_uncond = (1 - guidance) grad_eps
 #include "elementwise.h"
@@ -9,9 +9,10 @@ namespace {
 using sdo::Tensor;
 
 void shortcut_backward(
-    const Tensor& grad, double a, double b, double guidance, const std::optional<Tensor>& x, const std::optional<Tensor>& cond,
-    const std::optional<Tensor>& uncond, double c, double pred_x, double pred_eps, std::optional<double> clip,
-    const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_cond, const std::optional<Tensor>& grad_uncond) {
+    const Tensor& grad, double a, double b, double guidance, const std::optional<Tensor>& x,
+    const std::optional<Tensor>& cond, const std::optional<Tensor>& uncond, double c, double pred_x, double pred_eps,
+    std::optional<double> clip, const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_cond,
+    const std::optional<Tensor>& grad_uncond) {
   STD_TORCH_CHECK(!clip || (x && cond), "clip needs x and cond");
   sdo::Operands operands;
   const int at_grad = operands.add(grad);
@@ -47,8 +48,10 @@ void shortcut_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_sdo_fast, m) {
   m.def(
-      "shortcut_backward(Tensor grad, float a, float b, float guidance, Tensor? x, Tensor? cond, Tensor? uncond, float c,"
-      " float pred_x, float pred_eps, float? clip, Tensor(a!)? grad_x, Tensor(b!)? grad_cond, Tensor(c!)? grad_uncond) -> ()");
+      "shortcut_backward(Tensor grad, float a, float b, float guidance, Tensor? x, Tensor? cond, Tensor? uncond, float "
+      "c,"
+      " float pred_x, float pred_eps, float? clip, Tensor(a!)? grad_x, Tensor(b!)? grad_cond, Tensor(c!)? grad_uncond) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_sdo_fast, CPU, m) { m.impl("shortcut_backward", TORCH_BOX(&shortcut_backward)); }

@@ -1,5 +1,5 @@
-// A sampler's update in one pass: guidance, the affine combination of the state, the model's output and further terms, and
-// optionally the clipped predicted sample.
+// A sampler's update in one pass: guidance, the affine combination of the state, the model's output and further terms,
+// and optionally the clipped predicted sample.
 //   eps = uncond + guidance (cond - uncond)
 //   out = a x + b eps + c clamp(pred_x x + pred_eps eps, -clip, clip) + sum_k scales[k] terms[k]
 #include "elementwise.h"
@@ -47,7 +47,8 @@ void sampler_step(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_sdo_fast, m) {
   m.def(
-      "sampler_step(Tensor x, Tensor cond, Tensor? uncond, float guidance, float a, float b, Tensor[] terms, float[] scales,"
+      "sampler_step(Tensor x, Tensor cond, Tensor? uncond, float guidance, float a, float b, Tensor[] terms, float[] "
+      "scales,"
       " float c, float pred_x, float pred_eps, float? clip, Tensor(a!) out) -> ()");
 }
 

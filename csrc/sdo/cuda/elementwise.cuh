@@ -1,5 +1,6 @@
-// Element-wise kernels on the GPU: one thread per pack of 16 bytes where every operand's rows are dense and aligned, else per
-// element. Launches go to torch's current stream and neither allocate nor synchronise, so CUDA graphs can record them.
+// Element-wise kernels on the GPU: one thread per pack of 16 bytes where every operand's rows are dense and aligned,
+// else per element. Launches go to torch's current stream and neither allocate nor synchronise, so CUDA graphs can
+// record them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -77,7 +78,8 @@ template <class Body, int kWidth, int kRank>
 __global__ void __launch_bounds__(kThreads)
     elementwise_kernel(const __grid_constant__ Layout layout, const __grid_constant__ Body body) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-#pragma unroll 1  // unrolled, every thread would begin with a division for the number of rounds, which is nearly always one
+#pragma unroll 1  // unrolled, every thread would begin with a division for the number of rounds, which is nearly always
+                  // one
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < layout.walk.numel; i += step)
     body.template operator()<kWidth>(Cursor<typename Body::Element, kWidth, kRank>(layout, i));
 }

@@ -45,9 +45,10 @@ struct Shortcut {
 };
 
 void shortcut_backward(
-    const Tensor& grad, double a, double b, double guidance, const std::optional<Tensor>& x, const std::optional<Tensor>& cond,
-    const std::optional<Tensor>& uncond, double c, double pred_x, double pred_eps, std::optional<double> clip,
-    const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_cond, const std::optional<Tensor>& grad_uncond) {
+    const Tensor& grad, double a, double b, double guidance, const std::optional<Tensor>& x,
+    const std::optional<Tensor>& cond, const std::optional<Tensor>& uncond, double c, double pred_x, double pred_eps,
+    std::optional<double> clip, const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_cond,
+    const std::optional<Tensor>& grad_uncond) {
   STD_TORCH_CHECK(!clip || (x && cond), "clip needs x and cond");
   sdo::Operands operands;
   operands.add(grad);
@@ -61,8 +62,15 @@ void shortcut_backward(
     using A = sdo::Acc<T>;
     sdo::with_flag(clip.has_value(), [&](auto clipped) {
       const Shortcut<T, clipped.value> body{
-          {A(a), A(b), A(c), A(pred_x), A(pred_eps), A(clip.value_or(0))}, A(guidance), A(1 - guidance),
-          to_x, to_cond, to_uncond, at_x, at_cond, at_uncond};
+          {A(a), A(b), A(c), A(pred_x), A(pred_eps), A(clip.value_or(0))},
+          A(guidance),
+          A(1 - guidance),
+          to_x,
+          to_cond,
+          to_uncond,
+          at_x,
+          at_cond,
+          at_uncond};
       sdo::for_each_pack(operands, body);
     });
   });
@@ -72,8 +80,10 @@ void shortcut_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_sdo_fast_cuda, m) {
   m.def(
-      "shortcut_backward(Tensor grad, float a, float b, float guidance, Tensor? x, Tensor? cond, Tensor? uncond, float c,"
-      " float pred_x, float pred_eps, float? clip, Tensor(a!)? grad_x, Tensor(b!)? grad_cond, Tensor(c!)? grad_uncond) -> ()");
+      "shortcut_backward(Tensor grad, float a, float b, float guidance, Tensor? x, Tensor? cond, Tensor? uncond, float "
+      "c,"
+      " float pred_x, float pred_eps, float? clip, Tensor(a!)? grad_x, Tensor(b!)? grad_cond, Tensor(c!)? grad_uncond) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_sdo_fast_cuda, CUDA, m) { m.impl("shortcut_backward", TORCH_BOX(&shortcut_backward)); }

@@ -67,7 +67,8 @@ void sampler_step(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_sdo_fast_cuda, m) {
   m.def(
-      "sampler_step(Tensor x, Tensor cond, Tensor? uncond, float guidance, float a, float b, Tensor[] terms, float[] scales,"
+      "sampler_step(Tensor x, Tensor cond, Tensor? uncond, float guidance, float a, float b, Tensor[] terms, float[] "
+      "scales,"
       " float c, float pred_x, float pred_eps, float? clip, Tensor(a!) out) -> ()");
 }
 

@@ -1,4 +1,8 @@
 // The 2-D Haar transform of one 2 x 2 block (or one vector of blocks), and its filters' gradients.
+//
+// A block's pixels (a, b) and its bands (p, q) are tied by band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or
+// its transpose (synthesis); every filter gradient is a contraction of the 16 sums correlation[p, q][a, b] over the
+// blocks of band * pixel.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +10,11 @@
 #include "tensor.h"
 
 namespace haar {
+
+constexpr int kBands = 4;
+
+// Of blocks of 2 x 2 pixels.
+inline int64_t block_rows(int64_t height) { return (height + 1) / 2; }
 
 template <class A>
 struct Filters {
@@ -38,8 +47,17 @@ inline void synthesise(const F& f, const V (&y)[4], V (&x)[4]) {
   x[3] = f.lo[1] * low1 + f.hi[1] * high1;
 }
 
-// From correlation[4 * band + pixel], the sums over the blocks of band * pixel. Each filter acts along H (its first index into a
-// band) and along W (its second): both roles add to its gradient.
+// sums[4 * band + pixel] += band * pixel.
+template <class V>
+inline void correlate(const V (&y)[4], const V (&x)[4], V* sums) {
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q)
+#pragma GCC unroll 4
+    for (int a = 0; a < 4; ++a) sums[4 * q + a] += y[q] * x[a];
+}
+
+// From correlation[4 * band + pixel], the sums over the blocks of band * pixel. Each filter acts along H (its first
+// index into a band) and along W (its second): both roles add to its gradient.
 template <class A>
 void filter_gradients(const Filters<A>& f, const double* correlation, double (&low)[2], double (&high)[2]) {
   const A* taps[2] = {f.lo, f.hi};

@@ -9,4 +9,6 @@ void empty_cache() { pool::instance().clear(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) { m.def("empty_cache() -> ()"); }
 
-STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CompositeExplicitAutograd, m) { m.impl("empty_cache", TORCH_BOX(&empty_cache)); }
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CompositeExplicitAutograd, m) {
+  m.impl("empty_cache", TORCH_BOX(&empty_cache));
+}

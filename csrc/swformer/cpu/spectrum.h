@@ -1,8 +1,9 @@
-// How the spectra of real images lie in memory between the transforms: (B, C, blocks, 2, kFloats), blocks of kFloats frequencies,
-// their real parts, then their imaginary parts.
+// How the spectra of real images lie in memory between the transforms: (B, C, blocks, 2, kFloats), blocks of kFloats
+// frequencies, their real parts, then their imaginary parts.
 //
-// The columns 0 ... (W + 1) / 2 - 1 of the half spectrum come in groups of kFloats: block (group * H + row) holds a row's. Then, for
-// even W, come the blocks of Nyquist's column. What lies in lanes past the last column or row has no meaning.
+// The columns 0 ... (W + 1) / 2 - 1 of the half spectrum come in groups of kFloats: block (group * H + row) holds a
+// row's. Then, for even W, come the blocks of Nyquist's column. What lies in lanes past the last column or row has no
+// meaning.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +25,8 @@ struct Tile {
 struct Layout {
   int64_t height, width, columns, groups, nyquist, blocks;  // columns in groups; the first block of Nyquist's column
   Layout(int64_t height, int64_t width)
-      : height(height), width(width), columns((width + 1) / 2), groups((columns + kLanes - 1) / kLanes), nyquist(groups * height),
-        blocks(nyquist + (width % 2 ? 0 : (height + kLanes - 1) / kLanes)) {}
+      : height(height), width(width), columns((width + 1) / 2), groups((columns + kLanes - 1) / kLanes),
+        nyquist(groups * height), blocks(nyquist + (width % 2 ? 0 : (height + kLanes - 1) / kLanes)) {}
 
   // All blocks, by tiles of at most `most` frequencies, lanes past the last block's included.
   std::vector<Tile> tiles(int64_t most) const {

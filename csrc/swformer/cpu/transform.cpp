@@ -1,24 +1,25 @@
 // Real two-dimensional Fourier transforms, norm="ortho", of planes: images <-> spectra as spectrum.h lays them out.
 //
-// Rows are transformed kFloats at a time, transposed in registers, columns kFloats at a time as they lie in the groups. A row of
-// even width is transformed as W / 2 complex numbers; what its spectrum has at Nyquist is real, as is the zero frequency, whose
-// imaginary part it becomes until the columns are transformed.
+// Rows are transformed kFloats at a time, transposed in registers, columns kFloats at a time as they lie in the groups.
+// A row of even width is transformed as W / 2 complex numbers; what its spectrum has at Nyquist is real, as is the zero
+// frequency, whose imaginary part it becomes until the columns are transformed.
 //
-// Most of an image's energy may be in the zero frequency, from where rounding errors would spread over all others: so what is
-// transformed is the image less about its mean, and the zero frequency is a sum of its own. So it is in the inverse.
+// Most of an image's energy may be in the zero frequency, from where rounding errors would spread over all others: so
+// what is transformed is the image less about its mean, and the zero frequency is a sum of its own. So it is in the
+// inverse.
 #include <optional>
 
 #include "fft.h"
+#include "scratch.h"
 #include "spectrum.h"
 #include "tensor.h"
-#include "workspace.h"
 
 namespace {
 
 using fft::Complex;
+using simd::VecF;
 using spectrum::kBlock;
 using spectrum::kLanes;
-using simd::VecF;
 using tensor::Tensor;
 
 struct Geometry : spectrum::Layout {
@@ -39,23 +40,26 @@ struct Geometry : spectrum::Layout {
 // Scratch of one thread.
 struct Buffers {
   float *row, *transformed, *first, *plane, *work;
-  Buffers(workspace::Frame& frame, const Geometry& g)
-      : row(frame.zeros<float>(std::max(g.row_floats(), g.rows.work()))), transformed(frame.zeros<float>(g.row_floats())),
-        first(frame.take<float>(g.height * kBlock)), plane(frame.take<float>(g.nyquist * kBlock)),
-        work(frame.take<float>(g.column.work())) {}
+  Buffers(scratch::Frame& frame, const Geometry& g)
+      : row(frame.zeros<float>(std::max(g.row_floats(), g.rows.work()))),
+        transformed(frame.zeros<float>(g.row_floats())), first(frame.take<float>(g.height * kBlock)),
+        plane(frame.take<float>(g.nyquist * kBlock)), work(frame.take<float>(g.column.work())) {}
 };
 
-// The mean of the first rows, of few bits: all bits would be cut from numbers of one exponent alike, errors that add up.
+// The mean of the first rows, of few bits: all bits would be cut from numbers of one exponent alike, errors that add
+// up.
 template <class T>
 float near_mean(const Geometry& g, const T* in) {
   const int64_t count = std::min(kLanes, g.height) * g.width;
   VecF sum = {};
-  for (int64_t i = 0; i < count; i += kLanes) sum += i + kLanes <= count ? simd::load(in + i) : simd::load_partial(in + i, count - i);
-  return static_cast<float>(static_cast<simd::BFloat16>(static_cast<float>(simd::sum_of_lanes(sum) / static_cast<double>(count))));
+  for (int64_t i = 0; i < count; i += kLanes)
+    sum += i + kLanes <= count ? simd::load(in + i) : simd::load_partial(in + i, count - i);
+  return static_cast<float>(
+      static_cast<simd::BFloat16>(static_cast<float>(simd::sum_of_lanes(sum) / static_cast<double>(count))));
 }
 
-// kLanes rows of `in` from row h less `mean`, transposed: sample j of the rows becomes vector j. Rows past the last are zeros.
-// Returns the sum of what is written.
+// kLanes rows of `in` from row h less `mean`, transposed: sample j of the rows becomes vector j. Rows past the last are
+// zeros. Returns the sum of what is written.
 template <class T>
 double read_rows(const Geometry& g, const T* in, float mean, int64_t h, float* out) {
   const int64_t count = std::min(kLanes, g.height - h), step = g.even() ? kLanes : kBlock;
@@ -125,7 +129,8 @@ void from_plane(const Geometry& g, const float* plane, int64_t h, float* row) {
     for (int64_t part = 0; part < kBlock; part += kLanes) {
       VecF x[kLanes];
 #pragma GCC unroll 16
-      for (int64_t l = 0; l < kLanes; ++l) x[l] = l < count ? simd::load(plane + (group * g.height + h + l) * kBlock + part) : VecF{};
+      for (int64_t l = 0; l < kLanes; ++l)
+        x[l] = l < count ? simd::load(plane + (group * g.height + h + l) * kBlock + part) : VecF{};
       simd::transpose(x);
 #pragma GCC unroll 16
       for (int64_t l = 0; l < kLanes; ++l) simd::store(row + (group * kLanes + l) * kBlock + part, x[l]);
@@ -168,7 +173,8 @@ void scale_row(const Geometry& g, float* row) {
 void mirror_row(const Geometry& g, float* row) {
   scale_row(g, row);
   simd::store(row + kLanes, VecF{});  // a transform to real numbers does not see it
-  for (int64_t k = 1; k < g.columns; ++k) fft::store(row + (g.width - k) * kBlock, fft::conj(fft::load(row + k * kBlock)));
+  for (int64_t k = 1; k < g.columns; ++k)
+    fft::store(row + (g.width - k) * kBlock, fft::conj(fft::load(row + k * kBlock)));
 }
 
 // The first column's transform is a + i b of the spectra a and b of two real columns: the first, and Nyquist's.
@@ -243,7 +249,7 @@ void for_planes(const Tensor& images, const Geometry& g, F&& f) {
     using T = std::remove_pointer_t<decltype(tag)>;
     if constexpr (!std::is_same_v<T, double>) {
       torch::stable::parallel_for(0, images.size(0) * images.size(1), 1, [&](int64_t begin, int64_t end) {
-        workspace::Frame frame;
+        scratch::Frame frame;
         const Buffers buffers(frame, g);
         for (int64_t p = begin; p < end; ++p) f(buffers, p, tag);
       });
@@ -260,7 +266,9 @@ Tensor rfft2(const Tensor& x) {
   float* result = static_cast<float*>(out.mutable_data_ptr());
   const void* data = x.const_data_ptr();
   for_planes(x, g, [&](const Buffers& buffers, int64_t p, auto* tag) {
-    forward(g, buffers, static_cast<decltype(tag)>(const_cast<void*>(data)) + p * g.height * g.width, result + p * g.blocks * kBlock);
+    forward(
+        g, buffers, static_cast<decltype(tag)>(const_cast<void*>(data)) + p * g.height * g.width,
+        result + p * g.blocks * kBlock);
   });
   return out;
 }
@@ -274,7 +282,9 @@ Tensor irfft2(const Tensor& spectrum, const std::optional<Tensor>& bias, const T
   const float* in = static_cast<const float*>(spectrum.const_data_ptr());
   void* data = out.mutable_data_ptr();
   for_planes(out, g, [&](const Buffers& buffers, int64_t p, auto* tag) {
-    inverse(g, buffers, in + p * g.blocks * kBlock, offset[p % channels], static_cast<decltype(tag)>(data) + p * g.height * g.width);
+    inverse(
+        g, buffers, in + p * g.blocks * kBlock, offset[p % channels],
+        static_cast<decltype(tag)>(data) + p * g.height * g.width);
   });
   return out;
 }

@@ -1,5 +1,5 @@
-// Mean and variance of each channel: runs of pixels are centred on their own means while they are in the first-level cache, and the
-// runs are put together in double, so that a large mean costs no accuracy.
+// Mean and variance of each channel: runs of pixels are centred on their own means while they are in the first-level
+// cache, and the runs are put together in double, so that a large mean costs no accuracy.
 #include <cmath>
 
 #include "tensor.h"
@@ -60,7 +60,8 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   const Tensor dense = torch::stable::contiguous(x);
   const auto dtype = x.scalar_type() == tensor::ScalarType::Double ? x.scalar_type() : tensor::ScalarType::Float;
-  Tensor statistics = tensor::empty(x, {2, channels}, false, dtype), means = tensor::empty(x, {channels}, false, tensor::ScalarType::Double);
+  Tensor statistics = tensor::empty(x, {2, channels}, false, dtype),
+         means = tensor::empty(x, {channels}, false, tensor::ScalarType::Double);
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = Acc<T>;
@@ -85,8 +86,8 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
   return {statistics, means};
 }
 
-Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const Tensor& x, bool need_x) {
-  if (!need_x) return tensor::empty(x, {0});
+Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const Tensor& x, bool need_images) {
+  if (!need_images) return tensor::empty(x, {0});
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   const Tensor dense = torch::stable::contiguous(x);
   Tensor grad_x = tensor::empty(x, {batch, channels, x.size(2), x.size(3)});
@@ -102,7 +103,8 @@ Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const
       for (int64_t plane = begin; plane < end; ++plane) {
         const int64_t c = plane % channels;
         const A slope = static_cast<A>(2 * upstream[channels + c] / count);
-        // The mean in two parts: of a mean much larger than the differences from it, a rounded one would be felt in them.
+        // The mean in two parts: of a mean much larger than the differences from it, a rounded one would be felt in
+        // them.
         const A center = static_cast<A>(means[c]), rest = static_cast<A>(means[c] - center);
         const A offset = static_cast<A>(upstream[c] / count) - slope * rest;
         const T* in = data + plane * pixels;
@@ -120,7 +122,7 @@ Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("channel_statistics(Tensor x) -> (Tensor, Tensor)");
-  m.def("channel_statistics_backward(Tensor grad, Tensor mean, Tensor x, bool need_x) -> Tensor");
+  m.def("channel_statistics_backward(Tensor grad, Tensor mean, Tensor x, bool need_images) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {

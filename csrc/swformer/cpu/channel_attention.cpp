@@ -1,8 +1,9 @@
-// Channel attention, x times s with s = sigmoid(w2 relu(w1 mean + b1) + b2). Forward and backward each take two passes over planes:
-// one that sums, one that scales. The small matrices in between are taken in double.
+// Channel attention, x times s with s = sigmoid(w2 relu(w1 mean + b1) + b2). Forward and backward each take two passes
+// over planes: one that sums, one that scales. The small matrices in between are taken in double.
 #include <algorithm>
 #include <cmath>
 
+#include "accumulate.h"
 #include "tensor.h"
 
 namespace {
@@ -11,7 +12,6 @@ using simd::Acc;
 using simd::Vec;
 using tensor::Tensor;
 
-constexpr int64_t kSegment = 4096;         // sums in the arithmetic type stay this short before they are added up in double
 constexpr int64_t kElementsPerTask = 16384;
 
 // One plane, as the fewest runs of neighbouring elements.
@@ -38,25 +38,6 @@ Plane<T> output(Tensor& t, int64_t plane) {
   return {static_cast<T*>(t.mutable_data_ptr()), t, plane};
 }
 
-// Sum of term(element offset in a run) over n elements, term being called for vectors (true_type) and for single elements.
-template <class A, class Term>
-double sum_run(int64_t n, Term&& term) {
-  constexpr int64_t lanes = simd::kLanes<A>, step = 4 * lanes;
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kSegment) {
-    const int64_t end = std::min(n, begin + kSegment);
-    Vec<A> sums[4] = {};
-    int64_t i = begin;
-    for (; i + step <= end; i += step)
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) sums[k] += term(std::true_type{}, i + k * lanes);
-    const Vec<A> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    for (int64_t lane = 0; lane < lanes; ++lane) total += sum[lane];
-    for (; i < end; ++i) total += term(std::false_type{}, i);
-  }
-  return total;
-}
-
 template <class T, bool kVector>
 inline auto at(const T* p, std::bool_constant<kVector>) {
   if constexpr (kVector)
@@ -69,9 +50,9 @@ template <class T>
 double sum(const Plane<const T>& x) {
   double total = 0;
   for (int64_t r = 0; r < x.runs; ++r)
-    total += sum_run<Acc<T>>(x.length, [p = x.data + r * x.stride](auto wide, int64_t i) __attribute__((always_inline)) {
-      return at(p + i, wide);
-    });
+    total += accumulate::over<Acc<T>>(
+        x.length,
+        [p = x.data + r * x.stride](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide); });
   return total;
 }
 
@@ -81,10 +62,9 @@ double sum_of_products(const Plane<const T>& x, const Plane<const T>& y) {
   const int64_t runs = std::max(x.runs, y.runs), length = x.runs == runs ? x.length : y.length;
   const int64_t x_step = x.runs == runs ? x.stride : length, y_step = y.runs == runs ? y.stride : length;
   for (int64_t r = 0; r < runs; ++r)
-    total += sum_run<Acc<T>>(
-        length, [p = x.data + r * x_step, q = y.data + r * y_step](auto wide, int64_t i) __attribute__((always_inline)) {
-          return at(p + i, wide) * at(q + i, wide);
-        });
+    total += accumulate::over<Acc<T>>(
+        length, [p = x.data + r * x_step, q = y.data + r * y_step](auto wide, int64_t i)
+                    __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
   return total;
 }
 
@@ -108,8 +88,8 @@ struct Network {
 
   Network(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2)
       : batch(x.size(0)), channels(x.size(1)), hidden(weight1.size(0)), w1(tensor::read<double>(weight1)),
-        b1(tensor::read<double>(bias1)), w2(tensor::read<double>(weight2)), b2(tensor::read<double>(bias2)), mean(batch * channels),
-        before_relu(batch * hidden), scale(batch * channels) {}
+        b1(tensor::read<double>(bias1)), w2(tensor::read<double>(weight2)), b2(tensor::read<double>(bias2)),
+        mean(batch * channels), before_relu(batch * hidden), scale(batch * channels) {}
 
   double relu(int64_t b, int64_t r) const {
     const double value = before_relu[b * hidden + r];
@@ -119,16 +99,17 @@ struct Network {
     std::vector<double> after_relu(hidden);
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t r = 0; r < hidden; ++r) {
-        before_relu[b * hidden + r] = b1[r] + dot(channels, &w1[r * channels], &mean[b * channels]);
+        before_relu[b * hidden + r] = b1[r] + dot(channels, w1.data() + r * channels, mean.data() + b * channels);
         after_relu[r] = relu(b, r);
       }
       for (int64_t c = 0; c < channels; ++c)
-        scale[b * channels + c] = 1 / (1 + std::exp(-b2[c] - dot(hidden, &w2[c * hidden], after_relu.data())));
+        scale[b * channels + c] = 1 / (1 + std::exp(-b2[c] - dot(hidden, w2.data() + c * hidden, after_relu.data())));
     }
   }
 
   static double dot(int64_t n, const double* p, const double* q) {
-    return sum_run<double>(n, [=](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
+    return accumulate::over<double>(
+        n, [=](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
   }
 };
 
@@ -159,13 +140,13 @@ Tensor channel_attention(const Tensor& x, const Tensor& w1, const Tensor& b1, co
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, bool need_x,
-    bool need_params) {
+    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+    bool need_images, bool need_parameters) {
   const Tensor dense = tensor::with_dense_rows(x), dense_grad = tensor::with_dense_rows(grad);
   Network net(x, w1, b1, w2, b2);
   const int64_t channels = net.channels, hidden = net.hidden;
   const double area = static_cast<double>(x.size(2) * x.size(3));
-  Tensor grad_x = need_x ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}) : tensor::empty(x, {0});
+  Tensor grad_x = need_images ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}) : tensor::empty(x, {0});
   std::vector<double> products(net.mean.size()), grad_mean(net.mean.size());
   std::vector<double> grad_w1(net.w1.size()), grad_b1(hidden), grad_w2(net.w2.size()), grad_b2(channels);
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {
@@ -194,16 +175,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
         }
       }
     }
-    if (!need_x) return;
+    if (!need_images) return;
     const int64_t last = x.size(0) * channels - 1;
     for_each_plane(x, [&](int64_t i) {
       const int64_t plane = last - i;
       affine(
-          input<T>(dense_grad, plane), static_cast<Acc<T>>(net.scale[plane]), static_cast<Acc<T>>(grad_mean[plane] / area),
-          output<T>(grad_x, plane));
+          input<T>(dense_grad, plane), static_cast<Acc<T>>(net.scale[plane]),
+          static_cast<Acc<T>>(grad_mean[plane] / area), output<T>(grad_x, plane));
     });
   });
-  if (!need_params) return {grad_x, tensor::empty(w1, {0}), tensor::empty(b1, {0}), tensor::empty(w2, {0}), tensor::empty(b2, {0})};
+  if (!need_parameters)
+    return {grad_x, tensor::empty(w1, {0}), tensor::empty(b1, {0}), tensor::empty(w2, {0}), tensor::empty(b2, {0})};
   return {
       grad_x, tensor::write(w1, grad_w1.data()), tensor::write(b1, grad_b1.data()), tensor::write(w2, grad_w2.data()),
       tensor::write(b2, grad_b2.data())};
@@ -214,7 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("channel_attention(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor");
   m.def(
-      "channel_attention_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, bool need_x, bool need_params)"
+      "channel_attention_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, bool need_images, "
+      "bool need_parameters)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -1,14 +1,13 @@
-// Learnable-filter 2-D Haar transforms. All four ops are one walk over 2 x 2 pixel blocks: a block's pixels (a, b) and its bands
-// (p, q) are tied by band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or its transpose (synthesis), and every filter gradient
-// is a contraction of the 16 sums correlation[p, q][a, b] = sum over blocks of band * pixel.
+// The four Haar ops as one walk over 2 x 2 pixel blocks: a block's pixels (a, b) and its bands (p, q) are tied by
+// band[p, q] = sum f[p][a] f[q][b] pixel[a, b] (analysis) or its transpose (synthesis), and every filter gradient is a
+// contraction of the 16 sums correlation[p, q][a, b] = sum over blocks of band * pixel.
+#pragma once
+
 #include "haar.h"
+#include "tasks.h"
 
-namespace {
+namespace haar {
 
-using haar::analyse;
-using haar::Filters;
-using haar::filter_gradients;
-using haar::synthesise;
 using simd::Acc;
 using tensor::Strides;
 using tensor::Tensor;
@@ -73,7 +72,8 @@ struct Problem {
   Strides out_strides{};
 };
 
-// kReplicate: the sample missing at an odd border is its neighbour (gradients fold onto it); else it is zero (and cropped).
+// One function, and lambdas in it: what a line's blocks need stays in registers. kReplicate: the sample missing at an
+// odd border is its neighbour (gradients fold onto it); else it is zero (and cropped).
 template <class T, bool kChannelsLast, bool kReplicate, Out kOut, bool kCorrelate>
 void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* correlation) {
   const Problem<T> g = problem;
@@ -86,11 +86,12 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
   const int64_t lines = g.batch * rows * (kChannelsLast ? 1 : g.channels);
   const int64_t line_blocks = cols * (kChannelsLast ? g.channels : 1);
   const int64_t lines_per_task = std::max<int64_t>(1, kBlocksPerTask / std::max<int64_t>(1, line_blocks));
-  const int64_t tasks = (lines + lines_per_task - 1) / lines_per_task;
+  const int64_t count = (lines + lines_per_task - 1) / lines_per_task;
   const std::vector<T> zeros(std::max(kChannelsLast ? g.channels : g.width, int64_t{2}), static_cast<T>(0.0f));
-  std::vector<double> partial(kCorrelate ? tasks * 16 : 0);
+  scratch::Frame frame;
+  const tasks::Partial<> partial(frame, count, kCorrelate ? 16 : 0);
 
-  torch::stable::parallel_for(0, tasks, 4, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
     const Filters<A> f = filters;  // a local copy that no store can alias stays in registers
     for (int64_t task = begin; task < end; ++task) {
       V vector_sums[16] = {};
@@ -110,7 +111,8 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
         const int64_t i = line % rows, c = kChannelsLast ? 0 : line / rows % g.channels;
         const int64_t b = line / rows / (kChannelsLast ? 1 : g.channels);
         const bool single_row = 2 * i + 1 == g.height;
-        const T* row0 = g.pixels + (kReadPixels ? b * g.pixel_strides.b + c * g.pixel_strides.c + 2 * i * g.pixel_strides.h : 0);
+        const T* row0 =
+            g.pixels + (kReadPixels ? b * g.pixel_strides.b + c * g.pixel_strides.c + 2 * i * g.pixel_strides.h : 0);
         const T* row1 = !single_row ? row0 + g.pixel_strides.h : kReplicate ? row0 : zeros.data();
         const bool zero_row = single_row && !kReplicate;
         const T* band[4];
@@ -118,9 +120,11 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
         for (int k = 0; k < 4; ++k) {
           const int64_t channel = k * g.channels + c;
           if (kReadBands) band[k] = g.bands + b * g.band_strides.b + channel * g.band_strides.c + i * g.band_strides.h;
-          if (kOut == Out::kBands) band_out[k] = g.out + b * g.out_strides.b + channel * g.out_strides.c + i * g.out_strides.h;
+          if (kOut == Out::kBands)
+            band_out[k] = g.out + b * g.out_strides.b + channel * g.out_strides.c + i * g.out_strides.h;
         }
-        T* out0 = g.out + (kOut == Out::kPixels ? b * g.out_strides.b + c * g.out_strides.c + 2 * i * g.out_strides.h : 0);
+        T* out0 =
+            g.out + (kOut == Out::kPixels ? b * g.out_strides.b + c * g.out_strides.c + 2 * i * g.out_strides.h : 0);
         T* out1 = out0 + g.out_strides.h;
 
         // One block, or one vector of blocks: at column j, channel k; `single` where the block has one pixel column.
@@ -146,12 +150,7 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
             const int64_t at = j * (kChannelsLast ? g.band_strides.w : 1) + k;
             for (int q = 0; q < 4; ++q) y[q] = load<B>(band[q] + at);
           }
-          if constexpr (kCorrelate) {
-#pragma GCC unroll 4
-            for (int q = 0; q < 4; ++q)
-#pragma GCC unroll 4
-              for (int a = 0; a < 4; ++a) sums[4 * q + a] += y[q] * x[a];
-          }
+          if constexpr (kCorrelate) correlate(y, x, &sums[0]);
           if constexpr (kOut == Out::kBands) {
             B z[4];
             analyse(f, x, z);
@@ -192,15 +191,15 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
       }
       if (kCorrelate) {
         flush();
+        double* sums = partial.start(task);
         for (int k = 0; k < 16; ++k)
-          for (int lane = 0; lane < n; ++lane) partial[task * 16 + k] += totals[k][lane];
+          for (int lane = 0; lane < n; ++lane) sums[k] += totals[k][lane];
       }
     }
   });
   if (kCorrelate) {
     std::fill(correlation, correlation + 16, 0.0);
-    for (int64_t task = 0; task < tasks; ++task)
-      for (int k = 0; k < 16; ++k) correlation[k] += partial[task * 16 + k];
+    partial.add_to(correlation);
   }
 }
 
@@ -216,13 +215,14 @@ void walk_layout(bool channels_last, const Problem<T>& g, const Filters<Acc<T>>&
     walk<T, false, kReplicate, kOut, kCorrelate>(g, f, correlation);
 }
 
-// The shared body of the backward ops; out is written where need_out, filter gradients where need_filters.
+// The shared body of the backward ops; out is written where need_images, filter gradients where need_parameters.
 template <bool kReplicate, Out kOut>
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& pixels, const Tensor& bands, const Tensor& like, const Tensor& low, const Tensor& high, bool channels_last,
-    bool need_out, bool need_filters) {
-  Tensor out = need_out ? tensor::empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, channels_last)
-                        : tensor::empty(like, {0});
+    const Tensor& pixels, const Tensor& bands, const Tensor& like, const Tensor& low, const Tensor& high,
+    bool channels_last, bool need_images, bool need_parameters) {
+  Tensor out = need_images
+                   ? tensor::empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, channels_last)
+                   : tensor::empty(like, {0});
   double correlation[16], grad_low[2], grad_high[2];
   tensor::dispatch(like.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -232,84 +232,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     g.pixel_strides = tensor::strides_of(pixels);
     g.bands = static_cast<const T*>(bands.const_data_ptr());
     g.band_strides = tensor::strides_of(bands);
-    if (need_out) {
+    if (need_images) {
       g.out = static_cast<T*>(out.mutable_data_ptr());
       g.out_strides = tensor::strides_of(out);
     }
-    if (need_out && need_filters) walk_layout<kReplicate, kOut, true>(channels_last, g, f, correlation);
-    if (need_out && !need_filters) walk_layout<kReplicate, kOut, false>(channels_last, g, f, correlation);
-    if (!need_out && need_filters) walk_layout<kReplicate, Out::kNone, true>(channels_last, g, f, correlation);
-    if (need_filters) filter_gradients(f, correlation, grad_low, grad_high);
+    if (need_images && need_parameters) walk_layout<kReplicate, kOut, true>(channels_last, g, f, correlation);
+    if (need_images && !need_parameters) walk_layout<kReplicate, kOut, false>(channels_last, g, f, correlation);
+    if (!need_images && need_parameters) walk_layout<kReplicate, Out::kNone, true>(channels_last, g, f, correlation);
+    if (need_parameters) filter_gradients(f, correlation, grad_low, grad_high);
   });
-  if (!need_filters) return {out, tensor::empty(low, {0}), tensor::empty(high, {0})};
+  if (!need_parameters) return {out, tensor::empty(low, {0}), tensor::empty(high, {0})};
   return {out, tensor::write(low, grad_low), tensor::write(high, grad_high)};
 }
 
-Tensor haar_dwt2d(const Tensor& x, const Tensor& dec_lo, const Tensor& dec_hi) {
-  const bool channels_last = tensor::is_channels_last(x);
-  const Tensor dense = tensor::with_format(x, channels_last);
-  Tensor y = tensor::empty(x, {x.size(0), 4 * x.size(1), (x.size(2) + 1) / 2, (x.size(3) + 1) / 2}, channels_last);
-  tensor::dispatch(x.scalar_type(), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    Problem<T> g{x.size(0), x.size(1), x.size(2), x.size(3)};
-    g.pixels = static_cast<const T*>(dense.const_data_ptr());
-    g.pixel_strides = tensor::strides_of(dense);
-    g.out = static_cast<T*>(y.mutable_data_ptr());
-    g.out_strides = tensor::strides_of(y);
-    walk_layout<true, Out::kBands, false>(channels_last, g, Filters<Acc<T>>(dec_lo, dec_hi), nullptr);
-  });
-  return y;
-}
-
-Tensor haar_idwt2d(const Tensor& y, const Tensor& rec_lo, const Tensor& rec_hi, int64_t height, int64_t width) {
-  const bool channels_last = tensor::is_channels_last(y);
-  const Tensor dense = tensor::with_format(y, channels_last);
-  Tensor x = tensor::empty(y, {y.size(0), y.size(1) / 4, height, width}, channels_last);
-  tensor::dispatch(y.scalar_type(), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    Problem<T> g{y.size(0), y.size(1) / 4, height, width};
-    g.bands = static_cast<const T*>(dense.const_data_ptr());
-    g.band_strides = tensor::strides_of(dense);
-    g.out = static_cast<T*>(x.mutable_data_ptr());
-    g.out_strides = tensor::strides_of(x);
-    walk_layout<false, Out::kPixels, false>(channels_last, g, Filters<Acc<T>>(rec_lo, rec_hi), nullptr);
-  });
-  return x;
-}
-
-std::tuple<Tensor, Tensor, Tensor> haar_dwt2d_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& dec_lo, const Tensor& dec_hi, bool need_x, bool need_filters) {
-  const bool channels_last = tensor::is_channels_last(x);
-  return backward<true, Out::kPixels>(
-      tensor::with_format(x, channels_last), tensor::with_format(grad, channels_last), x, dec_lo, dec_hi, channels_last, need_x,
-      need_filters);
-}
-
-std::tuple<Tensor, Tensor, Tensor> haar_idwt2d_backward(
-    const Tensor& grad, const Tensor& y, const Tensor& rec_lo, const Tensor& rec_hi, int64_t, int64_t, bool need_y,
-    bool need_filters) {
-  const bool channels_last = tensor::is_channels_last(y);
-  return backward<false, Out::kBands>(
-      tensor::with_format(grad, channels_last), tensor::with_format(y, channels_last), y, rec_lo, rec_hi, channels_last, need_y,
-      need_filters);
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
-  m.def("haar_dwt2d(Tensor x, Tensor dec_lo, Tensor dec_hi) -> Tensor");
-  m.def(
-      "haar_dwt2d_backward(Tensor grad, Tensor x, Tensor dec_lo, Tensor dec_hi, bool need_x, bool need_filters)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def("haar_idwt2d(Tensor y, Tensor rec_lo, Tensor rec_hi, int height, int width) -> Tensor");
-  m.def(
-      "haar_idwt2d_backward(Tensor grad, Tensor y, Tensor rec_lo, Tensor rec_hi, int height, int width, bool need_y,"
-      " bool need_filters) -> (Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
-  m.impl("haar_dwt2d", TORCH_BOX(&haar_dwt2d));
-  m.impl("haar_dwt2d_backward", TORCH_BOX(&haar_dwt2d_backward));
-  m.impl("haar_idwt2d", TORCH_BOX(&haar_idwt2d));
-  m.impl("haar_idwt2d_backward", TORCH_BOX(&haar_idwt2d_backward));
-}
+}  // namespace haar

@@ -1,4 +1,5 @@
-// Scratch memory of one thread, kept between calls: fresh large memory costs more in page faults than the arithmetic on it.
+// Scratch memory of one thread, kept between calls: fresh large memory costs more in page faults than the arithmetic on
+// it.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 #include <new>
 #include <vector>
 
-namespace workspace {
+namespace scratch {
 
 constexpr size_t kAlign = 64, kSmallestChunk = size_t{1} << 20, kKept = size_t{1} << 26;
 
@@ -83,4 +84,4 @@ class Frame {
   Stack::Mark mark_;
 };
 
-}  // namespace workspace
+}  // namespace scratch

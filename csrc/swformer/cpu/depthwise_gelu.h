@@ -1,6 +1,7 @@
 // Depthwise k x k convolution and GELU: the forward pass over the rows of one channel (or one vector of channels).
 #pragma once
 
+#include "accumulate.h"
 #include "gelu.h"
 #include "stencil.h"
 
@@ -11,7 +12,6 @@ using simd::Vec;
 using stencil::Line;
 using stencil::Padding;
 using stencil::Problem;
-using stencil::Ring;
 using stencil::Task;
 
 template <class A>
@@ -25,37 +25,42 @@ class Forward {
  public:
   using A = Acc<T>;
   using Lines = Line<T, kChannelsLast>;
-  static constexpr int64_t kStep = Lines::kGroup, kDepth = k == 3 ? 4 : 8;
+  using Rows = stencil::WindowRing<A, k>;
+  static constexpr int64_t kStep = Lines::kGroup;
 
   static Padding<A> padding(int64_t width) { return Padding<A>(Lines{width, 0, 0}.vectors(), kStep, k); }
   // Elements of the memory of a ring, which must hold zeros.
-  static int64_t size(int64_t width) { return padding(width).size(kDepth + 1); }
+  static int64_t size(int64_t width) { return padding(width).size(Rows::kDepth + 1); }
 
   Forward(A* memory, const Problem<T>& g, const Task& task) : loaded_(std::max<int64_t>(0, task.begin - k / 2)) {
     const Padding<A> p = padding(g.width);
-    rows_ = {memory + p.margin, memory + p.margin + kDepth * p.stride(), p.stride(), g.height};
+    rows_ = {memory + p.margin, memory + p.margin + Rows::kDepth * p.stride(), p.stride(), g.height};
   }
 
-  // Output rows [begin, end), from the rows of x up to `available`. With kSums, adds their sums to those of the task's channels.
+  // Output rows [begin, end), from the rows of x up to `available`. With kSums, adds their sums to those of the task's
+  // channels.
   template <bool kSums>
-  void run(const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available, double* totals) {
+  void run(
+      const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available,
+      double* totals) {
     const Lines in{g.width, g.x_strides.w, task.lanes}, out{g.width, g.out_strides.w, task.lanes};
     const T* x = stencil::start(g.x, g.x_strides, task);
     T* y = stencil::start(g.out, g.out_strides, task);
     Vec<A> w[k * k];
     for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(p.weight, task, k * k, t);
     const Vec<A> b = stencil::per_channel<kChannelsLast>(p.bias, task, 1, 0);
-    stencil::Sums<A, 1> sums;
-    const Ring<A, kDepth> rows = rows_;  // a local copy that no store can alias stays in registers
+    accumulate::Sums<A, 1> sums;
+    const Rows rows = rows_;  // a local copy that no store can alias stays in registers
     int64_t loaded = loaded_;
     auto load_to = [&](int64_t row) {
-      for (; loaded < std::min(available, row); ++loaded) stencil::load_row(in, x + loaded * g.x_strides.h, rows.slot(loaded));
+      for (; loaded < std::min(available, row); ++loaded)
+        stencil::load_row(in, x + loaded * g.x_strides.h, rows.slot(loaded));
     };
     stencil::by_pairs(begin, end, [&](auto count, int64_t i) {
       constexpr int kRows = count;
       load_to(i + kRows + k / 2);
       const A* around[kRows + k - 1];
-      for (int r = 0; r < kRows + k - 1; ++r) around[r] = rows.row(i + r - k / 2);
+      rows.rows_from(i - k / 2, around);
       Vec<A> run = sums.run[0];
       stencil::convolve<k, kRows, kStep>(
           around, w, b, out.whole(), out.vectors(), [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
@@ -78,7 +83,7 @@ class Forward {
   }
 
  private:
-  Ring<A, kDepth> rows_;
+  Rows rows_;
   int64_t loaded_;
 };
 

@@ -1,18 +1,19 @@
-// The spatial and the wavelet branch behind their 1x1 convolution, without its map: the image goes by strips of rows, of which the
-// convolution's results and the branches' rings stay in the cache.
+// The spatial and the wavelet branch behind their 1x1 convolution, without its map: the image goes by strips of rows,
+// of which the convolution's results and the branches' rings stay in the cache.
+#include "depthwise_gelu.h"
+#include "gather.h"
 #include "gemm.h"
-#include "spatial.h"
-#include "wavelet.h"
-#include "workspace.h"
+#include "scratch.h"
+#include "wavelet_mix.h"
 
 namespace {
 
 using stencil::Task;
 using tensor::Tensor;
 
-constexpr int64_t kTile = 240;                      // pixels of a matrix product
-constexpr int64_t kStripBytes = int64_t{1} << 19;   // of the convolution's results
-constexpr int64_t kWanted = 16, kFewestRows = 32;   // tasks; rows of blocks of a task, which computes a few of its neighbours' too
+constexpr int64_t kTile = 240;                     // pixels of a matrix product
+constexpr int64_t kStripBytes = int64_t{1} << 19;  // of the convolution's results
+constexpr int64_t kFewestRows = 32;                // of blocks in a task, which computes a few of its neighbours' too
 
 template <class T, int ks, int kw>
 class LocalBranches {
@@ -22,25 +23,27 @@ class LocalBranches {
   using Wavelet = wavelet::Forward<T, false, kw>;
 
   LocalBranches(
-      const Tensor& x, std::vector<T> weight, std::vector<T> bias, spatial::Parameters<T> spatial, wavelet::Parameters<T> wavelet,
-      const Tensor& spatial_out, const Tensor& wavelet_out)
+      const Tensor& x, std::vector<T> weight, std::vector<T> bias, spatial::Parameters<T> spatial,
+      wavelet::Parameters<T> wavelet, const Tensor& spatial_out, const Tensor& wavelet_out)
       : batch_(x.size(0)), inputs_(x.size(1)), channels_(spatial_out.size(1)), height_(x.size(2)), width_(x.size(3)),
-        x_(static_cast<const T*>(x.const_data_ptr())), panels_(gemm::packed_size(2 * channels_, inputs_)), bias_(std::move(bias)),
-        spatial_parameters_(std::move(spatial)), wavelet_parameters_(std::move(wavelet)), spatial_(problem(spatial_out)),
-        wavelet_(problem(wavelet_out)) {
-    gemm::pack(2 * channels_, inputs_, panels_.data(), [&](int64_t e, int64_t c) { return weight[e * inputs_ + c]; });
-    ranges_ = std::clamp<int64_t>(kWanted / std::max<int64_t>(1, batch_), 1, std::max<int64_t>(1, block_rows() / kFewestRows));
-  }
+        x_(static_cast<const T*>(x.const_data_ptr())),
+        matrix_(2 * channels_, inputs_, [&](int64_t e, int64_t c) { return weight[e * inputs_ + c]; }),
+        bias_(std::move(bias)), spatial_parameters_(std::move(spatial)), wavelet_parameters_(std::move(wavelet)),
+        spatial_(problem(spatial_out)), wavelet_(problem(wavelet_out)),
+        ranges_(tasks::parts(batch_, block_rows(), kFewestRows)) {}
 
   // Sums of both branches over the pixels, (2, B, C).
   std::vector<double> run() const {
-    std::vector<double> partial(batch_ * ranges_ * 2 * channels_), sums(2 * batch_ * channels_);
+    scratch::Frame frame;
+    const tasks::Partial<> partial(frame, batch_ * ranges_, 2 * channels_);
     torch::stable::parallel_for(0, batch_ * ranges_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) run_task(task, &partial[task * 2 * channels_]);
+      for (int64_t task = begin; task < end; ++task) run_task(task, partial.start(task));
     });
-    for (int64_t task = 0; task < batch_ * ranges_; ++task)
+    std::vector<double> sums(2 * batch_ * channels_);
+    partial.each([&](int64_t task, const double* of_task) {
       for (int64_t c = 0; c < 2 * channels_; ++c)
-        sums[(c / channels_ * batch_ + task / ranges_) * channels_ + c % channels_] += partial[task * 2 * channels_ + c];
+        sums[(c / channels_ * batch_ + task / ranges_) * channels_ + c % channels_] += of_task[c];
+    });
     return sums;
   }
 
@@ -60,37 +63,24 @@ class LocalBranches {
       const int64_t n = std::min(kTile, end - first);
       for (int64_t c = 0; c < inputs_; ++c) {
         const T* in = x_ + (image * inputs_ + c) * pixels + row * width_ + first;
-        T* to = gathered + c * kTile;
-        int64_t i = 0;
-        for (; i + simd::kLanes<T> <= n; i += simd::kLanes<T>) simd::store(to + i, simd::load(in + i));
-        if (i < n) simd::store(to + i, simd::load_partial(in + i, static_cast<int>(n - i)));
+        gather::run(in, c + 1 < inputs_ ? in + pixels : in, n, gathered + c * kTile);
       }
-      gemm::multiply(
-          2 * channels_, n, inputs_, panels_.data(), inputs_ * gemm::kRows, int64_t{gemm::kRows}, gathered, kTile,
-          [&](int64_t e, int64_t column, auto& sum) __attribute__((always_inline)) {
-            constexpr int vectors = sizeof(sum[0]) / sizeof(sum[0][0]);
-            T* out = maps + e * pitch + first + column;
-#pragma GCC unroll 8
-            for (int i = 0; i < gemm::kRows; ++i, out += pitch) {
-              if (e + i >= 2 * channels_) break;
-              const T b = bias_[e + i];
-#pragma GCC unroll 3
-              for (int v = 0; v < vectors; ++v) simd::store(out + v * simd::kLanes<T>, sum[i][v] + b);
-            }
-          });
+      matrix_.times(n, gathered, kTile, [&](int64_t e, int64_t column, auto v) __attribute__((always_inline)) {
+        simd::store(maps + e * pitch + first + column, v + bias_[e]);
+      });
     }
   }
 
   void run_task(int64_t index, double* totals) const {
     const int64_t image = index / ranges_, range = index % ranges_;
-    const int64_t begin = range * block_rows() / ranges_, end = (range + 1) * block_rows() / ranges_;
+    const auto [begin, end] = tasks::part(range, ranges_, block_rows());
     const int64_t halo = std::max(2 * (kw / 2), (ks / 2 + 1) / 2 * 2);
     const int64_t first = std::max<int64_t>(0, 2 * begin - halo), last = std::min(height_, 2 * end + halo);
     const int64_t row_bytes = 2 * channels_ * width_ * static_cast<int64_t>(sizeof(T));
     const int64_t rows = std::clamp<int64_t>(kStripBytes / row_bytes / 2 * 2, 2, last - first + 1);
     const int64_t pitch = gemm::round_up(rows * width_, 16) + gemm::kVectors * simd::kLanes<T>;
 
-    workspace::Frame frame;
+    scratch::Frame frame;
     T* maps = frame.take<T>(2 * channels_ * pitch);
     T* gathered = frame.take<T>(inputs_ * kTile);
     T* mixed = frame.zeros<T>(Wavelet::run_size(width_));
@@ -98,7 +88,8 @@ class LocalBranches {
     std::vector<Wavelet> wavelet;
     auto task = [&](int64_t c, int64_t from, int64_t to) { return Task{image, c, c, 1, from, to}; };
     for (int64_t c = 0; c < channels_; ++c) {
-      spatial.emplace_back(frame.zeros<T>(Spatial::size(width_)), spatial_, task(c, 2 * begin, std::min(height_, 2 * end)));
+      spatial.emplace_back(
+          frame.zeros<T>(Spatial::size(width_)), spatial_, task(c, 2 * begin, std::min(height_, 2 * end)));
       wavelet.emplace_back(frame.zeros<T>(Wavelet::size(width_)), wavelet_, task(c, begin, end));
     }
 
@@ -115,27 +106,31 @@ class LocalBranches {
       const int64_t spatial_end = std::clamp(all ? height_ : known - ks / 2, spatial_next, std::min(height_, 2 * end));
       const int64_t wavelet_end = std::clamp(all ? blocks : blocks - kw / 2, wavelet_next, end);
       for (int64_t c = 0; c < channels_; ++c) {
-        spatial[c].template run<true>(of_spatial, spatial_parameters_, task(c, 0, 0), spatial_next, spatial_end, known, totals + c);
+        spatial[c].template run<true>(
+            of_spatial, spatial_parameters_, task(c, 0, 0), spatial_next, spatial_end, known, totals + c);
         wavelet[c].template run<true>(
-            of_wavelet, wavelet_parameters_, task(c, 0, 0), wavelet_next, wavelet_end, blocks, mixed, totals + channels_ + c);
+            of_wavelet, wavelet_parameters_, task(c, 0, 0), wavelet_next, wavelet_end, blocks, mixed,
+            totals + channels_ + c);
       }
       spatial_next = spatial_end;
       wavelet_next = wavelet_end;
     }
   }
 
-  int64_t batch_, inputs_, channels_, height_, width_, ranges_;
+  int64_t batch_, inputs_, channels_, height_, width_;
   const T* x_;
-  std::vector<T> panels_, bias_;
+  gemm::Matrix<T> matrix_;
+  std::vector<T> bias_;
   spatial::Parameters<T> spatial_parameters_;
   wavelet::Parameters<T> wavelet_parameters_;
   Problem spatial_, wavelet_;
+  int64_t ranges_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
-    const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& spatial_weight, const Tensor& spatial_bias,
-    const Tensor& wavelet_weight, const Tensor& wavelet_bias, const Tensor& dec_lo, const Tensor& dec_hi, const Tensor& rec_lo,
-    const Tensor& rec_hi) {
+    const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& spatial_weight,
+    const Tensor& spatial_bias, const Tensor& wavelet_weight, const Tensor& wavelet_bias, const Tensor& dec_lo,
+    const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi) {
   const Tensor dense = torch::stable::contiguous(x);
   const int64_t batch = x.size(0), channels = spatial_weight.size(0);
   const std::vector<int64_t> size{batch, channels, x.size(2), x.size(3)};
@@ -146,8 +141,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
     stencil::specialise_kernel(spatial_weight.size(3), [&](auto ks) {
       stencil::specialise_kernel(wavelet_weight.size(3), [&](auto kw) {
         const LocalBranches<T, ks, kw> branches(
-            dense, tensor::read<T>(in_weight), tensor::read<T>(in_bias), {tensor::read<T>(spatial_weight), tensor::read<T>(spatial_bias)},
-            {tensor::read<T>(wavelet_weight), tensor::read<T>(wavelet_bias), {dec_lo, dec_hi}, {rec_lo, rec_hi}}, spatial, wavelet);
+            dense, tensor::read<T>(in_weight), tensor::read<T>(in_bias),
+            {tensor::read<T>(spatial_weight), tensor::read<T>(spatial_bias)},
+            {tensor::read<T>(wavelet_weight), tensor::read<T>(wavelet_bias), {dec_lo, dec_hi}, {rec_lo, rec_hi}},
+            spatial, wavelet);
         sums = branches.run();
       });
     });
@@ -164,8 +161,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def(
-      "local_branches(Tensor x, Tensor in_weight, Tensor in_bias, Tensor spatial_weight, Tensor spatial_bias, Tensor wavelet_weight,"
-      " Tensor wavelet_bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi) -> (Tensor, Tensor, Tensor, Tensor)");
+      "local_branches(Tensor x, Tensor in_weight, Tensor in_bias, Tensor spatial_weight, Tensor spatial_bias, Tensor "
+      "wavelet_weight,"
+      " Tensor wavelet_bias, Tensor dec_lo, Tensor dec_hi, Tensor rec_lo, Tensor rec_hi) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) { m.impl("local_branches", TORCH_BOX(&local_branches)); }

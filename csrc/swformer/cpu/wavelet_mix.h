@@ -1,24 +1,21 @@
-// Haar transform, depthwise k x k convolution of the four bands and inverse transform: the forward pass over the pairs of rows of one
-// channel (or one vector of channels).
+// Haar transform, depthwise k x k convolution of the four bands and inverse transform: the forward pass over the pairs
+// of rows of one channel (or one vector of channels).
 #pragma once
 
+#include "accumulate.h"
 #include "haar.h"
 #include "stencil.h"
 
 namespace wavelet {
 
+using haar::block_rows;
 using haar::Filters;
+using haar::kBands;
 using simd::Acc;
 using simd::Vec;
 using stencil::Padding;
 using stencil::Problem;
-using stencil::Ring;
 using stencil::Task;
-
-constexpr int kBands = 4;
-
-// Of blocks of 2 x 2 pixels.
-inline int64_t block_rows(int64_t height) { return (height + 1) / 2; }
 
 template <class A>
 struct Parameters {
@@ -26,8 +23,8 @@ struct Parameters {
   Filters<A> dec, rec;
 };
 
-// The 2 x 2 pixel blocks of one channel (or one vector of channels), in vectors of blocks. kOffset: the pixels are `offset` more than
-// what is stored.
+// The 2 x 2 pixel blocks of one channel (or one vector of channels), in vectors of blocks. kOffset: the pixels are
+// `offset` more than what is stored.
 template <class T, bool kChannelsLast, bool kOffset = false>
 struct Blocks {
   using A = Acc<T>;
@@ -121,20 +118,18 @@ struct Blocks {
 };
 
 // The rings of rows of the four bands.
-template <class A, int64_t kDepth>
+template <class A, int k>
 struct Bands {
-  Ring<A, kDepth> ring[kBands];
+  using Rows = stencil::WindowRing<A, k>;
+  static constexpr int64_t kSlots = kBands * Rows::kDepth;
+  Rows ring[kBands];
   Bands(A* memory, const A* zero, int64_t stride, int64_t rows) {
-    for (int q = 0; q < kBands; ++q) ring[q] = {memory + q * kDepth * stride, zero, stride, rows};
-  }
-  template <size_t kCount>
-  void around(int q, int64_t first, const A* (&rows)[kCount]) const {
-    for (size_t r = 0; r < kCount; ++r) rows[r] = ring[q].row(first + static_cast<int64_t>(r));
+    for (int q = 0; q < kBands; ++q) ring[q] = {memory + q * Rows::kDepth * stride, zero, stride, rows};
   }
 };
 
-template <bool kReplicate, class B, class T, class A, int64_t kDepth>
-void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filters, const Bands<A, kDepth>& bands) {
+template <bool kReplicate, class B, class T, class A, int k>
+void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filters, const Bands<A, k>& bands) {
   const Filters<A> f = filters;  // a local copy that no store can alias stays in registers
   A* out[kBands];
   for (int q = 0; q < kBands; ++q) out[q] = bands.ring[q].slot(i);
@@ -148,7 +143,8 @@ void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filte
 
 // Writes to `out` the pixels that `synthesis` makes of a row of bands and, with kSums, adds them to `total`.
 template <bool kSums, class B, class T, class A>
-void synthesise_row(const B& blocks, int64_t i, const A* const (&bands)[kBands], const Filters<A>& synthesis, T* out, Vec<A>& total) {
+void synthesise_row(
+    const B& blocks, int64_t i, const A* const (&bands)[kBands], const Filters<A>& synthesis, T* out, Vec<A>& total) {
   const Filters<A> f = synthesis;
   Vec<A> run = total;
   stencil::each_vector(blocks.whole(), blocks.vectors(), [&](int64_t v, auto whole) __attribute__((always_inline)) {
@@ -163,7 +159,9 @@ void synthesise_row(const B& blocks, int64_t i, const A* const (&bands)[kBands],
 
 // The weights of the task's channels in the four bands, and their biases.
 template <bool kChannelsLast, int k, class A>
-void read_weights(const Parameters<A>& p, int64_t channels, const Task& task, Vec<A> (&weight)[kBands][k * k], Vec<A> (&bias)[kBands]) {
+void read_weights(
+    const Parameters<A>& p, int64_t channels, const Task& task, Vec<A> (&weight)[kBands][k * k],
+    Vec<A> (&bias)[kBands]) {
   for (int q = 0; q < kBands; ++q) {
     Task band = task;
     band.channel += q * channels;
@@ -172,35 +170,40 @@ void read_weights(const Parameters<A>& p, int64_t channels, const Task& task, Ve
   }
 }
 
-// A task's rings of rows of bands. Its output may come in several runs, each of the rows of blocks that follow the last run's.
+// A task's rings of rows of bands. Its output may come in several runs, each of the rows of blocks that follow the last
+// run's.
 template <class T, bool kChannelsLast, int k>
 class Forward {
  public:
   using A = Acc<T>;
   using B = Blocks<T, kChannelsLast>;
-  static constexpr int64_t kStep = B::kGroup, kDepth = k == 3 ? 4 : 8;
+  using Rings = Bands<A, k>;
+  static constexpr int64_t kStep = B::kGroup;
 
   static Padding<A> padding(int64_t width) { return Padding<A>(B{0, width, 0, 0, 0}.vectors(), kStep, k); }
   // Elements of the memory of the rings, which must hold zeros, and of that of a run.
-  static int64_t size(int64_t width) { return padding(width).size(kBands * kDepth + 1); }
+  static int64_t size(int64_t width) { return padding(width).size(Rings::kSlots + 1); }
   static int64_t run_size(int64_t width) { return kBands * 2 * padding(width).stride(); }
 
-  Forward(A* memory, const Problem<T>& g, const Task& task) : Forward(memory + padding(g.width).margin, padding(g.width).stride(), g, task) {}
+  Forward(A* memory, const Problem<T>& g, const Task& task)
+      : Forward(memory + padding(g.width).margin, padding(g.width).stride(), g, task) {}
 
-  // Output rows [begin, end) of blocks, from those of x up to `available`. With kSums, adds their sums to those of the task's channels.
+  // Output rows [begin, end) of blocks, from those of x up to `available`. With kSums, adds their sums to those of the
+  // task's channels.
   template <bool kSums>
   void run(
-      const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available, A* mixed, double* totals) {
+      const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available,
+      A* mixed, double* totals) {
     const B in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
     const B out{g.height, g.width, g.out_strides.h, g.out_strides.w, task.lanes};
     const T* x = stencil::start(g.x, g.x_strides, task);
     T* y = stencil::start(g.out, g.out_strides, task);
     const int64_t stride = padding(g.width).stride();
-    const Bands<A, kDepth> bands = bands_;  // a local copy that no store can alias stays in registers
+    const Rings bands = bands_;  // a local copy that no store can alias stays in registers
     int64_t loaded = loaded_;
     Vec<A> weight[kBands][k * k], bias[kBands];
     read_weights<kChannelsLast, k>(p, g.channels, task, weight, bias);
-    stencil::Sums<A, 1> sums;
+    accumulate::Sums<A, 1> sums;
     auto load_to = [&](int64_t row) {
       for (; loaded < std::min(available, row); ++loaded) analyse_row<true>(in, x, loaded, p.dec, bands);
     };
@@ -209,13 +212,9 @@ class Forward {
       load_to(i + kRows + k / 2);
       for (int q = 0; q < kBands; ++q) {
         const A* around[kRows + k - 1];
-        bands.around(q, i - k / 2, around);
-        A* z = mixed + q * 2 * stride;
+        bands.ring[q].rows_from(i - k / 2, around);
         stencil::convolve<k, kRows, kStep>(
-            around, weight[q], bias[q], out.vectors(), out.vectors(),
-            [&](int64_t v, auto& value, auto) __attribute__((always_inline)) {
-              for (int o = 0; o < kRows; ++o) simd::store(z + o * stride + v * B::n, value[o]);
-            });
+            around, weight[q], bias[q], out.vectors(), out.vectors(), stencil::Keep<A>{mixed + q * 2 * stride, stride});
       }
       for (int o = 0; o < kRows; ++o) {
         const A* z[kBands];
@@ -233,9 +232,10 @@ class Forward {
 
  private:
   Forward(A* rows, int64_t stride, const Problem<T>& g, const Task& task)
-      : bands_(rows, rows + kBands * kDepth * stride, stride, block_rows(g.height)), loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
+      : bands_(rows, rows + Rings::kSlots * stride, stride, block_rows(g.height)),
+        loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
 
-  Bands<A, kDepth> bands_;
+  Rings bands_;
   int64_t loaded_;
 };
 

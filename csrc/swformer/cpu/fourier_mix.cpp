@@ -1,0 +1,418 @@
+// The Fourier branch between its two transforms. The work goes by tiles of frequencies (spectrum.h), held as rows of
+// real parts and rows of imaginary parts.
+//
+// A tile's input rows are, for each part r (real, imaginary), the channels and one more row: 1 (r = 0), or 1 in the
+// zero frequency and else 0 (r = 1). With s for such a column, `matrix` (2, 2, C, 2, D + 1) gives the pre-activations
+// (gate, value) of all output parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is
+// out_weight y, or y where that is empty.
+#include <algorithm>
+
+#include "accumulate.h"
+#include "gelu.h"
+#include "gemm.h"
+#include "scratch.h"
+#include "spectrum.h"
+#include "tasks.h"
+#include "tensor.h"
+
+namespace {
+
+using gemm::kRows;
+using scratch::Frame;
+using simd::kFloats;
+using simd::VecF;
+using tensor::Tensor;
+
+constexpr int64_t kTile = 192;
+constexpr int64_t kTilesPerFlush = 4;  // float sums stay this short before they are added up in double
+constexpr int64_t kFewestTiles = 3;    // of a task that sums
+constexpr int kHalf = kRows / 2;
+constexpr int64_t kGroup = std::max<int64_t>(kRows, kFloats);
+
+using Matrix = gemm::Matrix<float>;
+
+int64_t rows(int64_t count) { return gemm::round_up(count, kGroup) * kTile; }  // what `transpose` may read
+int64_t vectors(int64_t count) { return gemm::round_up(count, kFloats); }
+
+// The tiles of a batch of spectra of (height, width) images.
+struct Spectra : spectrum::Layout {
+  int64_t batch;
+  std::vector<spectrum::Tile> tiles;
+  Spectra(const Tensor& spectra, int64_t height, int64_t width)
+      : Layout(height, width), batch(spectra.size(0)), tiles(Layout::tiles(kTile)) {
+    STD_TORCH_CHECK(
+        spectra.size(2) == blocks, "a spectrum of ", height, " x ", width, " has ", blocks, " blocks, got ",
+        spectra.size(2));
+  }
+  int64_t count() const { return batch * static_cast<int64_t>(tiles.size()); }
+  Tensor empty(const Tensor& like, int64_t channels) const {
+    return tensor::empty(like, {batch, channels, blocks, 2, spectrum::kLanes});
+  }
+};
+
+struct Tile : spectrum::Tile {
+  int64_t image, count;
+  bool nyquist;
+  Tile(const Spectra& g, int64_t index)
+      : spectrum::Tile(g.tiles[index % g.tiles.size()]), image(index / g.tiles.size()), count(blocks * lanes),
+        nyquist(first >= g.nyquist) {}
+  bool zero_frequency() const { return first == 0; }
+};
+
+const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+// Real parts of the channels to rows from `tile`, imaginary parts to rows from `tile + part * kTile`; zeros up to a
+// whole vector.
+void load(const Spectra& g, const Tile& t, const float* spectra, int64_t channels, int64_t part, float* tile) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const float* in = spectra + ((t.image * channels + c) * g.blocks + t.first) * spectrum::kBlock;
+    float *re = tile + c * kTile, *im = re + part * kTile;
+    for (int64_t i = 0; i < t.count; i += t.lanes, in += spectrum::kBlock) {
+      // The next tile's: the channels are too many for the processor to see that they will be read.
+      __builtin_prefetch(in + 2 * kTile);
+      __builtin_prefetch(in + 2 * kTile + kFloats);
+      simd::store(re + i, simd::load(in));
+      simd::store(im + i, simd::load(in + kFloats));
+    }
+    for (int64_t i = t.count; i < vectors(t.count); ++i) re[i] = im[i] = 0;
+  }
+}
+
+void store(const Spectra& g, const Tile& t, const float* tile, int64_t channels, float* spectra) {
+  for (int64_t c = 0; c < channels; ++c) {
+    float* out = spectra + ((t.image * channels + c) * g.blocks + t.first) * spectrum::kBlock;
+    const float *re = tile + c * kTile, *im = re + channels * kTile;
+    for (int64_t i = 0; i < t.count; i += t.lanes, out += spectrum::kBlock) {
+      simd::store(out, simd::load(re + i));
+      simd::store(out + kFloats, simd::load(im + i));
+    }
+  }
+}
+
+// The tile's input rows with the constant row and the row of the zero frequency.
+void load_mixed(const Spectra& g, const Tile& t, const float* spectra, int64_t channels, float* tile) {
+  load(g, t, spectra, channels, channels + 1, tile);
+  float *constant = tile + channels * kTile, *zero_frequency = constant + (channels + 1) * kTile;
+  for (int64_t i = 0; i < kTile; ++i) {
+    constant[i] = i < t.count;
+    zero_frequency[i] = i == 0 && t.zero_frequency();
+  }
+}
+
+// The tile's input rows without the zero frequency; both further rows are 1 elsewhere.
+void load_centred(const Spectra& g, const Tile& t, const float* spectra, int64_t channels, float* tile) {
+  load(g, t, spectra, channels, channels + 1, tile);
+  for (int r = 0; r < 2; ++r) {
+    float* part = tile + r * (channels + 1) * kTile;
+    for (int64_t i = 0; i < kTile; ++i) part[channels * kTile + i] = i < t.count;
+    if (t.zero_frequency())
+      for (int64_t c = 0; c <= channels; ++c) part[c * kTile] = 0;
+  }
+}
+
+// How often each frequency of the half spectrum counts in the whole one, and the inverse.
+void multiplicity(const Spectra& g, const Tile& t, float* alpha, float* inverse) {
+  std::fill(alpha, alpha + kTile, t.nyquist ? 1.0f : 2.0f);
+  std::fill(inverse, inverse + kTile, t.nyquist ? 1.0f : 0.5f);
+  for (int64_t i = 0; i < t.blocks && t.first + i < g.height; ++i) alpha[i * t.lanes] = inverse[i * t.lanes] = 1;
+}
+
+// The two factors of the gate share their register blocks: kHalf rows of the gate, then the same rows of the value.
+struct Gate {
+  int64_t outputs, inputs;  // rows of y (2 C), rows of a tile (2 (D + 1))
+  std::vector<float> panels;
+  explicit Gate(const Tensor& matrix)
+      : outputs(matrix.size(0) / 2), inputs(matrix.size(1)), panels((outputs + kHalf - 1) / kHalf * kRows * inputs) {
+    const float* m = data(matrix);
+    float* out = panels.data();
+    for (int64_t first = 0; first < outputs; first += kHalf)
+      for (int64_t j = 0; j < inputs; ++j)
+        for (int64_t i = 0; i < kRows; ++i, ++out) {
+          const int64_t row = first + i % kHalf;
+          *out = row < outputs ? m[(i / kHalf * outputs + row) * inputs + j] : 0;
+        }
+  }
+
+  // use(offset, gate, value): a vector of the pre-activations, at `offset` of y's rows.
+  template <class Use>
+  void apply(int64_t count, const float* tile, Use&& use) const {
+    gemm::multiply(
+        (outputs + kHalf - 1) / kHalf * kRows, count, inputs, panels.data(), kRows * inputs, kRows, tile, kTile,
+        [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
+          constexpr int n = sizeof(sum[0]) / sizeof(VecF);
+          for (int i = 0; i < kHalf && row / 2 + i < outputs; ++i)
+            for (int v = 0; v < n; ++v) use((row / 2 + i) * kTile + column + v * kFloats, sum[i][v], sum[kHalf + i][v]);
+        });
+  }
+};
+
+// sum += left right^T over the tile's columns; `right` comes transposed.
+void accumulate_product(
+    int64_t count, int64_t m, const float* left, int64_t n, const float* right, int64_t ldright, float* group,
+    float* sum, int64_t ldsum) {
+  for (int64_t i = 0; i < m; i += kGroup) {
+    gemm::transpose(kGroup, count, left + i * kTile, kTile, group, kGroup);
+    const int64_t left_over = std::min(kGroup, m - i);
+    gemm::multiply(
+        left_over, n, count, group, kRows, kGroup, right, ldright, gemm::into<true>(sum + i * ldsum, ldsum, left_over));
+  }
+}
+
+// Runs task(first tile, last tile, totals) for stretches of tiles; the sum of their totals.
+template <class Task>
+std::vector<double> reduce(int64_t tiles, int64_t size, Task&& task) {
+  const int64_t count = tasks::parts(1, tiles, kFewestTiles, size);
+  Frame frame;
+  const tasks::Partial<> partial(frame, count, size);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const tasks::Range range = tasks::part(i, count, tiles);
+      task(range.begin, range.end, partial.start(i));
+    }
+  });
+  std::vector<double> totals(size);
+  partial.add_to(totals.data());
+  return totals;
+}
+
+void flush_rows(int64_t rows, VecF* sums, double* totals, int64_t step) {
+  for (int64_t row = 0; row < rows; ++row) accumulate::flush(sums[row], totals[row * step]);
+}
+
+// The tile's channels, both parts side by side, by frequency. Whole vectors are written, the second part's over the
+// first's excess.
+void transpose_parts(int64_t count, int64_t channels, const float* tile, float* out, int64_t ld) {
+  for (int r = 0; r < 2; ++r)
+    gemm::transpose(channels, count, tile + r * (channels + 1) * kTile, kTile, out + r * channels, ld);
+}
+
+Tensor to_tensor(const Tensor& like, std::initializer_list<int64_t> size, const double* values) {
+  Tensor out = tensor::empty(like, size, false, tensor::ScalarType::Double);
+  std::copy(values, values + out.numel(), static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor spectrum_mix(
+    const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width) {
+  const Spectra g(spectrum, height, width);
+  const bool has_last = out_weight.dim() == 2;
+  const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c;
+  const Gate gate(matrix);
+  const float* w = data(out_weight);
+  const Matrix last(has_last ? e : 0, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
+  Tensor mixed = g.empty(spectrum, e);
+  float* result = static_cast<float*>(mixed.mutable_data_ptr());
+  torch::stable::parallel_for(0, g.count(), 1, [&](int64_t begin, int64_t end) {
+    Frame frame;
+    float *in = frame.take<float>(gate.inputs * kTile), *y = frame.take<float>(gate.outputs * kTile);
+    float* out = frame.take<float>(2 * e * kTile);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      load_mixed(g, t, data(spectrum), d, in);
+      gate.apply(t.count, in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
+        simd::store(y + at, simd::sigmoid(a) * simd::gelu(v));
+      });
+      for (int r = 0; has_last && r < 2; ++r)
+        last.blocks(t.count, y + r * c * kTile, kTile, gemm::into<false>(out + r * e * kTile, kTile, e));
+      store(g, t, has_last ? out : y, e, result);
+    }
+  });
+  return mixed;
+}
+
+// The backward pass of the mixing: what is done with a tile, in the scratch of one thread.
+class MixBackward {
+ public:
+  struct Factors {
+    int64_t d, c, e;  // channels of the spectrum, of y and of the output
+    bool has_last;
+    Gate gate;
+    Matrix matrix_t, last_t;
+    int64_t n() const { return 2 * d + 2; }
+
+    Factors(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight)
+        : d(spectrum.size(1)), c(matrix.size(0) / 4), e(out_weight.dim() == 2 ? out_weight.size(0) : c),
+          has_last(out_weight.dim() == 2), gate(matrix) {
+      const float *m = data(matrix), *w = data(out_weight);
+      matrix_t = Matrix(2 * d, 4 * c, [&](int64_t i, int64_t j) { return m[j * n() + i + i / d]; });
+      if (has_last) last_t = Matrix(c, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
+    }
+  };
+
+  MixBackward(Frame& frame, const Factors& f)
+      : f_(f), in(frame.take<float>(rows(f.n()) + kGroup * kTile)),
+        grad(frame.take<float>(rows(2 * f.e) + kGroup * kTile)), y(frame.take<float>(rows(2 * f.c) + kGroup * kTile)),
+        grad_y(frame.take<float>(2 * f.c * kTile)), grad_pre(frame.take<float>(rows(4 * f.c))),
+        grad_in(frame.take<float>(2 * f.d * kTile)), in_t(frame.take<float>(kTile * ld_in())),
+        y_t(frame.take<float>(kTile * vectors(f.c))), group(frame.take<float>(kTile * kGroup)),
+        alpha(frame.take<float>(kTile)), inverse(frame.take<float>(kTile)), matrix(frame.zeros<float>(4 * f.c * ld())),
+        out_weight(frame.zeros<float>(f.e * vectors(f.c))), constants(frame.zeros<VecF>(4 * f.c)) {}
+
+  // The tile's input, and the gradients of y and of what the gate takes.
+  void differentiate(const Spectra& g, const Tile& t, const float* spectrum, const float* upstream) const {
+    load_mixed(g, t, spectrum, f_.d, in);
+    load(g, t, upstream, f_.e, f_.e, grad);
+    multiplicity(g, t, alpha, inverse);
+    for (int64_t row = 0; row < 2 * f_.e; ++row)
+      for (int64_t i = 0; i < kTile; i += kFloats) {
+        float* p = grad + row * kTile + i;
+        simd::store(p, simd::load(p) * simd::load(alpha + i));
+      }
+    for (int r = 0; f_.has_last && r < 2; ++r)
+      f_.last_t.blocks(
+          t.count, grad + r * f_.e * kTile, kTile, gemm::into<false>(grad_y + r * f_.c * kTile, kTile, f_.c));
+    const float* const grad_product = f_.has_last ? grad_y : grad;
+    float* const grad_value = grad_pre + 2 * f_.c * kTile;
+    f_.gate.apply(t.count, in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
+      const VecF s = simd::sigmoid(a), u = simd::gelu(v), upstream_y = simd::load(grad_product + at);
+      simd::store(y + at, s * u);
+      simd::store(grad_pre + at, upstream_y * u * (s * (1.0f - s)));
+      simd::store(grad_value + at, upstream_y * s * simd::gelu_derivative(v));
+    });
+  }
+
+  void store_spectrum(const Spectra& g, const Tile& t, float* result) const {
+    f_.matrix_t.times(t.count, grad_pre, kTile, [&](int64_t row, int64_t at, VecF sum) __attribute__((always_inline)) {
+      simd::store(grad_in + row * kTile + at, sum * simd::load(inverse + at));
+    });
+    store(g, t, grad_in, f_.d, result);
+  }
+
+  // Adds to the sums, or where a column of the matrix has one frequency alone, to `total`: matrix, then out_weight.
+  void add(const Tile& t, double* total) const {
+    const int64_t d = f_.d, c = f_.c, e = f_.e, n = f_.n();
+    transpose_parts(t.count, d, in, in_t, ld_in());
+    accumulate_product(t.count, 4 * c, grad_pre, 2 * d, in_t, ld_in(), group, matrix, ld());
+    accumulate::add_rows(4 * c, t.count, grad_pre, kTile, constants);
+    if (t.zero_frequency())
+      for (int64_t row = 0; row < 4 * c; ++row) total[row * n + n - 1] += grad_pre[row * kTile];
+    for (int r = 0; f_.has_last && r < 2; ++r) {
+      gemm::transpose(c, t.count, y + r * c * kTile, kTile, y_t, vectors(c));
+      accumulate_product(t.count, e, grad + r * e * kTile, c, y_t, vectors(c), group, out_weight, vectors(c));
+    }
+  }
+
+  void flush(double* total) const {
+    const int64_t d = f_.d, c = f_.c, n = f_.n();
+    for (int r = 0; r < 2; ++r) accumulate::flush(4 * c, d, matrix + r * d, ld(), total + r * (d + 1), n);
+    flush_rows(4 * c, constants, total + d, n);
+    accumulate::flush(f_.e, c, out_weight, vectors(c), total + 4 * c * n, c);
+  }
+
+ private:
+  int64_t ld() const { return vectors(2 * f_.d); }
+  int64_t ld_in() const { return ld() + kFloats; }
+
+  const Factors& f_;
+  float *const in, *const grad, *const y, *const grad_y, *const grad_pre, *const grad_in, *const in_t, *const y_t,
+                                                                                                           *const group;
+  float *const alpha, *const inverse, *const matrix, *const out_weight;
+  VecF* const constants;
+};
+
+std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
+    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height,
+    int64_t width, bool need_images, bool need_parameters) {
+  const Spectra g(spectrum, height, width);
+  const MixBackward::Factors f(spectrum, matrix, out_weight);
+  Tensor grad_spectrum = need_images ? g.empty(spectrum, f.d) : tensor::empty(spectrum, {0});
+  float* result = static_cast<float*>(grad_spectrum.mutable_data_ptr());
+  const int64_t of_matrix = 4 * f.c * f.n();
+  const auto totals = reduce(g.count(), of_matrix + f.e * f.c, [&](int64_t begin, int64_t end, double* total) {
+    Frame frame;
+    const MixBackward tile(frame, f);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      tile.differentiate(g, t, data(spectrum), data(grad));
+      if (need_images) tile.store_spectrum(g, t, result);
+      if (!need_parameters) continue;
+      tile.add(t, total);
+      if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) tile.flush(total);
+    }
+  });
+  return {
+      grad_spectrum, to_tensor(spectrum, {4 * f.c, f.n()}, totals.data()),
+      to_tensor(spectrum, {f.has_last ? f.e : 0, f.c}, totals.data() + of_matrix)};
+}
+
+// Over all frequencies but zero: of each part, the channels' products with each other, and in the last column their
+// sums.
+Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
+  const Spectra g(spectrum, height, width);
+  const int64_t d = spectrum.size(1), n = d + 1, ld = vectors(d), ld_in = vectors(2 * d) + kFloats;
+  const auto totals = reduce(g.count(), 2 * d * n, [&](int64_t begin, int64_t end, double* total) {
+    Frame frame;
+    float *in = frame.take<float>(rows(2 * d + 2) + kGroup * kTile), *in_t = frame.take<float>(kTile * ld_in);
+    float *group = frame.take<float>(kTile * kGroup), *products = frame.zeros<float>(2 * d * ld);
+    VecF* sums = frame.zeros<VecF>(2 * d);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      load_centred(g, t, data(spectrum), d, in);
+      transpose_parts(t.count, d, in, in_t, ld_in);
+      for (int r = 0; r < 2; ++r) {
+        const float* part = in + r * n * kTile;
+        accumulate_product(t.count, d, part, d, in_t + r * d, ld_in, group, products + r * d * ld, ld);
+        accumulate::add_rows(d, t.count, part, kTile, sums + r * d);
+      }
+      if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) {
+        accumulate::flush(2 * d, d, products, ld, total, n);
+        flush_rows(2 * d, sums, total + d, n);
+      }
+    }
+  });
+  return to_tensor(spectrum, {2, d, n}, totals.data());
+}
+
+// The spectrum's gradient `grad` plus what comes through its moments.
+Tensor spectrum_moments_backward(
+    const Tensor& grad, const Tensor& spectrum, const Tensor& grad_moments, int64_t height, int64_t width) {
+  const Spectra g(spectrum, height, width);
+  const int64_t d = spectrum.size(1), n = d + 1;
+  const double* q = static_cast<const double*>(grad_moments.const_data_ptr());
+  std::vector<Matrix> parts;
+  for (int r = 0; r < 2; ++r)
+    parts.emplace_back(d, n, [&](int64_t i, int64_t j) {
+      const double* part = q + r * d * n;
+      return static_cast<float>(part[i * n + j] + (j < d ? part[j * n + i] : 0.0));
+    });
+  Tensor out = g.empty(spectrum, d);
+  float* result = static_cast<float*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, g.count(), 1, [&](int64_t begin, int64_t end) {
+    Frame frame;
+    float *in = frame.take<float>(2 * n * kTile), *out = frame.take<float>(2 * d * kTile);
+    float *alpha = frame.take<float>(kTile), *inverse = frame.take<float>(kTile);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      load_centred(g, t, data(spectrum), d, in);
+      load(g, t, data(grad), d, d, out);
+      multiplicity(g, t, alpha, inverse);
+      for (int r = 0; r < 2; ++r)
+        parts[r].times(
+            t.count, in + r * n * kTile, kTile, [&](int64_t row, int64_t at, VecF sum) __attribute__((always_inline)) {
+              float* p = out + (r * d + row) * kTile + at;
+              simd::store(p, simd::load(p) + sum * simd::load(inverse + at));
+            });
+      store(g, t, out, d, result);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
+  m.def("spectrum_mix(Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width) -> Tensor");
+  m.def(
+      "spectrum_mix_backward(Tensor grad, Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width,"
+      " bool need_images, bool need_parameters) -> (Tensor, Tensor, Tensor)");
+  m.def("spectrum_moments(Tensor spectrum, int height, int width) -> Tensor");
+  m.def(
+      "spectrum_moments_backward(Tensor grad, Tensor spectrum, Tensor grad_moments, int height, int width) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
+  m.impl("spectrum_mix", TORCH_BOX(&spectrum_mix));
+  m.impl("spectrum_mix_backward", TORCH_BOX(&spectrum_mix_backward));
+  m.impl("spectrum_moments", TORCH_BOX(&spectrum_moments));
+  m.impl("spectrum_moments_backward", TORCH_BOX(&spectrum_moments_backward));
+}
