@@ -174,9 +174,9 @@ class NinjaBuild(build_ext):
                 lines += [f"  name = {extension.name} {source}"]
             output = Path(self.get_ext_fullpath(extension.name)).resolve()
             output.parent.mkdir(parents=True, exist_ok=True)
-            link_flags = (
-                ["-shared", *(f for f in link[1:] if not f.startswith("-Wl")), "-cudart", "static"] if cuda else [*link, *SANITIZE]
-            )
+            link_flags = [*link, *SANITIZE]
+            if cuda:
+                link_flags = ["-shared", *(f for f in link[1:] if not f.startswith("-Wl")), "-cudart", "static"]
             lines += [f"build {output}: {'link_cuda' if cuda else 'link'} {' '.join(objects)}"]
             lines += [f"  flags = {shlex.join(link_flags)}", f"  name = {extension.name}"]
             targets.append(str(output))
