@@ -408,15 +408,17 @@ def ffn_depthwise_backward_kernel(
     offset = tl.where(scale == 0, starts[0], tl.where(scale == 1, starts[1], starts[2]))
     channel = tl.program_id(2) * BC + tl.arange(0, BC)
     exists = channel < channels
-    if scale == 0:
-        weight = weights[0]
-    elif scale == 1:
-        weight = weights[1]
-    else:
-        weight = weights[2]
     sums = ()
     for _ in tl.static_range(10):
         sums = sums + (tl.zeros((BC, ROWS * COLS), tl.float32),)
+    factors = ()
+    for tap in tl.static_range(9):
+        # Of one level, by masks: a pointer chosen by a branch stops Triton 3.6 for AMD.
+        factor = tl.zeros((BC,), tl.float32)
+        for level in tl.static_range(3):
+            mine = channel < tl.where(scale == level, channels, 0)
+            factor += tl.load(weights[level] + channel * 9 + tap, mask=mine, other=0.0).to(tl.float32)
+        factors = factors + (factor,)
     tiles = batch * tl.cdiv(height, ROWS) * tl.cdiv(width, COLS)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         image, top, left = _place(tile, (height, width), ROWS, COLS)
@@ -433,8 +435,7 @@ def ffn_depthwise_backward_kernel(
                 LEVEL_ALIGN,
             )  # fmt: skip
             grad = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-            factor = tl.load(weight + channel * 9 + tap, mask=exists, other=0.0).to(tl.float32)
-            total += factor[:, None] * grad
+            total += factors[tap][:, None] * grad
             added = added + (sums[tap] + values * grad,)
             if tap == 4:
                 bias = sums[9] + grad
