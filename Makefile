@@ -18,12 +18,12 @@ bench: build
 bench-all: build
 	$(PY) -m benchmarks
 
-# T names files or tests. Lint is of the default versions.
+# One process a core and one thread a process. T names files or tests. Lint is of the default versions.
 test: $(if $(filter .venv,$(VENV)),lint,build) $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not slow" $(T)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not slow" $(T)
 
 test-all: $(if $(filter .venv,$(VENV)),lint,build) $(VENV)/installed
-	$(VENV)/bin/python -m pytest $(T)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(T)
 
 lint: build
 	ruff check .
