@@ -232,7 +232,7 @@ def test_inf_and_nan_propagate(backend: str, value: float, training: bool) -> No
 @pytest.mark.parametrize("running", [False, True])
 def test_no_outputs(kernels: str, running: bool) -> None:
     x, arguments = image(2, 3, 6, 9), parameters(3, 4, 0, running=running)
-    y = functional.fourier_mix(x, *arguments, training=not running)
+    y = functional.fourier_mix(x, arguments, training=not running)
     assert y.shape == (2, 0, 6, 9)
     y.sum().backward()
     assert not any(t.grad.any() for t in tree_leaves((x, arguments)) if isinstance(t, Tensor) and t.requires_grad)
