@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 import swformer_fast as sf
 
 from .arguments import ARGUMENTS, functions
-from .families import as_fp64, train_run
+from .families import as_fp64, moved, train_run
 from .harness import PRECISIONS, TOLERANCE, products_in, relative_rms
 
 LIMITS = {"fp32": 20 * TOLERANCE[torch.float32], "tf32": 1e-2, "bf16": 5e-2}
@@ -26,13 +23,8 @@ LIMITS = {"fp32": 20 * TOLERANCE[torch.float32], "tf32": 1e-2, "bf16": 5e-2}
 def errors(name: str, shape: tuple[int, ...], precision: str, device: str) -> list[float]:
     """Relative RMS errors of the output and of each gradient; bf16 is the image's dtype."""
     torch.manual_seed(0)
-    args = tuple(ARGUMENTS[name](shape))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-
-    def move(a: Any) -> Any:
-        return a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
-
-    x, *rest = tree_map(move, args)
+    x, *rest = moved(tuple(ARGUMENTS[name](shape)), device)
     args = (x.detach().to(dtype).requires_grad_(), *rest)
     fast, reference = functions(name)
     wide = as_fp64(args)

@@ -23,6 +23,15 @@ def as_fp64(args: Any) -> Any:
     return tree_map(convert, args)
 
 
+def moved(args: Any, device: str) -> Any:
+    """A nest of arguments with every tensor detached on `device`; requires_grad is kept."""
+
+    def move(a: Any) -> Any:
+        return a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+
+    return tree_map(move, args)
+
+
 def forward_run(function: Function, args: Sequence[Any]) -> Run:
     def run() -> Tensor:
         with torch.no_grad():
@@ -102,10 +111,7 @@ def family_cases(
 
     def work(shape: tuple[int, ...], kind: str) -> Work:
         torch.manual_seed(0)
-        args = tree_map(
-            lambda a: a.to(options.device).detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a,
-            make_args(shape),
-        )
+        args = moved(make_args(shape), options.device)
         train = kind == "forward+backward"
         with torch.no_grad():
             grad = torch.randn_like(reference(*args))

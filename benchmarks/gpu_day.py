@@ -78,7 +78,7 @@ def prepare(target: str, python: str, quick: bool) -> int:
     command = [sys.executable, "-m", "benchmarks.prefill", target, *["--quick"] * quick]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     with tarfile.open(PREPARED / "cache.tar.xz", "w:xz") as tar:
-        # What a launch needs: the intermediate codes are four times as large.
+        # What a launch reads; the intermediate codes stay here.
         tar.add(CACHE, ".", filter=lambda m: m if m.isdir() or m.name.endswith((".json", ".cubin", ".so")) else None)
     commit, dirty = records.version_of_sources()
     manifest = {"commit": commit, "dirty": dirty, "target": target, "fingerprint": fingerprint(), **versions()}
@@ -191,7 +191,6 @@ class Day:
 
     def __init__(self, part: int, out: Path, dry: bool, work: Path) -> None:
         self.part, self.out, self.dry, self.work = part, out, dry, work
-        self.python = sys.executable
         self.end = time.monotonic() + SECONDS[part] * (3 if dry else 1)
         self.failures = 0
         out.mkdir(parents=True, exist_ok=True)
@@ -246,7 +245,7 @@ class Day:
         if not site.exists():
             site.mkdir()
             missing = [w for w in (PREPARED / "wheels").glob("*.whl") if not importable(w)]
-            pip = [self.python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
             if missing:
                 subprocess.run([*pip, "--target", str(site), *map(str, missing)], check=False, timeout=60)
             if not self.dry and not CACHE.exists():
@@ -281,7 +280,7 @@ class Day:
             processes = [
                 # Sessions of their own, so that what a command starts ends with it.
                 subprocess.Popen(
-                    [self.python, *command], cwd=ROOT, env=self.environment | dict(step.environment),
+                    [sys.executable, *command], cwd=ROOT, env=self.environment | dict(step.environment),
                     stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                 )
                 for command in step.commands

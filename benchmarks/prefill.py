@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .harness import PRECISIONS, autocast_to_bf16, products_in
 
@@ -59,9 +59,7 @@ def models() -> Iterator[Work]:
 def ops() -> Iterator[Work]:
     """Each op at the shapes of its suite, forward and with its gradients."""
     from .arguments import ARGUMENTS, functions
-
-    def on_meta(a: Any) -> Any:
-        return a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+    from .families import moved
 
     def run(function: Callable[..., Tensor], args: Any) -> None:
         with torch.no_grad():
@@ -72,7 +70,7 @@ def ops() -> Iterator[Work]:
     for name, make in ARGUMENTS.items():
         function, _ = functions(name)
         for shape in importlib.import_module(make.__module__).SHAPES:
-            yield f"{name} {shape}", partial(run, function, tree_map(on_meta, tuple(make(shape))))
+            yield f"{name} {shape}", partial(run, function, moved(tuple(make(shape)), "meta"))
 
 
 def launches(family: str) -> Iterator[Work]:

@@ -8,29 +8,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import swformer_fast as sf
 from benchmarks.arguments import ARGUMENTS
+from benchmarks.families import moved
 from benchmarks.launching import HostWork, NoHostWork
 from swformer_fast import backend
 
 SHAPE = (2, 8, 30, 34)
 
 
-def _on_meta(args: Any) -> Any:
-    return tree_map(
-        lambda a: a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a, args
-    )
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_functions(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    x, *rest = _on_meta(tuple(ARGUMENTS[name](SHAPE)))
+    x, *rest = moved(tuple(ARGUMENTS[name](SHAPE)), "meta")
     x = x.detach().to(dtype).contiguous(memory_format=layout).requires_grad_()
     with NoHostWork() as spy:
         y = getattr(sf.functional, name)(x, *rest)
