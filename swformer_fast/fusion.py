@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._layout import channels_last
 from .backend import has_cpp
 from .functional import autocasts, check_local_branches, fourier_mix_and_sums, update_running
-from .ops._operator import channels_last
 from .parameters import (
     AttentionParameters,
     Convolution,

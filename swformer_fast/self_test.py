@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._layout import as_output, as_tuple
+
 if TYPE_CHECKING:
     from .backend import Implementations
 
@@ -85,7 +87,7 @@ def _error(op: Implementations, args: tuple[Any, ...], kernels: _Kernels) -> flo
         # The reference gets what the kernels get, rounded to their dtypes.
         expected = op.reference(*(a.double().cpu() if isinstance(a, Tensor) else a for a in given))
         results = kernels(op)(*given)
-        pairs = [(r.double().cpu(), e) for r, e in zip(_tuple(results), _tuple(expected), strict=True) if r.numel()]
+        pairs = [(r.double().cpu(), e) for r, e in zip(as_tuple(results), as_tuple(expected), strict=True) if r.numel()]
     scale = max(e.norm().item() for _, e in pairs)
     # Gradients that cancel are judged by the others' size.
     errors = [((r - e).norm() / (e.norm() + 1e-2 * scale)).item() for r, e in pairs]
@@ -96,13 +98,7 @@ def _like(sample: Any, like: Any) -> Any:
     """`sample` with the dtype, device and memory format of `like`."""
     if not isinstance(like, Tensor):
         return sample
-    result = sample.to(like.device, like.dtype)
-    last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    return result.contiguous(memory_format=torch.channels_last) if last else result
-
-
-def _tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
+    return as_output(like, sample.to(like.device, like.dtype))
 
 
 def image(generator: torch.Generator, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._operator import channels_last
+from .._layout import channels_last
 
 
 def no_triton_fp64(backend: str, x: Tensor, *args: Any) -> str | None:

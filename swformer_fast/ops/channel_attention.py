@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
+from .._layout import empty
 from ..parameters import AttentionParameters
 from ._limits import contiguous_maps, no_triton_fp64
-from ._operator import Image, Operator, Parameter, empty, register
+from ._operator import Image, Operator, Parameter, register
 
 
 def _limits(backend: str, x: Tensor, *args: Any) -> str | None:

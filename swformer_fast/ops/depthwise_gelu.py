@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
+from .._layout import empty
 from ._limits import kernel_size, no_triton_fp64
-from ._operator import Image, Operator, Parameter, empty, register
+from ._operator import Image, Operator, Parameter, register
 
 SIDES = {"cpp": (3, 5, 7), "triton": (3,)}
 

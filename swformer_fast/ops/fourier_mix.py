@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _fourier, reference
+from .._layout import empty
 from ..parameters import FourierParameters, unflatten
-from ._operator import Composed, Image, Input, Number, Operator, Parameter, Statistic, empty, register
+from ._operator import Composed, Image, Input, Number, Operator, Parameter, Statistic, register
 
 _FACTORS = tuple(
     kind(f"{factor}_{name}", optional)

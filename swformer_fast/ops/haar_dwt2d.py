@@ -1,8 +1,9 @@
 """One level of the two-dimensional Haar wavelet transform."""
 
 from .. import reference
+from .._layout import empty
 from ._limits import no_triton_fp64
-from ._operator import Image, Operator, Parameter, empty, register
+from ._operator import Image, Operator, Parameter, register
 
 OPERATOR = register(
     Operator(

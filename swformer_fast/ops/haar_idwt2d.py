@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from .. import reference
+from .._layout import empty
 from ._limits import no_triton_fp64
-from ._operator import Image, Number, Operator, Parameter, empty, register
+from ._operator import Image, Number, Operator, Parameter, register
 
 
 def _definition(y: Tensor, rec_lo: Tensor, rec_hi: Tensor, height: int, width: int) -> Tensor:

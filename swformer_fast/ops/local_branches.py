@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._layout import empty
 from ..parameters import SpatialParameters, WaveletParameters
 from . import depthwise_gelu, wavelet_mix
 from ._limits import contiguous_maps
-from ._operator import Image, Operator, Parameter, empty, register
+from ._operator import Image, Operator, Parameter, register
 
 
 def _bundles(parameters: tuple[Any, ...]) -> tuple[SpatialParameters, WaveletParameters]:

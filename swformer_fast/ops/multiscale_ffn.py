@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._layout import empty
 from ..parameters import FfnParameters, unflatten
-from ._operator import Image, Operator, Parameter, empty, register
+from ._operator import Image, Operator, Parameter, register
 
 _DEPTHWISE = tuple(f"dw_{part}{scale}" for scale in (1, 2, 4) for part in ("weight", "bias"))
 _NAMES = ("in_weight", "in_bias", *_DEPTHWISE, "out_weight", "out_bias")

@@ -1,8 +1,9 @@
 """A 1x1 convolution of up to three maps that are not concatenated, and a residual."""
 
 from .. import reference
+from .._layout import empty
 from ._limits import contiguous_maps
-from ._operator import Image, Operator, Parameter, empty, register
+from ._operator import Image, Operator, Parameter, register
 
 OPERATOR = register(
     Operator(
