@@ -93,10 +93,18 @@ def _shape(parameter: Any) -> Any:
     return tuple(parameter.shape) if isinstance(parameter, Tensor) else type(parameter).__name__
 
 
+def _outputs(name: str, weight: Tensor, shape: str, parts: int = 1) -> int:
+    """The first extent of a weight of rank 4, a multiple of `parts`; `shape`: what it must have, in words."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dim() != 4 or weight.shape[0] % parts:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
+    return weight.shape[0]
+
+
 def _kernel(name: str, weight: Tensor) -> tuple[int, int]:
     """The (k, k) of a depthwise weight, k odd."""
-    if not isinstance(weight, Tensor) or weight.dim() != 4:
-        raise ValueError(f"{name} must have shape (channels, 1, k, k), got {_shape(weight)}")
+    _outputs(name, weight, "(channels, 1, k, k)")
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{name} must have a square kernel of odd side, got {tuple(weight.shape[2:])}")
     return weight.shape[2], weight.shape[3]
@@ -318,24 +326,21 @@ def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> 
     _check_image("x", x)
     _check_bundle("parameters", parameters, FourierParameters)
     in_weight, out_weight, out_bias = parameters.in_weight, parameters.out_weight, parameters.out_bias
-    if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 2:
-        raise ValueError(f"in_weight must have shape (2 * C, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
-    wide = in_weight.shape[0]
+    inner = _outputs("in_weight", in_weight, f"(2 * C, {x.shape[1]}, 1, 1)", 2)
     if out_weight is not None or out_bias is not None:
-        if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
-            raise ValueError(f"out_weight must have shape (E, {wide // 2}, 1, 1), got {_shape(out_weight)}")
-        _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide // 2, 1, 1), x)
-        _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
-    _check_parameter("in_weight", in_weight, (wide, x.shape[1], 1, 1), x)
-    _check_parameter("in_bias", parameters.in_bias, (wide,), x)
+        outputs = _outputs("out_weight", out_weight, f"(E, {inner // 2}, 1, 1)")
+        _check_parameter("out_weight", out_weight, (outputs, inner // 2, 1, 1), x)
+        _check_parameter("out_bias", out_bias, (outputs,), x)
+    _check_parameter("in_weight", in_weight, (inner, x.shape[1], 1, 1), x)
+    _check_parameter("in_bias", parameters.in_bias, (inner,), x)
     for name, factor in (("gate", parameters.gate), ("value", parameters.value)):
         _check_bundle(name, factor, Factor)
-        _check_parameter(f"{name}.weight", factor.weight, (wide, wide, 1, 1), x)
-        _check_parameter(f"{name}.bias", factor.bias, (wide,), x)
+        _check_parameter(f"{name}.weight", factor.weight, (inner, inner, 1, 1), x)
+        _check_parameter(f"{name}.bias", factor.bias, (inner,), x)
         _check_bundle(f"{name}.norm", factor.norm, Norm)
         for part, tensor in zip(Norm._fields, factor.norm, strict=True):
             if tensor is not None or not part.startswith("running"):
-                _check_parameter(f"{name}.norm.{part}", tensor, (wide,), x)
+                _check_parameter(f"{name}.norm.{part}", tensor, (inner,), x)
     norms = parameters.gate.norm, parameters.value.norm
     if len({t is None for norm in norms for t in (norm.running_mean, norm.running_var)}) == 2:
         raise ValueError("gate.norm and value.norm must both have running statistics, or neither")
@@ -376,20 +381,17 @@ def multiscale_ffn(x: Tensor, parameters: FfnParameters) -> Tensor:
     _check_image("x", x)
     _check_bundle("parameters", parameters, FfnParameters)
     in_weight, in_bias, depthwise, out_weight, out_bias = parameters
-    if not isinstance(in_weight, Tensor) or in_weight.dim() != 4 or in_weight.shape[0] % 3:
-        raise ValueError(f"in_weight must have shape (3 * M, {x.shape[1]}, 1, 1), got {_shape(in_weight)}")
-    wide = in_weight.shape[0]
-    if not isinstance(out_weight, Tensor) or out_weight.dim() != 4:
-        raise ValueError(f"out_weight must have shape (E, {wide}, 1, 1), got {_shape(out_weight)}")
+    hidden = _outputs("in_weight", in_weight, f"(3 * M, {x.shape[1]}, 1, 1)", 3)
+    outputs = _outputs("out_weight", out_weight, f"(E, {hidden}, 1, 1)")
     if not isinstance(depthwise, tuple) or len(depthwise) != 3:
         raise ValueError(f"depthwise must hold three convolutions in a tuple, got {_shape(depthwise)}")
-    _check_parameter("in_weight", in_weight, (wide, x.shape[1], 1, 1), x)
-    _check_parameter("in_bias", in_bias, (wide,), x)
+    _check_parameter("in_weight", in_weight, (hidden, x.shape[1], 1, 1), x)
+    _check_parameter("in_bias", in_bias, (hidden,), x)
     for i, conv in enumerate(depthwise):
         _check_bundle(f"depthwise[{i}]", conv, Convolution)
-        _check_depthwise(f"depthwise[{i}].", *conv, wide // 3, x)
-    _check_parameter("out_weight", out_weight, (out_weight.shape[0], wide, 1, 1), x)
-    _check_parameter("out_bias", out_bias, (out_weight.shape[0],), x)
+        _check_depthwise(f"depthwise[{i}].", *conv, hidden // 3, x)
+    _check_parameter("out_weight", out_weight, (outputs, hidden, 1, 1), x)
+    _check_parameter("out_bias", out_bias, (outputs,), x)
     return torch.ops.swformer_fast.multiscale_ffn(x, *flatten(parameters), None)
 
 
@@ -414,9 +416,8 @@ def channel_attention(x: Tensor, parameters: AttentionParameters) -> Tensor:
     _check_image("x", x)
     _check_bundle("parameters", parameters, AttentionParameters)
     w1, b1, w2, b2 = parameters
-    if not isinstance(w1, Tensor) or w1.dim() != 4:
-        raise ValueError(f"w1 must have shape (R, {x.shape[1]}, 1, 1), got {_shape(w1)}")
-    hidden, channels = w1.shape[0], x.shape[1]
+    channels = x.shape[1]
+    hidden = _outputs("w1", w1, f"(R, {channels}, 1, 1)")
     _check_parameter("w1", w1, (hidden, channels, 1, 1), x)
     _check_parameter("b1", b1, (hidden,), x)
     _check_parameter("w2", w2, (channels, hidden, 1, 1), x)

@@ -113,6 +113,9 @@ class Operator:
     """Results like the definition's, empty."""
     limits: Callable[..., str | None]
     """limits(backend, *inputs): why that backend cannot take these inputs, or None."""
+    example: Callable[[int, int, int, int, bool], tuple[Any, ...]]
+    """example(B, C, H, W, optional): shapes of inputs that go with an image, and values of the numbers, on which tests
+    and tools run the op; with every optional input or with none."""
     outputs: tuple[str, ...] = ("y",)
     """Names of the results less the sums. The first is differentiable."""
     kept: tuple[str, ...] = ()
@@ -256,12 +259,11 @@ class Operator:
         )
 
     def _formatted(self, implementation: Callable[..., Any]) -> Callable[..., Any]:
-        """Its first result in the memory format that goes with the first image. C++ kernels may stand before that."""
+        """Its maps in the memory format that goes with the first image. C++ kernels may stand before that."""
 
         def call(*args: Any) -> Any:
-            y, *others = as_tuple(implementation(*args))
             first = next(a for a in args if isinstance(a, Tensor))
-            return _as_result((as_output(first, y), *others))
+            return _as_result(tuple(as_output(first, result) for result in as_tuple(implementation(*args))))
 
         return call
 

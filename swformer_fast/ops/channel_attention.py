@@ -22,6 +22,7 @@ OPERATOR = register(
         lambda x, *parameters: reference.channel_attention(x, AttentionParameters(*parameters)),
         lambda x, *parameters: empty(x, *x.shape),
         _limits,
+        lambda b, c, h, w, optional: ((b, c, h, w), (c + 1, c, 1, 1), (c + 1,), (c, c + 1, 1, 1), (c,)),
         triton="attention",
     )
 )

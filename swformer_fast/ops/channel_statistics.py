@@ -20,6 +20,7 @@ OPERATOR = register(
         reference.channel_statistics,
         _fake,
         contiguous_maps,
+        lambda b, c, h, w, optional: ((b, c, h, w),),
         outputs=("statistics", "mean"),
         kept=("mean",),
     )

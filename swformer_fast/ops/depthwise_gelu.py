@@ -23,6 +23,7 @@ OPERATOR = register(
         reference.depthwise_gelu,
         lambda x, *parameters: empty(x, *x.shape),
         limits,
+        lambda b, c, h, w, optional: ((b, c, h, w), (c, 1, 3, 3), (c,)),
         sums=True,
         triton="spatial",
     )

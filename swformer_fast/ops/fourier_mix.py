@@ -62,6 +62,13 @@ def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, *_fourier.no_statistics(x, parameters)
 
 
+def _example(b: int, c: int, h: int, w: int, optional: bool) -> tuple[Any, ...]:
+    inner, parts = (c + 1, 2 * c + 2) if optional else (c, 2 * c)
+    factor = (*2 * ((parts,) if optional else None,), (parts,), (parts,), (parts, parts, 1, 1), (parts,))
+    last = ((c + 2, inner, 1, 1), (c + 2,)) if optional else (None, None)
+    return (b, c, h, w), (parts, c, 1, 1), (parts,), *2 * factor, *last, 1e-5
+
+
 OPERATOR = register(
     Operator(
         "fourier_mix",
@@ -69,6 +76,7 @@ OPERATOR = register(
         _definition,
         _fake,
         lambda backend, x, *args: "the kernels take no float64" if x.dtype == torch.float64 else None,
+        _example,
         outputs=("y", "moments", "statistics"),
         kept=("moments",),
         sums=True,

@@ -19,6 +19,7 @@ OPERATOR = register(
         _definition,
         lambda y, rec_lo, rec_hi, height, width: empty(y, y.shape[0], y.shape[1] // 4, height, width),
         no_triton_fp64,
+        lambda b, c, h, w, optional: ((b, 4 * c, (h + 1) // 2, (w + 1) // 2), (2,), (2,), h, w),
         outputs=("x",),
         triton="haar",
     )

@@ -42,6 +42,12 @@ def _limits(backend: str, x: Tensor, in_weight: Tensor, in_bias: Tensor, *parame
     return contiguous_maps(backend, x) or next((reason for reason in kernels if reason), None)
 
 
+def _example(b: int, c: int, h: int, w: int, optional: bool) -> tuple[Any, ...]:
+    n = c + 1
+    branches = (n, 1, 3, 3), (n,), (4 * n, 1, 3, 3), (4 * n,)
+    return (b, c, h, w), (2 * n, c), (2 * n,), *branches, *4 * ((2,),)
+
+
 _NAMES = (f"{branch}_{part}" for branch in ("spatial", "wavelet") for part in ("weight", "bias"))
 
 OPERATOR = register(
@@ -51,6 +57,7 @@ OPERATOR = register(
         _definition,
         _fake,
         _limits,
+        _example,
         outputs=("spatial", "wavelet", "spatial_sums", "wavelet_sums"),
         differentiable=False,
         triton="mixer",

@@ -30,6 +30,11 @@ def _limits(backend: str, x: Tensor, *args: Any) -> str | None:
     return None if kernels == [(3, 3)] * 3 else f"the depthwise kernels must be 3 x 3, got {[*map(tuple, kernels)]}"
 
 
+def _example(b: int, c: int, h: int, w: int, optional: bool) -> tuple[Any, ...]:
+    mid = c + 1
+    return (b, c, h, w), (3 * mid, c, 1, 1), (3 * mid,), *3 * ((mid, 1, 3, 3), (mid,)), (c + 2, 3 * mid, 1, 1), (c + 2,)
+
+
 OPERATOR = register(
     Operator(
         "multiscale_ffn",
@@ -37,6 +42,7 @@ OPERATOR = register(
         _definition,
         _fake,
         _limits,
+        _example,
         residual=True,
         products=True,
         triton="ffn",

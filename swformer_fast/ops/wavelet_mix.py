@@ -23,6 +23,7 @@ OPERATOR = register(
         reference.wavelet_mix,
         lambda x, *parameters: empty(x, *x.shape),
         limits,
+        lambda b, c, h, w, optional: ((b, c, h, w), (4 * c, 1, 3, 3), (4 * c,), *4 * ((2,),)),
         sums=True,
         triton="wavelet",
     )

@@ -36,6 +36,18 @@ def inverse_spectrum(y: Tensor, size: tuple[int, int], layout: str = "interleave
     return torch.fft.irfft2(torch.complex(real, imag), s=size, norm="ortho").to(y.dtype)
 
 
+def batch_norm(x: Tensor, norm: Norm, training: bool, momentum: float, eps: float) -> Tensor:
+    """F.batch_norm, which takes fp32 parameters beside half precision, beside fp64 too."""
+    if x.dtype != torch.float64 or norm.weight.dtype == torch.float64:
+        return F.batch_norm(x, *norm, training, momentum, eps)
+    wide = Norm(*(None if t is None else t.double() for t in norm))
+    y = F.batch_norm(x, *wide, training, momentum, eps)
+    if training and norm.running_mean is not None and norm.running_var is not None:
+        norm.running_mean.copy_(wide.running_mean)
+        norm.running_var.copy_(wide.running_var)
+    return y
+
+
 def fourier_mix(
     x: Tensor,
     parameters: FourierParameters,
@@ -82,7 +94,7 @@ def fourier_mix(
 
     def mix(u: Tensor, factor: Factor) -> Tensor:
         batch_statistics = training or factor.norm.running_mean is None
-        u = F.batch_norm(spectrum(u, layout), *factor.norm, batch_statistics, momentum, eps)
+        u = batch_norm(spectrum(u, layout), factor.norm, batch_statistics, momentum, eps)
         return conv2d(u, factor.weight, factor.bias)
 
     in_weight, in_bias, gate, value, out_weight, out_bias = parameters
