@@ -1,4 +1,4 @@
-"""derain-s on a real photograph, scikit-learn's china.jpg: the whole network, reference against ours."""
+"""derain-s on a real photograph, scikit-learn's china.jpg: the network, reference against ours."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def models(device: str) -> tuple[nn.Module, nn.Module]:
 def by_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Copies of the model whose blocks are compiled, one code for all of a width, with both layout settings.
 
-    The whole network compiles for minutes.
+    The network in one piece compiles for minutes.
     """
     copies = {}
     for name, layout in LAYOUTS.items():
@@ -66,7 +66,7 @@ def by_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def resident_peak(model: nn.Module, side: int) -> int | None:
-    """Memory that one evaluation needs beyond what is there before it, in a process of its own; Linux."""
+    """Memory that one evaluation needs beyond what is there before it, in a separate process; Linux."""
     kind = "sf.SWFormer" if isinstance(model, sf.SWFormer) else "sf.reference.SWFormer"
     program = f"""
 import re, torch, swformer_fast as sf

@@ -1,4 +1,4 @@
-"""The sampler's own arithmetic: a scheduler's pass with given model outputs, guidance included, and the shortcut."""
+"""The sampler's arithmetic: a scheduler's pass over model outputs, guidance included, and the shortcut."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 20
 SHAPES = [(1, 4, 64, 64), (4, 4, 128, 128)]
 GUIDANCE = 5.0
 TARGETS = {"DDIM": 10.0, "UniPC": 20.0}
-"""Least ratio over the scheduler's own step, without guidance."""
+"""Least ratio over the scheduler's step, without guidance."""
 
 
 def schedulers() -> dict[str, Any]:

@@ -182,6 +182,7 @@ def _by_work(of: Iterable[Speed]) -> dict[str, list[Speed]]:
 
 
 def _sdo_lines(rows: Sequence[Record]) -> list[str]:
+    """That of most steps first."""
     lines = []
     for (case,), group in groups(rows, "case").items():
         variants = {record["variant"]: record for record in group}
@@ -191,23 +192,23 @@ def _sdo_lines(rows: Sequence[Record]) -> list[str]:
                 f"{case}: one step's gradient takes {1 / ours['ratio']:.3g} times sampling alone, "
                 f"1/{full['peak_bytes'] / ours['peak_bytes']:.0f} of full backpropagation's peak bytes"
             )
-    return lines
+    return lines[::-1]
 
 
 def _reuse_lines(rows: Sequence[Record]) -> list[str]:
+    """The default setting first."""
     return [
-        f"{record['case']}: {record['times_fewer_calls']:.3g} times fewer model calls "
-        f"({record['least']:.3g}-{record['most']:.3g}), final loss {record['final_loss_over_baseline']:.3g} times"
-        for record in rows
-        if record["ours"] and "least" in record
-    ][::2]  # the default setting of each model
+        f"{r['case'].split(',')[0]}, {r['variant']}: {r['times_fewer_calls']:.3g} times fewer model calls"
+        for r in rows
+        if r["ours"] and "least" in r
+    ]
 
 
 def lines_of(suite: str, rows: Sequence[Record], short: bool) -> list[str]:
     """What came out of a suite, in a line or, unless `short`, a line for each kind of work."""
     if suite in ("sdo", "reuse"):
         lines = (_sdo_lines if suite == "sdo" else _reuse_lines)(rows)
-        return lines[-1:] if short else lines
+        return lines[:1] if short else lines
     of = speeds(rows)
     kinds = {f"{len(of)} cases": of} if short and of else _by_work(of)
     return [f"{name}: {_ratio(cases)}" for name, cases in kinds.items()]
@@ -261,7 +262,7 @@ def _overview(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
             sizes = str(max(map(len, ratios)))
             texts = [_ratio(ratio) if ratio else "not measured" for ratio in ratios]
             cells.append([suite, kind, sizes, *texts, *[NO_GPU] * (not gpu)])
-    note = "Time of the first variant (plain PyTorch; the scheduler's own step) over ours: median over the sizes, and "
+    note = "Time of the first variant (plain PyTorch; the scheduler's step) over ours: median over the sizes, and "
     note += "the least and the most."
     yield Table(note, ["suite", "work", "sizes", *places, *["GPU"] * (not gpu)], cells)
 
@@ -462,7 +463,7 @@ def plot_sampler(rows: Sequence[Record], path: Path) -> None:
     panels[0].axvline(1, color="black", linewidth=0.8)
     panels[0].set_xlabel("time over sampling alone")
     panels[1].set_xscale("log")
-    panels[1].set_xlabel("peak MB, the models' own left out")
+    panels[1].set_xlabel("peak MB of the gradient")
     panels[0].set_yticks(range(len(variants)), variants, fontsize=8)
     panels[0].invert_yaxis()
     for panel in panels:

@@ -1,6 +1,6 @@
 """What Triton's kernels compile to, for GPUs that are not there.
 
-Triton's own launch path compiles what the launchers launch (`launches.LAUNCHES`), in a subprocess without
+Triton's launch path compiles what the launchers launch (`launches.LAUNCHES`), in a subprocess without
 TRITON_INTERPRET, which is this file.
 """
 
@@ -72,7 +72,7 @@ def _compile(
     cached: Mapping[str, dict[str, Any]],
     offset: int,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each launch; runs in a process of its own."""
+    """The rows of each launch; runs in a separate process."""
     import triton
     from swformer_kernels import _common
     from triton.backends.compiler import GPUTarget

@@ -90,11 +90,9 @@ def watch(session: Session) -> Iterator[None]:
         _sessions.remove(session)
 
 
-@contextmanager
-def _watched_interpreter() -> Iterator[None]:
-    from triton.runtime import interpreter
-
-    builder, patch_language = interpreter.InterpreterBuilder, interpreter._patch_lang
+def _executor(interpreter: Any) -> type:
+    """The interpreter's executor of grids, which tells the sessions."""
+    patch_language = interpreter._patch_lang
 
     class Executor(interpreter.GridExecutor):
         def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -132,27 +130,36 @@ def _watched_interpreter() -> Iterator[None]:
             for session in _sessions:
                 session.end()
 
-    def access(kind: str, original: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
-        def watched(self: Any, pointers: Any, *args: Any) -> Any:
-            itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            addresses = pointers.data[np.broadcast_to(args[mask_at].data, pointers.data.shape)]
-            for session in _sessions:
-                session.access(kind, addresses, itemsize)
-            return original(self, pointers, *args)
+    return Executor
 
-        return watched
 
-    def arithmetic(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(self: Any, *args: Any) -> Any:
-            result = original(self, *args)
-            count = result.data.size * (2 * args[0].data.shape[-1] if kind == "dot" else 1)
-            for session in _sessions:
-                session.arithmetic(kind, count)
-            return result
+def _access(kind: str, original: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
+    def watched(self: Any, pointers: Any, *args: Any) -> Any:
+        itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = pointers.data[np.broadcast_to(args[mask_at].data, pointers.data.shape)]
+        for session in _sessions:
+            session.access(kind, addresses, itemsize)
+        return original(self, pointers, *args)
 
-        return watched
+    return watched
 
-    reduce_sum = interpreter.ReduceOps.sum
+
+def _arithmetic(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(self: Any, *args: Any) -> Any:
+        result = original(self, *args)
+        count = result.data.size * (2 * args[0].data.shape[-1] if kind == "dot" else 1)
+        for session in _sessions:
+            session.arithmetic(kind, count)
+        return result
+
+    return watched
+
+
+@contextmanager
+def _watched_interpreter() -> Iterator[None]:
+    from triton.runtime import interpreter
+
+    builder, reduce_sum = interpreter.InterpreterBuilder, interpreter.ReduceOps.sum
 
     def watched_sum(self: Any, operand: Any) -> Any:
         for session in _sessions:
@@ -160,19 +167,19 @@ def _watched_interpreter() -> Iterator[None]:
         return reduce_sum(self, operand)
 
     patches: dict[str, Callable[..., Any]] = {
-        "create_masked_load": access("load", builder.create_masked_load, 0),
-        "create_masked_store": access("store", builder.create_masked_store, 1),
-        "create_dot": arithmetic("dot", builder.create_dot),
+        "create_masked_load": _access("load", builder.create_masked_load, 0),
+        "create_masked_store": _access("store", builder.create_masked_store, 1),
+        "create_dot": _arithmetic("dot", builder.create_dot),
     }
     for kind, names in (("simple", SIMPLE), ("special", SPECIAL)):
         for name in (f"create_{n}" for n in names):
             if hasattr(builder, name):  # Triton 3.6 has no create_fneg
-                patches[name] = arithmetic(kind, getattr(builder, name))
+                patches[name] = _arithmetic(kind, getattr(builder, name))
     with ExitStack() as stack:
         for name, patch in patches.items():
             stack.enter_context(mock.patch.object(builder, name, patch))
         stack.enter_context(mock.patch.object(interpreter.ReduceOps, "sum", watched_sum))
-        stack.enter_context(mock.patch.object(interpreter, "GridExecutor", Executor))
+        stack.enter_context(mock.patch.object(interpreter, "GridExecutor", _executor(interpreter)))
         yield
 
 

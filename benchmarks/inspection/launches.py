@@ -161,7 +161,7 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
         return (make(channels, dim), make(channels), *factors[0], *factors[1])
 
     moments = make(2, dim, dim + 1, dtype=double)
-    compose, back = _only_tensors(fourier.compose), _only_tensors(fourier.compose_backward)
+    compose, compose_back = _only_tensors(fourier.compose), _only_tensors(fourier.compose_backward)
     yield Launch("compose", compose, (1e-5, area, parameters(torch.float32), spectrum))
     yield Launch("compose batch", compose, (1e-5, area, parameters(torch.float32), spectrum, moments, True))
     for name, dtype, kept in (
@@ -171,7 +171,7 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
         parts = parameters(dtype)
         composed = fourier.Composed(matrix, None, (parts[2:8], parts[8:]), *(kept or (None, None)))
         arguments = (matrix, composed, 1e-5, area, parts, spectrum, moments if kept else None)
-        yield Launch(name, back, arguments)
+        yield Launch(name, compose_back, arguments)
 
 
 def _pointwise(make: Make, shape: Shape) -> Iterator[Launch]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from ..harness import Case, Run, Variant, Work
 from ..op_cases import forward_run, train_run
 from ..progress import progress
 from ..report import Table, groups, spread
+from ..restart import INTERPRETED, restart
 from .arguments import ARGUMENTS, functions
 from .interpret import Counted, compulsory, count_traffic
 
@@ -137,7 +137,7 @@ def _fft_passes(name: str, args: Sequence[Any], source: int, result: int) -> tup
 
 
 def aten_entry(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Entry | None:
-    """What PyTorch's own kernel for a call costs; None where nothing is launched."""
+    """What PyTorch's kernel for a call costs; None where nothing is launched."""
     name = func._schema.name.split("::")[1]
     if name in FREE or _is_view(func):
         return None
@@ -354,7 +354,6 @@ def summary(rows: Sequence[records.Record], out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inspection.roofline", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--sample", type=int, default=4, help="programs of a launch that are interpreted (default 4)")
@@ -385,4 +384,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart("benchmarks.inspection.roofline", INTERPRETED)
     sys.exit(main())

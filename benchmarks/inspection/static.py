@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from .. import records, report
 from ..progress import progress
 from ..report import Table, groups, spread
+from ..restart import INTERPRETED, restart
 from .compilation import resources_of, triton_kernels
 from .launches import LAUNCHES
 from .machine_code import ROOT, TARGETS, Resources, cuda_kernels
@@ -172,7 +172,6 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
     parser = command_line()
     args = parser.parse_args(argv)
     unknown = sorted(set(args.families) - set(FAMILIES))
@@ -192,4 +191,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart("benchmarks.inspection.static", INTERPRETED)
     sys.exit(main())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import os
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..gpu import Gpu, Rehearsal
 from ..harness import TOLERANCE, relative_rms
 from ..progress import Tell, progress
+from ..restart import INTERPRETED, restart
 from .launches import LAUNCHES, Launch, Shape
 
 
@@ -64,13 +64,14 @@ def _haar(device: torch.device) -> Iterator[Setting]:
     from swformer_kernels import _common, haar
 
     target = _common.architecture(device)
-    rows = list(haar._TILES.get(target, haar._TILES["default"]))
+    tiles: dict[str, Any] = haar._TILES
+    rows = list(tiles.get(target, tiles["default"]))
     shapes: tuple[Shape, ...] = ((1, 16, 256, 256), (2, 40, 256, 256))
     for i, shape in enumerate(shapes):
 
         def use(candidate: Any, i: int = i) -> None:
             rows[i] = (rows[i][0], *candidate)
-            haar._TILES[target] = tuple(rows)
+            tiles[target] = tuple(rows)
 
         candidates = tuple(product((1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8)))
         name = f'haar._TILES["{target}"][{i}] (bytes, warps)'
@@ -265,8 +266,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown table {', '.join(unknown)}; there are {', '.join(TABLES)}")
     if not (args.dry_run or torch.cuda.is_available()):
         parser.error("not tuned: no GPU (--dry-run rehearses it on the CPU)")
-    if args.dry_run:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
     gpu = Rehearsal() if args.dry_run else Gpu()
     settings = [setting for name in args.tables or TABLES for setting in TABLES[name](torch.device(gpu.device))]
     shown = RichTable("table", "now", "best", "times as fast", "tried", "did not run", title_justify="left")
@@ -293,4 +292,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if "--dry-run" in sys.argv:
+        restart("benchmarks.inspection.tune", INTERPRETED)
     sys.exit(main())
