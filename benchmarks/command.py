@@ -23,7 +23,7 @@ from .progress import progress
 
 SUITES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 
-Work = Mapping[str, Sequence[tuple[Case, Options]]]
+Plan = Mapping[str, Sequence[tuple[Case, Options]]]
 """The cases of each suite."""
 
 
@@ -89,7 +89,7 @@ def cases_of(suite: str, options: Options, precisions: Sequence[str]) -> list[tu
     return [(case, options) for options in wanted for case in module.cases(options)]
 
 
-def run(work: Work, environment: Mapping[str, Any], out: Path, record: bool) -> tuple[dict[str, Any], bool]:
+def run(work: Plan, environment: Mapping[str, Any], out: Path, record: bool) -> tuple[dict[str, Any], bool]:
     """The records of each suite begun, on disk too from case to case, and whether Ctrl-C ended it."""
     results: dict[str, list[records.Record]] = {}
     with progress(sum(map(len, work.values()))) as tell:

@@ -286,32 +286,28 @@ def _models(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
 
 
 def _sampler(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
-    rows = [r for r in suites.get("sdo", ()) if r["variant"] == FLOOR or "peak_bytes" in r]
-    cases = list(groups(rows, "case"))
-    cells = []
-    for (variant,), group in groups(rows, "variant").items():
-        by_case = {record["case"]: record for record in group}
-        texts = [f"{1 / by_case[c]['ratio']:.3g}; {_megabytes(by_case[c])}" for (c,) in cases]
-        cosines = [r["cosine_with_full"] for r in group if "cosine_with_full" in r]
-        cells.append([variant, *texts, spread(cosines, ".2f") if cosines else "-"])
-    note = f"Gradients through a sampler, {', '.join(_places(rows))}: time over sampling alone; peak MB."
-    yield Table(note, ["gradient", *(c for (c,) in cases), "cosine with the full one"], cells)
+    for rows in groups(suites.get("sdo", ()), *records.PLACE).values():
+        gradients = [r for r in rows if r["variant"] == FLOOR or "peak_bytes" in r]
+        cases = list(groups(gradients, "case"))
+        cells = []
+        for (variant,), group in groups(gradients, "variant").items():
+            by_case = {record["case"]: record for record in group}
+            texts = [f"{1 / by_case[c]['ratio']:.3g}; {_megabytes(by_case[c])}" for (c,) in cases]
+            cosines = [r["cosine_with_full"] for r in group if "cosine_with_full" in r]
+            cells.append([variant, *texts, spread(cosines, ".2f") if cosines else "-"])
+        note = f"Gradients through a sampler, {place(rows[0])}: time over sampling alone; peak MB."
+        yield Table(note, ["gradient", *(c for (c,) in cases), "cosine with the full one"], cells)
 
 
 def _reuse(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
-    cells = [
-        [
-            r["case"].split(",")[0],
-            r["variant"],
-            str(r["settings"]),
-            f"{r['times_fewer_calls']:.3g} ({r['least']:.3g}-{r['most']:.3g})",
-            f"{r['final_loss_over_baseline']:.3g}",
-        ]
-        for r in suites.get("reuse", ())
-        if "least" in r
-    ]
     columns = ("model", "variant", "settings", "times fewer model calls", "final loss over baseline")
-    yield Table("Trajectory reuse: median (least-most) over settings.", columns, cells)
+    for rows in groups(suites.get("reuse", ()), *records.PLACE).values():
+        cells = []
+        for r in (r for r in rows if "least" in r):
+            fewer = f"{r['times_fewer_calls']:.3g} ({r['least']:.3g}-{r['most']:.3g})"
+            loss = f"{r['final_loss_over_baseline']:.3g}"
+            cells.append([r["case"].split(",")[0], r["variant"], str(r["settings"]), fewer, loss])
+        yield Table(f"Trajectory reuse, {place(rows[0])}: median (least-most) over settings.", columns, cells)
 
 
 def _estimates(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
@@ -438,13 +434,14 @@ def plot_speeds(suites: Mapping[str, Sequence[Record]], path: Path) -> None:
 
 
 def plot_sampler(rows: Sequence[Record], path: Path) -> None:
-    """Time over sampling alone and peak bytes of each gradient, at the most steps of each model."""
+    """Time over sampling alone and peak bytes of each gradient, at the most steps of each model, at the last place."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with_peaks = groups((r for r in rows if "peak_bytes" in r and "ratio" in r), "case")
+    last = list(groups(rows, *records.PLACE).values())[-1] if rows else []
+    with_peaks = groups((r for r in last if "peak_bytes" in r and "ratio" in r), "case")
     cases = {case.rsplit(",", 1)[0]: (case, of) for (case,), of in with_peaks.items()}
     if not cases:
         return

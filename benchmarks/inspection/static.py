@@ -98,7 +98,7 @@ def _cached(name: str) -> Any:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-class Session:
+class Inspection:
     """What is measured, and where it is kept."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -177,16 +177,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(args.families) - set(FAMILIES))
     if unknown:
         parser.error(f"unknown family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
-    session = Session(args)
+    inspection = Inspection(args)
     try:
-        session.compile()
-        session.count()
+        inspection.compile()
+        inspection.count()
     except KeyboardInterrupt:
-        session.save(complete=False)
+        inspection.save(complete=False)
         print("\ninterrupted: what was measured is kept, and will not be measured again", file=sys.stderr)
         return 130
-    session.save(complete=True)
-    print(session.summary())
+    inspection.save(complete=True)
+    print(inspection.summary())
     return 0
 
 
