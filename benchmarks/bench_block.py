@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import swformer_fast as sf
 
 from .bench_network import randomise
-from .families import on_device
 from .harness import Case, Options, Run, Variant, Work, compiled, saved_bytes
+from .op_cases import on_device
 
 EVAL = [(1, 40, 256, 256), (1, 64, 128, 128)]
 TRAIN = [(4, 40, 128, 128)]
@@ -51,10 +52,10 @@ def block(shape: tuple[int, ...], kind: str, options: Options) -> Work:
     randomise(reference, 0.1)
     for scale in (reference.beta, reference.gamma):
         scale.data.normal_()  # small ones would hide an error behind the residual
-    fast, wide = sf.SWFormerBlock(dim), sf.reference.SWFormerBlock(dim).double()
-    for model in (fast, wide):
+    fast, exact = sf.SWFormerBlock(dim), sf.reference.SWFormerBlock(dim).double()
+    for model in (fast, exact):
         model.load_state_dict(reference.state_dict())
-    for model in (reference, fast, wide):
+    for model in (reference, fast, exact):
         model.to(options.device).train(train)
     x, grad = torch.randn(shape, device=options.device), torch.randn(shape, device=options.device)
 
@@ -86,7 +87,7 @@ def block(shape: tuple[int, ...], kind: str, options: Options) -> Work:
         variants |= compiled(reference.forward, lambda f: step(reference, f)())
     ours = on_device(options.device)
     variants["ours"] = Variant(ours(step(fast)), ours=True, metrics=metrics(fast))
-    expected = step(wide, x=x.double(), grad=grad.double())
+    expected = step(exact, x=x.double(), grad=grad.double())
     return Work(variants, expected, TARGETS.get((kind, dim), {}))
 
 
@@ -95,6 +96,6 @@ def cases(options: Options) -> list[Case]:
     if not options.quick:
         shapes = [("eval", shape) for shape in EVAL] + [("train step", shape) for shape in TRAIN]
     return [
-        Case(f"block {kind} {'x'.join(map(str, shape))}", lambda kind=kind, shape=shape: block(shape, kind, options))
+        Case(f"block {kind} {'x'.join(map(str, shape))}", partial(block, shape, kind, options))
         for kind, shape in shapes
     ]

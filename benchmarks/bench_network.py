@@ -1,18 +1,21 @@
-"""derain-s on a real photograph, scikit-learn's china.jpg: the whole network, reference against ours."""
+"""derain-s on a real photograph, scikit-learn's china.jpg: the network, reference against ours."""
 
 from __future__ import annotations
 
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import swformer_fast as sf
 
-from .families import on_device
 from .harness import LAYOUTS, Case, Options, Run, Variant, Work, compiled
+from .op_cases import on_device
 
 PRESET = "derain-s"
 TARGETS = {"reference": 3.5, "compile": 3.0}
@@ -51,7 +54,7 @@ def models(device: str) -> tuple[nn.Module, nn.Module]:
 def by_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Copies of the model whose blocks are compiled, one code for all of a width, with both layout settings.
 
-    The whole network compiles for minutes.
+    The network in one piece compiles for minutes.
     """
     copies = {}
     for name, layout in LAYOUTS.items():
@@ -63,7 +66,7 @@ def by_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def resident_peak(model: nn.Module, side: int) -> int | None:
-    """Memory that one evaluation needs beyond what is there before it, in a process of its own; Linux."""
+    """Memory that one evaluation needs beyond what is there before it, in a separate process; Linux."""
     kind = "sf.SWFormer" if isinstance(model, sf.SWFormer) else "sf.reference.SWFormer"
     program = f"""
 import re, torch, swformer_fast as sf
@@ -88,15 +91,15 @@ def network(side: int, options: Options) -> Work:
     reference, fast = models(options.device)
     image = photograph(side).to(options.device)
 
-    def call(model: nn.Module, x: Tensor = image) -> Tensor:
+    def call(model: Callable[[Tensor], Tensor], x: Tensor = image) -> Tensor:
         """What the network adds to the image: the image itself would hide an error in the comparison."""
         with torch.no_grad():
             return model(x) - x
 
     def expected() -> Tensor:
-        wide = sf.reference.SWFormer.from_preset(PRESET).eval().double().to(options.device)
-        wide.load_state_dict(reference.state_dict())
-        return call(wide, image.double())
+        exact = sf.reference.SWFormer.from_preset(PRESET).eval().double().to(options.device)
+        exact.load_state_dict(reference.state_dict())
+        return call(exact, image.double())
 
     def metrics(model: nn.Module) -> dict[str, int]:
         peak = resident_peak(model, side) if options.device == "cpu" else None
@@ -104,7 +107,7 @@ def network(side: int, options: Options) -> Work:
 
     variants = {"reference": Variant(lambda: call(reference), metrics=metrics(reference))}
     if options.compile and options.device == "cuda":
-        variants |= {name: Variant(lambda m=m: call(m)) for name, m in by_blocks(reference).items()}
+        variants |= {name: Variant(partial(call, m)) for name, m in by_blocks(reference).items()}
     elif options.compile and side <= 256:
         variants |= compiled(reference, call)
     else:
@@ -121,7 +124,7 @@ def train_step(batch: int, side: int, options: Options) -> Work:
     target = crops.to(options.device)
     image = (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
 
-    def step(model: nn.Module, image: Tensor = image, target: Tensor = target) -> Run:
+    def step(model: Any, image: Tensor = image, target: Tensor = target) -> Run:
         parameters = [p for p in model.parameters() if p.requires_grad]
 
         def run() -> tuple[Tensor, ...]:
@@ -133,9 +136,9 @@ def train_step(batch: int, side: int, options: Options) -> Work:
         return run
 
     def expected() -> tuple[Tensor, ...]:
-        wide = sf.reference.SWFormer.from_preset(PRESET).double().to(options.device)
-        wide.load_state_dict(reference.state_dict())
-        return step(wide, image.double(), target.double())()
+        exact = sf.reference.SWFormer.from_preset(PRESET).double().to(options.device)
+        exact.load_state_dict(reference.state_dict())
+        return step(exact, image.double(), target.double())()
 
     variants = {"reference": Variant(step(reference))}
     if options.compile and options.device == "cuda":
@@ -149,5 +152,5 @@ def train_step(batch: int, side: int, options: Options) -> Work:
 def cases(options: Options) -> list[Case]:
     sides = (64,) if options.quick else (256, 512, 1024) if options.full else (256, 512) if options.compile else (256,)
     batch, side = (2, 32) if options.quick else (4, 128)
-    evaluation = [Case(f"{PRESET} eval {n}x{n}", lambda n=n: network(n, options)) for n in sides]
-    return [*evaluation, Case(f"{PRESET} train step {batch}x{side}x{side}", lambda: train_step(batch, side, options))]
+    evaluation = [Case(f"{PRESET} eval {n}x{n}", partial(network, n, options)) for n in sides]
+    return [*evaluation, Case(f"{PRESET} train step {batch}x{side}x{side}", partial(train_step, batch, side, options))]

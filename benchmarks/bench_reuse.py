@@ -33,7 +33,7 @@ THRESHOLDS = {"class": (0.1, 0.05), "pixel": (0.05, 0.03), "decoded pixel": (0.5
 FEWER_CALLS, FINAL_LOSS = 2.5, 1.5
 """Targets of the default setting, medians: times fewer evaluations to the strict threshold; final loss ratio."""
 BASELINE = "no reuse"
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "reuse (refresh 10 %, exact every 10)": {"refresh": 0.1, "exact_every": 10},
     "reuse (refresh 20 %, exact every 5)": {"refresh": 0.2, "exact_every": 5},
 }
@@ -52,7 +52,7 @@ class Problem:
 
 
 @dataclass
-class Run:
+class Optimisation:
     """One optimisation, by what it cost to come below each threshold."""
 
     calls: list[float]
@@ -140,7 +140,7 @@ def latent_space(num_steps: int, guided: bool, device: str, seed: int) -> Proble
     return Problem(sampler, latents, lambda x0: F.mse_loss(decode(x0), image) / scale, 0.1, conditions)
 
 
-def optimise(problem: Problem, thresholds: tuple[float, ...], updates: int, variant: str) -> Run:
+def optimise(problem: Problem, thresholds: tuple[float, ...], updates: int, variant: str) -> Optimisation:
     """Run one variant. An estimate below a threshold asks for an exact pass, which alone decides."""
     cache = sdo_fast.TrajectoryCache(**OURS[variant]) if variant in OURS else None
     sampler = problem.sampler(grad_step="identity", fused=True, reuse=cache)
@@ -175,7 +175,7 @@ def optimise(problem: Problem, thresholds: tuple[float, ...], updates: int, vari
     def price(spent: list[Any], threshold: float) -> float:
         return next((s for s, r in zip(spent, history, strict=True) if r.exact and r.loss <= threshold), math.inf)
 
-    return Run(
+    return Optimisation(
         [price(calls, threshold) for threshold in thresholds],
         [price(seconds, threshold) for threshold in thresholds],
         history[-1].loss,
@@ -192,7 +192,7 @@ def ratio(base: list[float], ours: list[float], total: float) -> float:
 
 
 def compare(make: Callable[[int], Problem], task: str, seeds: int, updates: int, summaries: dict[str, Summary]) -> Work:
-    runs: dict[str, list[Run]] = {name: [] for name in (BASELINE, "coarse to fine", *OURS)}
+    runs: dict[str, list[Optimisation]] = {name: [] for name in (BASELINE, "coarse to fine", *OURS)}
     for seed in range(seeds):
         problem = make(seed)
         for name, of_variant in runs.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Gpu:
     def peaks(self) -> dict[str, float]:
         """Measured: GB/s of a large copy, reads and writes counted, and TFLOP/s of large products by precision."""
         source, target = (torch.empty(self.copy_bytes, dtype=torch.int8, device=self.device) for _ in range(2))
-        found = {"copy GB/s": 2 * self.copy_bytes / self._best(lambda: target.copy_(source)) / 1e9}
+        rates = {"copy GB/s": 2 * self.copy_bytes / self._best(lambda: target.copy_(source)) / 1e9}
         side = self.matrix_side
         for name, dtype, precision in (
             ("fp32", torch.float32, "highest"),
@@ -84,10 +85,10 @@ class Gpu:
             torch.set_float32_matmul_precision(precision)
             try:
                 a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
-                found[f"matmul {name} TFLOP/s"] = 2 * side**3 / self._best(lambda a=a, b=b: a @ b) / 1e12
+                rates[f"matmul {name} TFLOP/s"] = 2 * side**3 / self._best(partial(torch.matmul, a, b)) / 1e12
             finally:
                 torch.set_float32_matmul_precision(before)
-        return {name: round(value, 3) for name, value in found.items()}
+        return {name: round(value, 3) for name, value in rates.items()}
 
     def _best(self, run: Run) -> float:
         for _ in range(WARM_UP):
@@ -129,7 +130,7 @@ class Footprint(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Weak references: they keep an address from being given to another storage, but no memory.
+        # Weak references: they keep an address from serving another storage, but no memory.
         self.made: set[StorageWeakRef] = set()
         self.read: dict[StorageWeakRef, int] = {}
         self.flops = 0

@@ -5,7 +5,7 @@
     gpu_day.sh run 2 OUT           there, at most 330 s: how fast is it?
     gpu_day.sh records TAR ...     anywhere: OUT's tars into records and the README's rows
 
-The GPU's machine needs Python, torch, triton and pytest; no network, no git, no install. All that is known lies in one
+The GPU's machine needs Python, torch, triton and pytest; no network, no git, no install. All results so far lie in one
 tar in OUT after every step. A step that fails or takes too long stops none of those after it.
 """
 
@@ -28,7 +28,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .records import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = ROOT / ".gpu"
@@ -75,14 +78,14 @@ def prepare(target: str, python: str, quick: bool) -> int:
     shutil.rmtree(CACHE, ignore_errors=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(CACHE), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "benchmarks.prefill", target, *["--quick"] * quick]
+    command = [sys.executable, "-m", "benchmarks.inspection.prefill", target, *["--quick"] * quick]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     with tarfile.open(PREPARED / "cache.tar.xz", "w:xz") as tar:
         # What a launch reads; the intermediate codes stay here.
         tar.add(CACHE, ".", filter=lambda m: m if m.isdir() or m.name.endswith((".json", ".cubin", ".so")) else None)
     commit, dirty = records.version_of_sources()
     manifest = {"commit": commit, "dirty": dirty, "target": target, "fingerprint": fingerprint(), **versions()}
-    records.write_whole(PREPARED / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    records.write_atomically(PREPARED / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     size = sum(path.stat().st_size for path in PREPARED.rglob("*") if path.is_file())
     print(f"{PREPARED}: {size / 1e6:.1f} MB, for {target}, torch {manifest['torch']}, triton {manifest['triton']}")
     if size > LARGEST:
@@ -118,13 +121,13 @@ def suite(name: str, folder: Path, dry: bool, *arguments: str) -> list[str]:
 
 
 def is_it_right(dry: bool, scratch: Path) -> list[Step]:
-    from .launches import LAUNCHES
+    from .inspection.launches import LAUNCHES
 
     kernels = "tests/test_triton_{}.py"
-    launches = ["-m", "benchmarks.launches"]
+    launches = ["-m", "benchmarks.inspection.launches"]
     if dry:
         return [
-            Step("correct", 90, [["-m", "benchmarks.correct", "--dry-run"]]),
+            Step("correct", 90, [["-m", "benchmarks.inspection.correct", "--dry-run"]]),
             Step("launches", 60, [[*launches, "--dry-run", "haar"], [*launches, "--dry-run", "attention"]]),
             Step("block", 90, [pytest("tests/test_gpu.py", "-k", "(block or graph) and not suites", workers=2)]),
             Step("products", 60, [pytest(kernels.format("pointwise"), "-k", "wide or layouts", workers=2)]),
@@ -141,7 +144,7 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
         for precision in ("fp32", "tf32", "bf16")
     ]
     return [
-        Step("correct", 70, [["-m", "benchmarks.correct"]]),
+        Step("correct", 70, [["-m", "benchmarks.inspection.correct"]]),
         Step("launches", 60, [[*launches, "--real", family] for family in LAUNCHES]),
         Step("block", 70, [pytest("tests/test_gpu.py", "-m", "gpu", "-k", "not suites and not launches")]),
         Step("products", 110, [tests[0]]),
@@ -158,19 +161,19 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
 def how_fast(dry: bool, records: Path) -> list[Step]:
     precisions = ("--precision", "fp32", "tf32", "bf16")
     if dry:
-        names = ("block", "network", "haar", "attention", "step")
+        names = ("block", "network", "haar", "channel_attention", "sampler_step")
         return [
             *(Step(f"time-{name}", 90, [suite(name, records, dry, *precisions)]) for name in names),
-            Step("memcheck", 30, [["-m", "benchmarks.launches", "--dry-run", "haar"]]),
+            Step("memcheck", 30, [["-m", "benchmarks.inspection.launches", "--dry-run", "haar"]]),
         ]
-    families = ("fourier", "ffn", "wavelet", "spatial", "attention", "haar")
+    ops = ("fourier_mix", "multiscale_ffn", "wavelet_mix", "depthwise_gelu", "channel_attention", "haar")
     sanitizer = ["-m", "benchmarks.gpu_day", "memcheck", "ffn", "fourier", "pointwise"]
     return [
         Step("time-block", 100, [suite("block", records, dry, "--compile", *precisions)]),
         Step("time-network", 110, [suite("network", records, dry, "--compile", *precisions)]),
         # One after the other: they time. Each by itself: one that fails takes no other along.
-        *(Step(f"time-{name}", 40, [suite(name, records, dry)]) for name in families),
-        Step("time-step", 30, [suite("step", records, dry)]),
+        *(Step(f"time-{name}", 40, [suite(name, records, dry)]) for name in ops),
+        Step("time-sampler_step", 30, [suite("sampler_step", records, dry)]),
         Step("memcheck", 60, [sanitizer], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
     ]
 
@@ -183,7 +186,7 @@ def memcheck(families: Sequence[str]) -> int:
         print("not run: no compute-sanitizer")
         return NOT_RUN
     options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "1"]
-    os.execv(tool, [tool, *options, sys.executable, "-m", "benchmarks.launches", *families])
+    os.execv(tool, [tool, *options, sys.executable, "-m", "benchmarks.inspection.launches", *families])
 
 
 class Day:
@@ -216,7 +219,7 @@ class Day:
             file.write(line + "\n")
 
     def save(self) -> None:
-        """Everything known so far, under its name only when it is whole."""
+        """Every result so far, under its name only when it is complete."""
         part = self.out / ".gpu_day.part"
         with tarfile.open(part, "w:gz") as tar:
             for name in ("summary.txt", "logs", "records"):
@@ -228,19 +231,21 @@ class Day:
         """Unpack what was prepared, once a machine."""
         begin = time.monotonic()
         manifest = PREPARED / "manifest.json"
-        found = json.loads(manifest.read_text()) if manifest.exists() else {}
+        prepared = json.loads(manifest.read_text()) if manifest.exists() else {}
         here = versions()
         self.tell(f"part {self.part}: torch {here['torch']}, triton {here['triton']}, {self.device()}")
-        if not found:
+        if not prepared:
             self.tell("nothing was prepared (gpu_day.sh prepare): kernels compile here, wheels may be missing")
             return
-        if any(found[name] != version for name, version in here.items()):
-            self.tell(f"prepared for torch {found['torch']} and triton {found['triton']}: the kernels compile here")
-        changed = found["fingerprint"] != fingerprint()
+        if any(prepared[name] != version for name, version in here.items()):
+            self.tell(
+                f"prepared for torch {prepared['torch']} and triton {prepared['triton']}: the kernels compile here"
+            )
+        changed = prepared["fingerprint"] != fingerprint()
         if changed:
             self.tell("sources have changed since it was prepared: kernels whose files did compile here")
-        if found["commit"]:
-            self.environment["COMMIT"] = f"{found['commit']}{' dirty' if found['dirty'] or changed else ''}"
+        if prepared["commit"]:
+            self.environment["COMMIT"] = f"{prepared['commit']}{' dirty' if prepared['dirty'] or changed else ''}"
         site = self.work / "site"
         if not site.exists():
             site.mkdir()
@@ -343,62 +348,58 @@ def run(part: int, out: Path, dry: bool, work: Path | None, only: Sequence[str])
 BEGIN, END = "<!-- GPU figures: begin -->", "<!-- GPU figures: end -->"
 
 
-def figures(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The README's rows: of the block and the network, our milliseconds and how many times longer the others take."""
-    lines: list[str] = []
-    for document in documents:
-        if document["suite"] not in ("block", "network"):
-            continue
-        environment = document["environment"]
-        if not lines:
-            packages = environment["packages"]
-            where = f"{environment['device']}, torch {packages['torch']}, triton {packages['triton']}"
-            note = "REHEARSAL ON THE CPU, no figures of a GPU: " if environment.get("rehearsal") else "Measured on "
-            lines += [
-                f"{note}{where}, commit {environment['commit']}; medians; CUDA graphs on both sides in the last",
-                "",
-            ]
-            lines[0] += " columns (`benchmarks/gpu_day.sh run 2`):"
-            lines += ["| work | ours, ms | eager | torch.compile | ours in a graph, ms | eager | torch.compile |"]
-            lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-        cases: dict[str, dict[str, Mapping[str, Any]]] = {}
-        for record in document["records"]:
-            cases.setdefault(record["case"], {})[record["variant"]] = record
-        for case, variants in cases.items():
-            cells = []
-            for graph in ("", ", CUDA graph"):
-                times = {name: r.get("p50_ms") for name, r in variants.items() if name.endswith("graph") == bool(graph)}
-                ours = times.get(f"ours{graph}")
-                compiled = [t for name, t in times.items() if name.startswith("compile") and t]
-                rivals = (times.get(f"reference{graph}"), min(compiled, default=None))
-                status = str(variants.get(f"ours{graph}", {}).get("status", "not measured"))
-                cells.append(f"{ours:.3f}" if ours else status)
-                cells += [f"{rival / ours:.2f}" if rival and ours else "-" for rival in rivals]
-            lines.append(f"| {case} | {' | '.join(cells)} |")
+def _cells(variants: Mapping[str, Record], graph: str) -> list[str]:
+    """Our milliseconds, and how many times longer eager PyTorch and torch.compile take; `graph` ends the names."""
+    times = {name: record.get("p50_ms") for name, record in variants.items() if name.endswith("graph") == bool(graph)}
+    ours = times.get(f"ours{graph}")
+    compiled = [t for name, t in times.items() if name.startswith("compile") and t]
+    rivals = (times.get(f"reference{graph}"), min(compiled, default=None))
+    status = str(variants.get(f"ours{graph}", {}).get("status", "not measured"))
+    return [f"{ours:.3f}" if ours else status, *(f"{rival / ours:.2f}" if rival and ours else "-" for rival in rivals)]
+
+
+def figures(suites: Mapping[str, Sequence[Record]]) -> list[str]:
+    """The README's rows, of the block and the network."""
+    rows = [record for suite in ("block", "network") for record in suites.get(suite, ())]
+    if not rows:
+        return []
+    first = rows[0]
+    note = "REHEARSAL ON THE CPU, no figures of a GPU: " if first.get("rehearsal") else "Measured on "
+    where = f"{first['device']}, torch {first['torch']}, triton {first['triton']}, commit {first.get('commit')}"
+    lines = [
+        f"{note}{where}; medians; CUDA graphs on both sides in the last columns (`benchmarks/gpu_day.sh run 2`):",
+        "",
+        "| work | ours, ms | eager | torch.compile | ours in a graph, ms | eager | torch.compile |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    cases: dict[str, dict[str, Record]] = {}
+    for record in rows:
+        cases.setdefault(record["case"], {})[record["variant"]] = record
+    for case, variants in cases.items():
+        lines.append(f"| {case} | {' | '.join([*_cells(variants, ''), *_cells(variants, ', CUDA graph')])} |")
     return lines
 
 
 def records_of(tars: Sequence[Path], out: Path, readme: Path) -> int:
-    """Unpack the records into `out`, draw their tables and plots, and put the rows into the README."""
+    """Put the tars' records into `out`, draw its tables and plots, and put the rows into the README."""
     from . import records, report
 
     with tempfile.TemporaryDirectory() as folder:
         for path in tars:
             with tarfile.open(path) as tar:
                 tar.extractall(folder, filter="data")
-        found = records.load(Path(folder) / "records")
-        out.mkdir(parents=True, exist_ok=True)
-        for kept in [*Path(folder, "records").glob("*.json"), *Path(folder, "records").glob("*.csv")]:
-            shutil.copy(kept, out)
-        shutil.copy(Path(folder) / "summary.txt", out)
-    if not found:
-        print("the tars hold no records (they are of `run 2`)", file=sys.stderr)
-        return 1
+        suites = records.load(Path(folder) / "records")
+        if not suites:
+            print("the tars hold no records (they are of `run 2`)", file=sys.stderr)
+            return 1
+        for suite, rows in suites.items():
+            records.keep(suite, rows, complete=True, folder=out)
+        shutil.copy(Path(folder) / "summary.txt", out / "gpu_day.txt")
     report.write(out)
     text = readme.read_text()
     if BEGIN in text and END in text:
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        records.write_whole(readme, "\n".join([before + BEGIN, *figures(records.load(out)), END]) + after)
+        records.write_atomically(readme, "\n".join([before + BEGIN, *figures(suites), END]) + after)
     print(f"records: {out}; rows: {readme}")
     return 0
 
@@ -422,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--only", nargs="+", default=[], metavar="STEP")
     one = commands.add_parser("records")
     one.add_argument("tars", nargs="+", type=Path, metavar="TAR")
-    one.add_argument("--out", type=Path, default=records.RESULTS / "gpu")
+    one.add_argument("--out", type=Path, default=records.RESULTS)
     one.add_argument("--readme", type=Path, default=ROOT / "README.md")
     one = commands.add_parser("memcheck")
     one.add_argument("families", nargs="+")

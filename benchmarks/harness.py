@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,17 +103,17 @@ def relative_rms(actual: Any, expected: Any) -> float:
 def compiled(function: Callable[..., Any], call: Callable[[Callable[..., Any]], Any]) -> dict[str, Variant]:
     """`call(function)` under torch.compile with both layout settings."""
     functions = {name: torch.compile(function, options={"layout_optimization": on}) for name, on in LAYOUTS.items()}
-    return {name: Variant(lambda f=f: call(f)) for name, f in functions.items()}
+    return {name: Variant(partial(call, f)) for name, f in functions.items()}
 
 
 def saved_bytes(run: Callable[[], Any], parameters: Sequence[Tensor] = ()) -> int:
     """Bytes that autograd keeps after `run()` for backward, each storage once, without `parameters`."""
     kept: dict[int, int] = {}
-    known = {p.untyped_storage().data_ptr() for p in parameters}
+    excluded = {p.untyped_storage().data_ptr() for p in parameters}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in excluded:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -128,7 +129,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> LiveBytes:
         self.live, self.peak = 0, 0
-        self.known: dict[int, weakref.ref[Any]] = {}
+        self.storages: dict[int, weakref.ref[Any]] = {}
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,12 +144,12 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes() if made else 0
-                if key not in self.known:
+                if key not in self.storages:
                     self.live += size
-                    self.known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._release(key, size))
+                    self.storages[key] = weakref.ref(storage, partial(self._release, key, size))
 
-    def _release(self, key: int, size: int) -> None:
-        del self.known[key]
+    def _release(self, key: int, size: int, reference: object) -> None:
+        del self.storages[key]
         self.live -= size
 
 
@@ -289,7 +290,7 @@ def try_variant(
 
 def graphs(work: Work, running: Mapping[str, Run], gpu: Gpu) -> dict[str, Variant]:
     """For each variant that runs, its CUDA graph, which pays for no launch."""
-    found = {}
+    captures = {}
     for name, run in running.items():
         if not any(isinstance(leaf, Tensor) and leaf.device.type == gpu.device for leaf in tree_leaves(run())):
             continue
@@ -299,10 +300,10 @@ def graphs(work: Work, running: Mapping[str, Run], gpu: Gpu) -> dict[str, Varian
         except Exception as error:
             gpu.synchronize()
             reason = str(error).splitlines()[0][:80] if str(error) else ""
-            found[name + GRAPH] = Variant(None, note=f"cannot be captured: {type(error).__name__}: {reason}")
+            captures[name + GRAPH] = Variant(None, note=f"cannot be captured: {type(error).__name__}: {reason}")
         else:
-            found[name + GRAPH] = replace(original, run=captured, metrics={})
-    return found
+            captures[name + GRAPH] = replace(original, run=captured, metrics={})
+    return captures
 
 
 def interleave(runs: Mapping[str, Run], timer: Timer, budget: float, least_rounds: int = 5) -> dict[str, list[float]]:

@@ -1,14 +1,14 @@
-"""Records on disk: one JSON and one CSV file a suite, with the environment that they were taken in."""
+"""Records on disk: one CSV file a suite, a line a record, each with its date, commit, versions and device."""
 
 from __future__ import annotations
 
 import csv
+import datetime
 import io
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,22 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
-VARIABLES += ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "SWFORMER_FAST_BACKEND", "SDO_FAST_BACKEND")
+"""The tracked records, which a run with --record updates."""
+OUTPUT = Path(__file__).parent / "output"
+"""Where a run writes; not tracked."""
+PLACE = ("device", "capability", "threads", "variables", "rehearsal")
+"""Records that differ in one of these stand side by side."""
+CASE = ("target", "launch", "case")
+"""What a record is of; each suite has some of these."""
+TEXT = {"date", "commit", "torch", "triton", "versions", "device", "capability", "variables"}
+"""Columns that may look like numbers and are none."""
+VARIABLES = (
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "SWFORMER_FAST_BACKEND", "SDO_FAST_BACKEND"),
+    *("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"),
+)
+PACKAGES = ("numpy", "diffusers", "ptwt", "pytorch_wavelets")
+
+Record = Mapping[str, Any]
 
 
 def processor() -> str:
@@ -45,31 +59,42 @@ def git(*arguments: str) -> str | None:
 
 
 def version_of_sources() -> tuple[str | None, bool | None]:
-    """The commit, and whether there are changes beside it. Without git what COMMIT says; None is not known."""
+    """The commit, and whether there are changes beside it. Without git what COMMIT says; None where nobody says."""
     commit = git("rev-parse", "--short", "HEAD")
     if commit is None:
-        given = os.environ.get("COMMIT", "").split()
-        return (given[0], "dirty" in given) if given else (None, None)
+        words = os.environ.get("COMMIT", "").split()
+        return (words[0], "dirty" in words) if words else (None, None)
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/results")
     return commit, None if changes is None else bool(changes)
 
 
-def environment(device: str) -> dict[str, Any]:
-    cuda = device == "cuda"
+def sources() -> dict[str, Any]:
+    """The columns of every record: when, and of which sources and packages."""
     commit, dirty = version_of_sources()
+    others = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     return {
+        "date": datetime.date.today().isoformat(),
         "commit": commit,
         "dirty": dirty,
-        "device": torch.cuda.get_device_name() if cuda else processor(),
-        "capability": torch.cuda.get_device_capability() if cuda else torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {p: version(p) for p in ("torch", "triton", "numpy", "diffusers", "ptwt", "pytorch_wavelets")},
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "torch": version("torch"),
+        "triton": version("triton"),
+        "versions": ", ".join(f"{name} {number}" for name, number in others.items() if number),
     }
 
 
-def write_whole(path: Path, text: str) -> None:
+def environment(device: str) -> dict[str, Any]:
+    """The columns of a timing beside its figures: `sources()` and where it was taken."""
+    cuda = device == "cuda"
+    capability = torch.cuda.get_device_capability() if cuda else torch.backends.cpu.get_cpu_capability()
+    return sources() | {
+        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "capability": ".".join(map(str, capability)) if isinstance(capability, tuple) else capability,
+        "threads": torch.get_num_threads(),
+        "variables": " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary name and rename, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
@@ -77,30 +102,63 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def flat(value: Any) -> Any:
-    """A value for one cell: a mapping as "key:value key:value"."""
-    return " ".join(f"{k}:{v}" for k, v in value.items()) if isinstance(value, Mapping) else value
+def _cell(value: Any) -> str:
+    """Five digits of a number with a fraction; a mapping as "key:value key:value"."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{k}:{v}" for k, v in value.items())
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def save(
-    folder: Path,
-    suite: str,
-    device: str,
-    records: Sequence[Mapping[str, Any]],
-    complete: bool,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
-    """extra: what else is to be known of the environment."""
-    known = environment(device) | dict(extra or {})
-    document = {"suite": suite, "complete": complete, "environment": known, "records": list(records)}
-    write_whole(folder / f"{suite}.json", json.dumps(document, indent=1) + "\n")
-    columns = list(dict.fromkeys(key for record in records for key in record))
+def _value(column: str, cell: str) -> Any:
+    if column in TEXT:
+        return cell
+    if cell in ("True", "False"):
+        return cell == "True"
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def save(folder: Path, suite: str, records: Iterable[Record]) -> None:
+    rows = [{column: _cell(value) for column, value in record.items()} for record in records]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(c for row in rows for c in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: flat(value) for key, value in record.items()} for record in records)
-    write_whole(folder / f"{suite}.csv", buffer.getvalue())
+    writer.writerows(rows)
+    write_atomically(folder / f"{suite}.csv", buffer.getvalue())
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def read(path: Path) -> list[Record]:
+    """The records of a file, without the columns that are empty in them; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{c: _value(c, cell) for c, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def load(folder: Path) -> dict[str, list[Record]]:
+    """The records of each suite."""
+    return {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
+
+
+def keep(suite: str, records: Iterable[Record], complete: bool, folder: Path | None = None) -> None:
+    """Put the records in `folder`, the tracked one if None, in the place of those that were taken there and then.
+
+    Those of other places stay; so do those of cases that were not reached, unless the suite is complete.
+    """
+
+    def columns(record: Record, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(_cell(record.get(name)) for name in names)
+
+    path = (folder or RESULTS) / f"{suite}.csv"
+    new = list(records)
+    places, reached = ({columns(r, names) for r in new} for names in (PLACE, (*PLACE, *CASE)))
+    stay = [
+        r
+        for r in read(path)
+        if columns(r, PLACE) not in places or not (complete or columns(r, (*PLACE, *CASE)) in reached)
+    ]
+    save(path.parent, suite, [*stay, *new])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import swformer_fast as sf
-from benchmarks.arguments import ARGUMENTS
+from benchmarks.inspection.arguments import ARGUMENTS
 
 X, LOW, HIGH = torch.randn(1, 1, 4, 4), torch.randn(2), torch.randn(2)
 EXTENSION = sf.backends()["cpp"] == "available"

@@ -1,7 +1,8 @@
 """The benchmark harness: the correctness gate, interleaving, records, suites."""
 
+import ast
+import graphlib
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -15,8 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import swformer_fast as sf
-from benchmarks import __main__ as command
-from benchmarks import gpu, harness, records, report
+from benchmarks import bench_haar, command, gpu, harness, records, report
 from benchmarks.harness import Case, Options, Timer, Variant, Work
 
 ROOT = Path(__file__).parent.parent
@@ -95,15 +95,120 @@ def test_timer_counts_calls() -> None:
 
 def test_records_and_report_round_trip(tmp_path: Path) -> None:
     rows = harness.measure(case(ours=Variant(None, ours=True, note="no GPU")), QUICK)
-    records.save(tmp_path, "add", "cpu", rows, complete=True)
-    (document,) = records.load(tmp_path)
-    assert document["records"] == json.loads(json.dumps(rows))
-    assert {"commit", "dirty", "device", "threads", "packages", "variables"} <= document["environment"].keys()
-    report.write(tmp_path)
-    assert "not measured: no GPU" in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "add.png").stat().st_size > 1000
-    assert (tmp_path / "add.csv").read_text().startswith("case,variant,ours")
+    environment = {k: v for k, v in records.environment("cpu").items() if v not in (None, "")} | {"commit": "12345e6"}
+    rows = [{**environment, **row} for row in rows]
+    records.save(tmp_path, "add", rows)
+    (kept,) = records.load(tmp_path).values()
+    for before, after in zip(rows, kept, strict=True):
+        assert {k: v if isinstance(v, str | bool) else pytest.approx(v, rel=1e-4) for k, v in before.items()} == after
+    report.write_tables(tmp_path, "add", report.timings(kept))
+    assert "not measured: no GPU" in (tmp_path / "add.md").read_text()
+    assert (tmp_path / "add.csv").read_text().startswith("date,commit,dirty,torch,triton,versions,device,")
     assert not list(tmp_path.glob(".*"))
+
+
+def timed(name: str, device: str, ratio: float, **columns: Any) -> dict[str, Any]:
+    place = {"device": device, "capability": "AVX2", "threads": 1, "date": "2026-01-01", "commit": "abc1234"}
+    return {
+        **place,
+        "dirty": False,
+        "torch": "2.13.0",
+        "case": name,
+        "status": "ok",
+        "p50_ms": 6 / ratio,
+        "ratio": ratio,
+    } | columns
+
+
+def pair(name: str, device: str, ratio: float) -> list[dict[str, Any]]:
+    variants = (("reference", 1.0), ("compile", 1.5), ("ours", ratio))
+    return [timed(name, device, r, variant=v, ours=v == "ours") for v, r in variants]
+
+
+def test_records_replace_those_of_their_place(tmp_path: Path) -> None:
+    def kept() -> list[tuple[Any, ...]]:
+        ours = [r for r in records.read(tmp_path / "add.csv") if r["ours"]]
+        return sorted((r["device"], r["case"], r["ratio"]) for r in ours)
+
+    records.keep("add", pair("add 2x2", "A", 2) + pair("add 4x4", "A", 4), True, tmp_path)
+    records.keep("add", pair("add 2x2", "B", 3), True, tmp_path)
+    assert kept() == [("A", "add 2x2", 2), ("A", "add 4x4", 4), ("B", "add 2x2", 3)]
+    records.keep("add", pair("add 2x2", "A", 5), False, tmp_path)
+    assert kept() == [("A", "add 2x2", 5), ("A", "add 4x4", 4), ("B", "add 2x2", 3)]
+    records.keep("add", pair("add 4x4", "A", 6), True, tmp_path)
+    assert kept() == [("A", "add 4x4", 6), ("B", "add 2x2", 3)]
+
+
+def test_the_summary_is_short_and_says_what_came_out(tmp_path: Path) -> None:
+    rows = pair("add 2x2", "A", 2) + pair("add 4x4", "A", 4) + pair("subtract 2x2", "A", 3)
+    rows.append(timed("add 2x2", "A", 1, variant="peer", ours=False) | {"status": "not measured: peer: No module"})
+    rows.append(timed("add 4x4", "A", 1, variant="other", ours=True) | {"status": "FAILED: relative RMS error"})
+    text = report.summary({"add": rows}, tmp_path)
+    assert "add: 3 (2-4); 2 over torch.compile" in text
+    assert "subtract: 3; 2 over torch.compile" in text
+    assert "not measured: peer: No module\n" in text
+    assert "add 4x4, other: FAILED: relative RMS error" in text
+    assert str(tmp_path) in text
+    many = report.summary({f"suite{i}": rows[:6] for i in range(8)}, tmp_path)
+    assert len(many.splitlines()) <= 12
+    assert "suite7" in many
+    assert "2 cases: 3 (2-4); 2 over torch.compile" in many
+
+
+def test_the_readme_of_the_records_holds_headlines_of_each_place(tmp_path: Path) -> None:
+    records.save(tmp_path, "add", pair("add 2x2", "A", 2) + pair("add 4x4", "A", 4) + pair("add 2x2", "B", 3))
+    report.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| add | add | 2 | 3 (2-4); 2 over torch.compile | 3; 2 over torch.compile | not measured: no GPU |" in text
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_the_tracked_records_are_slim_and_their_readme_is_theirs() -> None:
+    files = subprocess.run(["git", "ls-files", records.RESULTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    if files.returncode or not files.stdout:
+        pytest.skip("no repository here")
+    names = {Path(name).name for name in files.stdout.split()}
+    others = {name for name in names if not name.endswith(".csv")}
+    assert others - {"gpu_day.txt"} == {"README.md", "sdo.png", "speed.png"}
+    text = (records.RESULTS / "README.md").read_text()
+    assert text == report.markdown(records.load(records.RESULTS))
+    assert len(text.splitlines()) <= 150
+
+
+def test_a_peer_that_fails_to_import_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(x: torch.Tensor) -> Any:
+        raise ModuleNotFoundError("No module named 'pkg_resources'")
+
+    monkeypatch.setitem(bench_haar.LIBRARIES, "pytorch_wavelets", fails)
+    variants = bench_haar.peers([torch.randn(1, 1, 4, 4)])
+    row, run = harness.try_variant("dwt", "pytorch_wavelets", variants["pytorch_wavelets"], None)
+    assert run is None
+    assert row["status"] == "not measured: pytorch_wavelets: No module named 'pkg_resources'"
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of benchmarks that a file imports, anywhere in it."""
+    package = [*path.relative_to(ROOT).parent.parts]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = [*base, *(node.module or "").split(".")] if node.module else base
+            names |= {".".join(module), *(".".join([*module, alias.name]) for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.startswith("benchmarks.")}
+
+
+def test_imports_go_one_way() -> None:
+    """No circle among the modules of benchmarks, and what is timed needs nothing of inspection but for the GPU day."""
+    paths = (ROOT / "benchmarks").rglob("*.py")
+    graph = {".".join(path.relative_to(ROOT).with_suffix("").parts): imports(path) for path in paths}
+    edges = {name: modules & graph.keys() for name, modules in graph.items()}
+    assert len(edges) > 25
+    list(graphlib.TopologicalSorter(edges).static_order())  # raises CycleError
+    inspecting = {name for name in edges if any(m.startswith("benchmarks.inspection") for m in edges[name])}
+    assert {name for name in inspecting if not name.startswith("benchmarks.inspection")} == {"benchmarks.gpu_day"}
 
 
 def test_interrupted_run_keeps_finished_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +218,27 @@ def test_interrupted_run_keeps_finished_cases(tmp_path: Path, monkeypatch: pytes
     module = type("Suite", (), {"cases": staticmethod(lambda options: [case("first"), Case("second", interrupt)])})
     monkeypatch.setitem(sys.modules, "benchmarks.bench_haar", module)
     assert command.main(["haar", "--quick", "--out", str(tmp_path)]) == 130
-    (document,) = records.load(tmp_path)
-    assert not document["complete"]
-    assert {record["case"] for record in document["records"]} == {"first"}
+    (rows,) = records.load(tmp_path).values()
+    assert {record["case"] for record in rows} == {"first"}
+    assert "first" in (tmp_path / "haar.md").read_text()
+
+
+def test_a_run_leaves_the_tracked_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = type("Suite", (), {"cases": staticmethod(lambda options: [case("first")])})
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_haar", module)
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(records, "OUTPUT", tmp_path / "output")
+    assert command.main(["haar", "--budget", "0.01"]) == 0
+    assert {path.name for path in (tmp_path / "output").iterdir()} >= {"haar.csv", "haar.md"}
+    assert not (tmp_path / "results").exists()
+    assert command.main(["haar", "--budget", "0.01", "--record"]) == 0
+    assert {path.name for path in (tmp_path / "results").iterdir()} >= {"haar.csv", "README.md"}
+
+
+def test_records_are_of_full_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["haar", "--quick", "--record"])
+    assert "--record keeps figures of full size" in capsys.readouterr().err
 
 
 def test_a_failed_gate_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,29 +267,29 @@ def test_suites_are_found_by_name() -> None:
 
 def test_quick_haar_suite(tmp_path: Path) -> None:
     assert command.main(["haar", "--quick", "--out", str(tmp_path)]) == 0
-    (document,) = records.load(tmp_path)
-    ours = [r for r in document["records"] if r["variant"] == "ours (cpp)"]
+    (rows,) = records.load(tmp_path).values()
+    ours = [r for r in rows if r["variant"] == "ours (cpp)"]
     assert len(ours) == 4
     assert all(r["status"] == "ok" or r["status"].startswith("not measured") for r in ours)
-    triton = [r["status"] for r in document["records"] if r["variant"] == "ours (triton)"]
+    triton = [r["status"] for r in rows if r["variant"] == "ours (triton)"]
     assert torch.cuda.is_available() or set(triton) == {"not measured: no GPU"}
 
 
 def test_rehearsal_times_graphs_and_prints_fractions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["haar", "--device", "cuda", "--dry-run", "--out", str(tmp_path)]) == 0
-    (haar,) = records.load(tmp_path)
-    assert haar["environment"]["rehearsal"]
-    assert {"copy GB/s", "matmul fp32 TFLOP/s", "matmul tf32 TFLOP/s"} <= haar["environment"]["peaks"].keys()
-    rows = {r["variant"]: r for r in haar["records"]}
-    assert {"reference", "reference, CUDA graph"} <= rows.keys()
-    for row in haar["records"]:
+    (haar,) = records.load(tmp_path).values()
+    assert all(row["rehearsal"] for row in haar)
+    assert re.match(r"copy GB/s .*, matmul fp32 TFLOP/s .*, matmul tf32 TFLOP/s .*", haar[0]["peaks"])
+    assert {"reference", "reference, CUDA graph"} <= {row["variant"] for row in haar}
+    for row in haar:
         if row["status"] == "ok":
             assert row["GB/s"] > 0, row
             assert row["of_copy"] > 0, row
     printed = capsys.readouterr().out
     assert "measured peaks: copy GB/s" in printed
-    assert "REHEARSAL ON THE CPU" in (tmp_path / "README.md").read_text()
-    assert "% of the measured copy rate" in (tmp_path / "README.md").read_text()
+    assert "REHEARSAL ON THE CPU" in printed
+    assert "REHEARSAL ON THE CPU" in (tmp_path / "haar.md").read_text()
+    assert "% of the measured copy rate" in (tmp_path / "haar.md").read_text()
 
 
 @pytest.mark.parametrize("precision", harness.PRECISIONS)
@@ -211,12 +334,12 @@ def test_ours_may_err_twice_as_far_as_the_baseline() -> None:
 def test_a_suite_without_its_packages_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "benchmarks.bench_step", None)
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_sampler_step", None)
     module = type("Suite", (), {"cases": staticmethod(lambda options: [case("first")])})
     monkeypatch.setitem(sys.modules, "benchmarks.bench_haar", module)
-    assert command.main(["step", "haar", "--quick", "--out", str(tmp_path)]) == 1
-    assert "step: not measured:" in capsys.readouterr().err
-    assert [d["suite"] for d in records.load(tmp_path)] == ["haar"]
+    assert command.main(["sampler_step", "haar", "--quick", "--out", str(tmp_path)]) == 1
+    assert "sampler_step: not measured:" in capsys.readouterr().err
+    assert list(records.load(tmp_path)) == ["haar"]
 
 
 def test_sources_are_known_or_said_not_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,15 +351,15 @@ def test_sources_are_known_or_said_not_to_be(tmp_path: Path, monkeypatch: pytest
     assert records.version_of_sources() == ("abc1234", True)
     monkeypatch.setenv("COMMIT", "abc1234")
     assert records.version_of_sources() == ("abc1234", False)
-    rows = harness.measure(case(), QUICK)
     monkeypatch.delenv("COMMIT")
-    records.save(tmp_path, "add", "cpu", rows, complete=True)
-    assert "commit None (changes unknown)" in report.markdown(records.load(tmp_path)[0])
+    records.save(tmp_path, "add", [{**records.environment("cpu"), **row} for row in harness.measure(case(), QUICK)])
+    (table,) = report.timings(records.load(tmp_path)["add"])
+    assert "commit None (changes unknown)" in table.note
 
 
 def test_what_falls_back_is_not_timed_as_ours() -> None:
     """On a GPU ours is what the Triton kernels do; an op that cannot take its input fails its row."""
-    from benchmarks.families import on_device
+    from benchmarks.op_cases import on_device
 
     x, taps = torch.randn(1, 1, 4, 4, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     fallen = on_device("cuda")(lambda: sf.functional.haar_dwt2d(x, taps, taps))
@@ -245,7 +368,7 @@ def test_what_falls_back_is_not_timed_as_ours() -> None:
 
 
 def test_every_public_function_has_arguments() -> None:
-    from benchmarks.arguments import ARGUMENTS, functions
+    from benchmarks.inspection.arguments import ARGUMENTS, functions
 
     assert set(ARGUMENTS) == set(sf.functional.__all__)
     for name, make in ARGUMENTS.items():
@@ -258,7 +381,7 @@ def test_every_public_function_has_arguments() -> None:
 @pytest.mark.parametrize("name", ["multiscale_ffn", "haar_dwt2d"])
 def test_correct_finds_a_wrong_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks import correct
+    from benchmarks.inspection import correct
 
     monkeypatch.setattr(correct, "ARGUMENTS", {name: correct.ARGUMENTS[name]})
     assert correct.main(["--dry-run"]) == 0
@@ -276,7 +399,7 @@ def test_prefill_compiles_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "benchmarks.prefill", "sm_90", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.inspection.prefill", "sm_90", "--quick"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert len(list(tmp_path.rglob("*.cubin"))) == int(re.findall(r"(\d+) kernels", run.stdout)[-1]) >= 8
@@ -326,7 +449,10 @@ def test_captured_runs_pass_the_gate() -> None:
     assert harness.failed(rows)
 
 
-@pytest.mark.parametrize("suite", ["attention", "ffn", "norm", "spatial", "step", "wavelet"])
+@pytest.mark.parametrize(
+    "suite",
+    ["channel_attention", "channel_statistics", "depthwise_gelu", "multiscale_ffn", "sampler_step", "wavelet_mix"],
+)
 def test_suites_keep_their_tensors_on_the_device(suite: str) -> None:
     """On the meta device, where nothing is computed, a tensor left on the CPU is an error as it is on a GPU."""
     module = importlib.import_module(f"benchmarks.bench_{suite}")

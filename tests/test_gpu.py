@@ -20,8 +20,8 @@ import swformer_fast as sf
 from benchmarks import harness
 from benchmarks.gpu import Gpu, Rehearsal
 from benchmarks.harness import Options
-from benchmarks.interpret import same_bits
-from benchmarks.launches import LAUNCHES
+from benchmarks.inspection.interpret import same_bits
+from benchmarks.inspection.launches import LAUNCHES
 from swformer_fast import self_test
 
 REHEARSAL = bool(os.environ.get("GPU_REHEARSAL")) and not torch.cuda.is_available()

@@ -89,7 +89,7 @@ def test_the_parts_have_their_limits() -> None:
 
 
 def test_the_products_come_first() -> None:
-    from benchmarks.arguments import ARGUMENTS
+    from benchmarks.inspection.arguments import ARGUMENTS
 
     assert list(ARGUMENTS)[:2] == ["multiscale_ffn", "fourier_mix"]
 
@@ -154,7 +154,7 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     def run(command: list[str], **options: Any) -> Any:
         commands.append(command)
-        if "benchmarks.prefill" in command:
+        if "benchmarks.inspection.prefill" in command:
             folder = Path(options["env"]["TRITON_CACHE_DIR"]) / "KEY"
             folder.mkdir(parents=True)
             for name in ("kernel.cubin", "kernel.json", "kernel.ttir", "kernel.ptx"):
@@ -166,7 +166,7 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(records, "version_of_sources", lambda: ("abc1234", True))
     monkeypatch.setattr(gpu_day.subprocess, "run", run)
     assert gpu_day.main(["prepare", "--quick"]) == 0
-    assert [c[2] for c in commands] == ["pip", "benchmarks.prefill"]
+    assert [c[2] for c in commands] == ["pip", "benchmarks.inspection.prefill"]
     assert set(gpu_day.WHEELS) <= set(commands[0])
     assert commands[1][-2:] == ["sm_90", "--quick"]
     with tarfile.open(tmp_path / ".gpu" / "cache.tar.xz") as tar:
@@ -178,7 +178,7 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "more than" in capsys.readouterr().out
 
 
-def document(suite: str, rehearsal: bool) -> dict[str, Any]:
+def timings(suite: str, rehearsal: bool) -> list[dict[str, Any]]:
     rows = []
     for case in (f"{suite} eval", f"{suite} eval, bf16"):
         times = {"reference": 8.0, "compile": 4.0, "compile, no layout opt.": 3.0, "ours": 2.0}
@@ -188,15 +188,17 @@ def document(suite: str, rehearsal: bool) -> dict[str, Any]:
                 rows[-1] |= {"p50_ms": ms * scale, "ratio": 8.0 / ms}
     rows[-1] = {**rows[-1], "status": "not measured: cannot be captured"}
     del rows[-1]["p50_ms"]
-    environment = {**records.environment("cpu"), "device": "NVIDIA H100", "commit": "abc1234", "rehearsal": rehearsal}
-    return {"suite": suite, "complete": True, "environment": environment, "records": rows}
+    environment = {**records.environment("cpu"), "device": "NVIDIA H100", "capability": "9.0", "commit": "abc1234"}
+    return [environment | {"rehearsal": rehearsal or None} | row for row in rows]
 
 
 def test_records_become_rows_of_the_readme(tmp_path: Path) -> None:
     folder, out, readme = tmp_path / "work", tmp_path / "out", tmp_path / "README.md"
     (folder / "records").mkdir(parents=True)
     (folder / "summary.txt").write_text("part 2\n")
-    records.write_whole(folder / "records" / "block.json", json.dumps(document("block", False)))
+    records.save(folder / "records", "block", timings("block", False))
+    cpu = [row | {"device": "a CPU", "capability": "AVX2"} for row in timings("block", False)]
+    records.save(out, "block", cpu)
     with tarfile.open(tmp_path / "day.tgz", "w:gz") as tar:
         tar.add(folder, ".")
     readme.write_text(f"# Title\n\n{gpu_day.BEGIN}\nnot measured: no GPU\n{gpu_day.END}\n\nThe end.\n")
@@ -210,14 +212,15 @@ def test_records_become_rows_of_the_readme(tmp_path: Path) -> None:
     assert "commit abc1234" in text
     assert "| block eval | 2.000 | 4.00 | 1.50 | 1.000 | 4.00 | 1.50 |" in text
     assert "| block eval, bf16 | 2.000 | 4.00 | 1.50 | not measured: cannot be captured | - | - |" in text
-    assert (out / "block.png").exists()
-    assert (out / "summary.txt").read_text() == "part 2\n"
+    assert {row["device"] for row in records.read(out / "block.csv")} == {"a CPU", "NVIDIA H100"}
+    assert "| a CPU (AVX2) | NVIDIA H100 (9.0) |" in (out / "README.md").read_text()
+    assert (out / "gpu_day.txt").read_text() == "part 2\n"
     assert gpu_day.main(arguments) == 0
     assert readme.read_text() == text
 
 
 def test_a_rehearsal_is_called_one() -> None:
-    assert "REHEARSAL ON THE CPU, no figures of a GPU" in gpu_day.figures([document("network", True)])[0]
+    assert "REHEARSAL ON THE CPU, no figures of a GPU" in gpu_day.figures({"network": timings("network", True)})[0]
 
 
 def test_the_readme_has_a_place_for_the_figures() -> None:
@@ -261,4 +264,4 @@ def test_dry_run_of_the_day(tmp_path: Path) -> None:
     out = tmp_path / "records"
     assert gpu_day.main(["records", str(tmp_path / "gpu_day_2.tgz"), "--out", str(out), "--readme", str(readme)]) == 0
     assert "REHEARSAL ON THE CPU" in readme.read_text()
-    assert {"block.json", "network.json", "haar.json", "attention.json"} <= {path.name for path in out.iterdir()}
+    assert {"block", "network", "haar", "channel_attention", "sampler_step"} == set(records.load(out))

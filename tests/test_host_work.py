@@ -12,9 +12,9 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 import swformer_fast as sf
-from benchmarks.arguments import ARGUMENTS
-from benchmarks.families import moved
-from benchmarks.launching import HostWork, NoHostWork
+from benchmarks.inspection.arguments import ARGUMENTS
+from benchmarks.inspection.launching import HostWork, NoHostWork
+from benchmarks.op_cases import moved
 from swformer_fast import backend
 
 SHAPE = (2, 8, 30, 34)

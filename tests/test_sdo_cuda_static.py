@@ -10,8 +10,17 @@ import sys
 
 import pytest
 
-from benchmarks.static import CUDA_TARGETS as TARGETS
-from benchmarks.static import LIBRARY, CudaKernel, cuda_code, cuda_kernels, cuda_usage, output, read_sass, tool
+from benchmarks.inspection.machine_code import CUDA_TARGETS as TARGETS
+from benchmarks.inspection.machine_code import (
+    LIBRARY,
+    CudaKernel,
+    cuda_code,
+    cuda_kernels,
+    cuda_usage,
+    output,
+    read_sass,
+    tool,
+)
 
 MAX_REGISTERS = 64  # 65,536 registers hold four blocks of 256 threads
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import swformer_fast as sf
-from benchmarks.interpret import count_traffic
+from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import functional, reference
 
 haar = pytest.importorskip("swformer_kernels.haar", reason="triton is not installed")

@@ -6,7 +6,7 @@ from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, tf32,
 from torch import Tensor
 
 import swformer_fast as sf
-from benchmarks.interpret import count_traffic
+from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import reference
 
 pointwise = pytest.importorskip("swformer_kernels.pointwise", reason="triton is not installed")

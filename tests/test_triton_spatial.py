@@ -6,7 +6,7 @@ from helpers import LAYOUTS, SIZES, Zeroing, assert_close, fp64, poisoned_memory
 from torch import Tensor
 
 import swformer_fast as sf
-from benchmarks.interpret import count_traffic
+from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import functional, reference
 
 spatial = pytest.importorskip("swformer_kernels.spatial", reason="triton is not installed")

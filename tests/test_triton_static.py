@@ -4,8 +4,9 @@ import ast
 
 import pytest
 
-from benchmarks.launches import LAUNCHES
-from benchmarks.static import ROOT, SHARED_LIMIT, TARGETS, Resources, resources
+from benchmarks.inspection.compilation import resources
+from benchmarks.inspection.launches import LAUNCHES
+from benchmarks.inspection.machine_code import ROOT, SHARED_LIMIT, TARGETS, Resources
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
