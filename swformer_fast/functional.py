@@ -93,7 +93,7 @@ def _shape(parameter: Any) -> Any:
     return tuple(parameter.shape) if isinstance(parameter, Tensor) else type(parameter).__name__
 
 
-def _outputs(name: str, weight: Tensor, shape: str, parts: int = 1) -> int:
+def _outputs(name: str, weight: Tensor | None, shape: str, parts: int = 1) -> int:
     """The first extent of a weight of rank 4, a multiple of `parts`; `shape`: what it must have, in words."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")

@@ -55,8 +55,10 @@ def op_of(name: str) -> Callable[..., Any]:
 
 def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Weights as a trained network's, so that every GELU sees both sides, of a mean that keeps gradients' sums from
-    cancelling; small biases, so that nothing saturates."""
-    scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 1.0 if name.endswith(("_lo", "_hi")) else 0.1
+    cancelling, and so filters; small biases, so that nothing saturates."""
+    if name.endswith(("_lo", "_hi")):
+        return (0.5 + torch.rand(shape, dtype=torch.float64)).to(dtype)
+    scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
     return ((torch.randn(shape, dtype=torch.float64) + 0.3) * scale).to(dtype)
 
 
@@ -73,8 +75,10 @@ def arguments(
     optional: bool = True,
     parameter_dtype: torch.dtype | None = None,
     mean: float = 0.5,
+    kernel: int = 3,
 ) -> Arguments:
-    """Random arguments for op `name` on an image (B, C, H, W): all that can have a gradient requires one."""
+    """Random arguments for op `name` on an image (B, C, H, W): all that can have a gradient requires one. Depthwise
+    convolutions have kernels of side `kernel`."""
     operator = CATALOGUE[name]
     wide = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -84,6 +88,8 @@ def arguments(
         if isinstance(given, Statistic):
             return 0.5 + torch.rand(size, dtype=torch.float64).to(wide)
         is_image = given.need == Image.need
+        if not is_image and size[2:] == (3, 3):
+            size = (*size[:2], kernel, kernel)
         tensor = image(size, dtype, layout, mean) if is_image else parameter(given.name, size, wide)
         return tensor.requires_grad_(operator.differentiable)
 

@@ -32,6 +32,10 @@ def no_limits(backend: str, *inputs: Any) -> str | None:
     return None
 
 
+def no_example(*args: Any) -> tuple[Any, ...]:
+    return ()
+
+
 def scaled(x: Tensor, mean: Tensor | None, weight: Tensor, power: float) -> tuple[Tensor, Tensor]:
     centred = x if mean is None else x - mean[:, None, None]
     return weight[:, None, None] * centred.pow(power), centred.detach().square()
@@ -43,19 +47,21 @@ SCALED = Operator(
     scaled,
     lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)),
     no_limits,
+    no_example,
     outputs=("y", "squares"),
     kept=("squares",),
     residual=True,
     sums=True,
 )
 """Something of everything."""
-PLAIN = Operator("plain", (Image("x"),), torch.sin, torch.empty_like, no_limits)
+PLAIN = Operator("plain", (Image("x"),), torch.sin, torch.empty_like, no_limits, no_example)
 JOINED = Operator(
     "joined",
     (Image("a"), Image("b", optional=True), Parameter("shift")),
     lambda a, b, shift: a + shift if b is None else a * b + shift,
     lambda a, b, shift: torch.empty_like(a),
     no_limits,
+    no_example,
 )
 
 
@@ -166,7 +172,9 @@ def test_results_go_with_the_image_s_layout(layout: torch.memory_format) -> None
 
 
 def test_implementations_take_their_names_and_limits() -> None:
-    refusing = Operator("refusing", SCALED.inputs, scaled, SCALED.fake, lambda *args: repr(args), kept=("squares",))
+    refusing = Operator(
+        "refusing", SCALED.inputs, scaled, SCALED.fake, lambda *args: repr(args), no_example, kept=("squares",)
+    )
     forward, backward = refusing.implementations(), refusing.backward_implementations()
     assert (forward.name, backward.name) == ("refusing", "refusing_backward")
     assert forward.triton == backward.triton == "refusing"

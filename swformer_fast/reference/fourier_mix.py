@@ -40,11 +40,13 @@ def batch_norm(x: Tensor, norm: Norm, training: bool, momentum: float, eps: floa
     """F.batch_norm, which takes fp32 parameters beside half precision, beside fp64 too."""
     if x.dtype != torch.float64 or norm.weight.dtype == torch.float64:
         return F.batch_norm(x, *norm, training, momentum, eps)
-    wide = Norm(*(None if t is None else t.double() for t in norm))
-    y = F.batch_norm(x, *wide, training, momentum, eps)
-    if training and norm.running_mean is not None and norm.running_var is not None:
-        norm.running_mean.copy_(wide.running_mean)
-        norm.running_var.copy_(wide.running_var)
+    running = [t for t in (norm.running_mean, norm.running_var) if t is not None]
+    wide = [t.double() for t in running]
+    mean, variance = wide or (None, None)
+    y = F.batch_norm(x, mean, variance, norm.weight.double(), norm.bias.double(), training, momentum, eps)
+    if training:
+        for old, new in zip(running, wide, strict=True):
+            old.copy_(new)
     return y
 
 

@@ -1,10 +1,10 @@
-"""The statistics of batch normalisation against the reference in fp64, and the blocks' use of them."""
+"""channel_statistics: precision, and the blocks' use of it. What every op keeps is in test_contract.py."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, randomise, value_and_grads, zero_op
+from helpers import assert_close, fp64, poisoned_memory, randomise, value_and_grads
 from torch import Tensor, nn
 
 import swformer_fast as sf
@@ -49,13 +49,6 @@ def test_large_mean() -> None:
     assert (constant[1] < 1e-15).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str) -> None:
-    x = LAYOUTS[layout](torch.randn(2, 4, 9, 20)).requires_grad_()
-    with sf.use_backend("auto"):
-        check(x)
-
-
 def test_edges() -> None:
     empty = torch.randn(0, 3, 4, 5, requires_grad=True)
     output, (grad,) = value_and_grads(statistics, (empty,))
@@ -66,28 +59,6 @@ def test_edges() -> None:
     bad = torch.randn(2, 3, 4, 5)
     bad[1, 2, 3, 4] = float("nan")
     assert statistics(bad).isnan().tolist() == [[False, False, True]] * 2
-
-
-def test_repeats_bitwise() -> None:
-    x = torch.randn(3, 5, 40, 41, requires_grad=True)
-    (a, (grad_a,)), (b, (grad_b,)) = (value_and_grads(statistics, (x,)) for _ in range(2))
-    assert torch.equal(a, b)
-    assert torch.equal(grad_a, grad_b)
-
-
-def test_opcheck_and_double_backward() -> None:
-    torch.library.opcheck(torch.ops.swformer_fast.channel_statistics, (torch.randn(2, 3, 4, 5, requires_grad=True),))
-    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(statistics, x)
-    assert torch.autograd.gradgradcheck(statistics, x)
-
-
-def test_zeroed_op_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    for name in ("channel_statistics", "channel_statistics_backward"):
-        zero_op(monkeypatch, name)
-        with pytest.raises(AssertionError):
-            check(x)
 
 
 def blocks(dim: int, **norm: object) -> tuple[nn.Module, nn.Module]:

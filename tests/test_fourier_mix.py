@@ -1,4 +1,4 @@
-"""The Fourier branch on every backend that runs here, against the reference in fp64."""
+"""fourier_mix: transforms, widths, statistics, modules. What every op keeps is in test_contract.py."""
 
 import copy
 import itertools
@@ -132,7 +132,9 @@ def test_transforms(size: tuple[int, int], dtype: torch.dtype) -> None:
 def test_matches_reference(kernels: str, size: tuple[int, int], training: bool) -> None:
     if training and size == (1, 1):
         pytest.skip("without frequencies beside zero the first bias has no gradient but rounding errors")
-    check(image(2 if size[0] * size[1] > 16 else 12, 5, *size), parameters(5, 4, 3), training=training)
+    # Without imaginary parts their variance is 0: eps alone bounds what gradients are multiplied by before they drop out.
+    eps = 0.1 if max(size) <= 2 else 1e-5
+    check(image(2 if size[0] * size[1] > 16 else 12, 5, *size), parameters(5, 4, 3), training=training, eps=eps)
 
 
 @pytest.mark.parametrize(
@@ -167,25 +169,7 @@ def test_layouts_and_dtypes(kernels: str, layout: str, dtype: torch.dtype, train
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_parameters_of_the_image_s_dtype(kernels: str, dtype: torch.dtype) -> None:
-    check(
-        image(2, 6, 19, 22, dtype=dtype),
-        tree_map(lambda t: t.detach().to(dtype).requires_grad_(t.requires_grad), parameters(6, 6, 6)),
-    )
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("training", [False, True])
-def test_layouts_of_the_gradient(kernels: str, layout: str, training: bool) -> None:
-    grad = LAYOUTS[layout](torch.randn(2, 4, 17, 26))
-    check(image(2, 6, 17, 26), parameters(6, 4, 4), grad, training=training)
-
-
 def test_fp64_runs_on_the_reference() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        y = torch.ops.swformer_fast.fourier_mix(*op_arguments(False, torch.float64), False)[0]
-        assert y.dtype == torch.float64
     arguments = (image(2, 3, 9, 8, dtype=torch.float64), parameters(3, 3, 3, torch.float64))
     assert "no float64" in sf.why_not("fourier_mix", *arguments)
     assert_matches(functional.fourier_mix, reference.fourier_mix, arguments)
@@ -318,47 +302,6 @@ def test_bitwise_repeatable(kernels: str, threads: int, training: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True))
 
 
-def op_arguments(training: bool, dtype: torch.dtype = torch.float32, dim: int = 2) -> tuple:
-    x = torch.randn(2, dim, 4, 5, dtype=dtype, requires_grad=True)
-    return x, *flatten(parameters(dim, dim, dim, dtype, running=not training)), 1e-5
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_opcheck(backend: str, training: bool) -> None:
-    arguments = op_arguments(training)
-    last = (arguments[0].detach().contiguous(memory_format=torch.channels_last), *arguments[1:])
-    for need_sums in (False, True):
-        torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, (*arguments, need_sums))
-        torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, (*last, need_sums), test_utils="test_faketensor")
-    y, sums, moments, _ = torch.ops.swformer_fast.fourier_mix(*arguments, True)
-    for flags in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            torch.ops.swformer_fast.fourier_mix_backward,
-            (
-                torch.randn_like(y),
-                torch.randn_like(sums) if all(flags) else None,
-                moments.detach(),
-                *tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, arguments),
-                *flags,
-            ),
-            test_utils=("test_schema", "test_faketensor"),
-        )
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_gradcheck_twice(training: bool) -> None:
-    arguments = op_arguments(training, torch.float64, 1)
-
-    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        given = iter(tensors)
-        filled = (next(given) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments)
-        return torch.ops.swformer_fast.fourier_mix(*filled, True)[:2]
-
-    inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_double_backward(kernels: str, training: bool) -> None:
     def penalty(fn: Any, arguments: tuple) -> list[Tensor]:
@@ -445,19 +388,6 @@ def test_a_zeroed_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, kernels: st
     monkeypatch.setattr(sf.backend, "_implementation", lambda op, _: lambda *args: op.composed(zeroed, *args))
     with pytest.raises(AssertionError):
         check(image(2, 3, 9, 10), parameters(3, 3, 3), training=training)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "x"),
-    [
-        (TypeError, "x must be a torch.Tensor, got int", 3),
-        (ValueError, r"x must have shape \(B, C, H, W\)", torch.ones(3, 4, 5)),
-        (ValueError, "at least one channel", torch.ones(1, 3, 0, 5)),
-    ],
-)
-def test_errors_of_the_image(error: type[Exception], message: str, x: Any) -> None:
-    with pytest.raises(error, match=message):
-        functional.fourier_mix(x, parameters(3, 3, 3))
 
 
 @pytest.mark.parametrize(

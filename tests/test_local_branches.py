@@ -1,8 +1,8 @@
-"""The spatial and the wavelet branch behind their 1x1 convolution in one pass, against the three ops in fp64."""
+"""local_branches: strips, and the block's use of it. What every op keeps is in test_contract.py."""
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, TOLERANCE, assert_close, fp64, poisoned_memory, rel_rms
+from helpers import TOLERANCE, assert_close, fp64, poisoned_memory, rel_rms
 from torch import Tensor
 
 import swformer_fast as sf
@@ -39,64 +39,10 @@ def check(args: list[Tensor]) -> None:
         assert (actual_sums - sums).abs().max() <= TOLERANCE[dtype] * size.max()
 
 
-@pytest.mark.parametrize("kernels", [(3, 3), (3, 5), (5, 3), (5, 5), (7, 3), (5, 7), (7, 7)])
-@pytest.mark.parametrize("size", [*SIZES, (2, 1), (3, 8), (6, 7)])
-def test_sizes_and_kernels(size: tuple[int, int], kernels: tuple[int, int]) -> None:
-    check(arguments(2, 5, *size, channels=4, kernels=kernels))
-
-
 @pytest.mark.parametrize("shape", [(1, 3, 300, 11), (1, 40, 70, 256), (3, 2, 65, 1100), (1, 8, 200, 37)])
 def test_strips_and_tasks(shape: tuple[int, ...]) -> None:
     """Images of many strips, the last of them short, and of several tasks."""
     check(arguments(*shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_dtypes(dtype: torch.dtype) -> None:
-    check(arguments(2, 6, 19, 22, dtype=dtype))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str) -> None:
-    x, *parameters = arguments(2, 4, 9, 20)
-    x = LAYOUTS[layout](x)
-    actual, expected = local_branches(x, *parameters), definition(*fp64((x, *parameters)))
-    assert_close(actual, expected, torch.float32)
-    assert actual[0].is_contiguous(
-        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    )
-
-
-def test_empty_batch() -> None:
-    assert [t.shape for t in local_branches(*arguments(0, 3, 8, 9))] == [(0, 3, 8, 9)] * 2 + [(0, 3)] * 2
-
-
-def test_same_bits_for_every_number_of_threads() -> None:
-    args = arguments(1, 3, 300, 70)
-    one = local_branches(*args)
-    torch.set_num_threads(3)
-    try:
-        three = local_branches(*args)
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
-
-
-def test_other_kernels_take_the_ops() -> None:
-    args = arguments(1, 3, 8, 9, kernels=(9, 3))
-    assert "3 x 3, 5 x 5, 7 x 7 only, got 9 x 9" in sf.why_not("local_branches", *args)
-    assert_close(local_branches(*args), definition(*fp64(args)), torch.float32)
-
-
-def test_opcheck_and_compile() -> None:
-    args = arguments(2, 3, 9, 12)
-    torch.library.opcheck(
-        local_branches, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    )
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(lambda x, *rest: local_branches(x.sin(), *rest)[2].cos(), fullgraph=True)(*args)
-    assert_close(compiled, local_branches(args[0].sin(), *args[1:])[2].cos())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
