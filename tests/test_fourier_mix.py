@@ -132,7 +132,7 @@ def test_transforms(size: tuple[int, int], dtype: torch.dtype) -> None:
 def test_matches_reference(kernels: str, size: tuple[int, int], training: bool) -> None:
     if training and size == (1, 1):
         pytest.skip("without frequencies beside zero the first bias has no gradient but rounding errors")
-    # Where no frequency has an imaginary part its variance is 0, and eps alone bounds the gradients before they drop out.
+    # Where no frequency has an imaginary part its variance is 0: eps alone bounds the gradients before they drop out.
     eps = 0.1 if max(size) <= 2 else 1e-5
     check(image(2 if size[0] * size[1] > 16 else 12, 5, *size), parameters(5, 4, 3), training=training, eps=eps)
 
