@@ -1,7 +1,5 @@
 """The parameters of an op by name: bundles, which `flatten` turns into flat arguments and `unflatten` back."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
