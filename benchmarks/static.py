@@ -221,7 +221,7 @@ def _compile(
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each launch; runs in a process of its own."""
     import triton
-    from swformer_kernels import _common
+    from swformer_kernels import _device
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
@@ -230,7 +230,7 @@ def _compile(
     triton.knobs.compilation.always_compile = fresh
     launched: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []
     target = ""
-    _common.architecture = lambda device: target  # before the families import it
+    _device.architecture = lambda device: target  # before the families import it
     JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: launched.append((kernel, grid, args, kwargs))
 
     def row(kernel: Any, grid: Any, args: Any, kwargs: Any, wanted: bool) -> dict[str, Any] | None:
@@ -275,7 +275,7 @@ def _compile(
             }
             rows = [row(*call, wanted) for call in launched]
             yield [found | declared for found in rows if found is not None]
-        for module in {_common, *(sys.modules[f"swformer_kernels.{family}"] for family in families)}:
+        for module in [module for name, module in sys.modules.items() if name.startswith("swformer_kernels.")]:
             for function in vars(module).values():
                 if isinstance(function, JITFunction):
                     function.device_caches.clear()

@@ -56,9 +56,9 @@ def _attributes(module: ModuleType, names: Sequence[str]) -> tuple[Any, Callable
 
 
 def _haar(device: torch.device) -> Iterator[Table]:
-    from swformer_kernels import _common, haar
+    from swformer_kernels import _device, haar
 
-    target = _common.architecture(device)
+    target = _device.architecture(device)
     rows = list(haar._TILES.get(target, haar._TILES["default"]))
     shapes: tuple[Shape, ...] = ((1, 16, 256, 256), (2, 40, 256, 256))
     for i, shape in enumerate(shapes):

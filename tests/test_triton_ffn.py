@@ -16,7 +16,7 @@ from swformer_fast.parameters import FfnParameters, unflatten
 
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 ffn = pytest.importorskip("swformer_kernels.ffn")
-common = pytest.importorskip("swformer_kernels._common")
+device = pytest.importorskip("swformer_kernels._device")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
@@ -85,7 +85,7 @@ def _check(x: Tensor, parameters: Parameters, grad: Tensor | None = None) -> Non
         grads = ffn.multiscale_ffn_backward(grad, *args, True, True)
     assert y.dtype == grads[0].dtype == x.dtype
     assert_close(grads, torch.autograd.grad(expected, inputs, grad.double()), x.dtype, what="gradient")
-    last = torch.channels_last if common.is_channels_last(x) else torch.contiguous_format
+    last = torch.channels_last if device.is_channels_last(x) else torch.contiguous_format
     assert y.is_contiguous(memory_format=last)
     assert grads[0].is_contiguous(memory_format=last)
 

@@ -16,7 +16,7 @@ from swformer_fast import _fourier, functional, reference
 from swformer_fast.parameters import Factor, FourierParameters, Norm, flatten, unflatten
 
 fourier = pytest.importorskip("swformer_kernels.fourier", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+_sums = pytest.importorskip("swformer_kernels._sums")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIMS = [(5, 4, 3), (1, 1, 1), (17, 33, 9), (40, 40, 40), (6, 19, 0)]
@@ -417,7 +417,7 @@ def test_opcheck(training: bool) -> None:
 def test_zeroed_kernel_fails(
     kernel: str, output: int, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = fourier if hasattr(fourier, kernel) else common
+    module = fourier if hasattr(fourier, kernel) else _sums
     monkeypatch.setattr(module, kernel, Zeroing(output, kernel=getattr(module, kernel)))
     with pytest.raises(AssertionError):
         check()

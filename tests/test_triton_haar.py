@@ -14,7 +14,7 @@ from benchmarks.interpret import count_traffic
 from swformer_fast import functional, reference
 
 haar = pytest.importorskip("swformer_kernels.haar", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+_sums = pytest.importorskip("swformer_kernels._sums")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -183,7 +183,7 @@ class _Zeroing:
     ("kernel", "outputs"), [("analysis_kernel", (4, 8)), ("synthesis_kernel", (4, 8)), ("sum_taps_kernel", (1,))]
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(haar if hasattr(haar, kernel) else common, kernel, _Zeroing(outputs))
+    monkeypatch.setattr(haar if hasattr(haar, kernel) else _sums, kernel, _Zeroing(outputs))
     with pytest.raises(AssertionError):
         _check_dwt(_random((1, 2, 6, 8)), *_taps())
     with pytest.raises(AssertionError):

@@ -10,7 +10,7 @@ from benchmarks.interpret import count_traffic
 from swformer_fast import reference
 
 pointwise = pytest.importorskip("swformer_kernels.pointwise", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+_sums = pytest.importorskip("swformer_kernels._sums")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
@@ -167,7 +167,7 @@ def test_half_precision_maps_are_exact_intf32(dtype: torch.dtype) -> None:
     ("kernel", "output"), [("pointwise_kernel", 9), ("pointwise_parameters_kernel", 5), ("sum_partials_kernel", 1)]
 )
 def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise if hasattr(pointwise, kernel) else common, kernel, Zeroing(output))
+    monkeypatch.setattr(pointwise if hasattr(pointwise, kernel) else _sums, kernel, Zeroing(output))
     with pytest.raises(AssertionError):
         _check(_arguments())
 

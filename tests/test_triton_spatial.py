@@ -10,7 +10,7 @@ from benchmarks.interpret import count_traffic
 from swformer_fast import functional, reference
 
 spatial = pytest.importorskip("swformer_kernels.spatial", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+_sums = pytest.importorskip("swformer_kernels._sums")
 stream = pytest.importorskip("swformer_kernels._stream")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +155,7 @@ def test_through_the_op(layout: str) -> None:
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = spatial if hasattr(spatial, kernel) else common
+    module = spatial if hasattr(spatial, kernel) else _sums
     monkeypatch.setattr(module, kernel, Zeroing(*outputs, kernel=getattr(module, kernel)))
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 6, 8)))

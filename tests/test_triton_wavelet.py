@@ -10,7 +10,7 @@ from benchmarks.interpret import count_traffic
 from swformer_fast import functional, reference
 
 wavelet = pytest.importorskip("swformer_kernels.wavelet", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+_sums = pytest.importorskip("swformer_kernels._sums")
 stream = pytest.importorskip("swformer_kernels._stream")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,7 +166,7 @@ def test_through_the_op(layout: str) -> None:
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = wavelet if hasattr(wavelet, kernel) else common
+    module = wavelet if hasattr(wavelet, kernel) else _sums
     monkeypatch.setattr(module, kernel, Zeroing(*outputs, kernel=getattr(module, kernel)))
     with pytest.raises(AssertionError):
         _check(_random((1, 1, 3, 4)))

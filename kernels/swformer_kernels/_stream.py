@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import alignment, architecture, is_channels_last, split_index
+from ._device import alignment, architecture, is_channels_last
+from ._tiles import split_index
 
 
 class Plan(NamedTuple):

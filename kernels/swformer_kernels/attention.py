@@ -12,16 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    alignment,
-    architecture,
-    check_dtype,
-    empty,
-    is_channels_last,
-    matrix_options,
-    multiple,
-    parameter_gradients,
-)
+from ._device import alignment, architecture, check_dtype, empty, is_channels_last, matrix_options, parameter_gradients
+from ._tiles import multiple
 
 _TILE = 2048
 _TILE_OF_HALVES = 1024  # with twice as many LLVM's vectoriser fails on the sums of products

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
+from ._device import (
     alignment,
     channel_block,
     check_dtype,
@@ -24,11 +24,11 @@ from ._common import (
     input_precision,
     is_channels_last,
     matrix_options,
-    multiple,
     parameter_gradients,
-    sum_partials,
 )
-from .spatial import gelu, gelu_derivative
+from ._math import gelu, gelu_derivative
+from ._sums import sum_partials
+from ._tiles import multiple
 
 _COLUMNS = 32
 # Rows of a tile: of the 1x1 convolutions around the pyramid (those of a sample of the last level), of the planes' part

@@ -30,20 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    channel_block,
-    empty,
-    input_precision,
-    is_channels_last,
-    load_matrix,
-    matrix_options,
-    multiple,
-    parameter_gradients,
-    store_block,
-    store_rounded,
-    sum_partials,
-)
-from .spatial import gelu, gelu_derivative
+from ._device import channel_block, empty, input_precision, is_channels_last, matrix_options, parameter_gradients
+from ._math import gelu, gelu_derivative
+from ._sums import sum_partials
+from ._tiles import load_matrix, multiple, store_block, store_rounded
 
 # What the registers allow, by the way of taking products: frequencies and threads of a program of the spectrum's
 # gradient, and channels of one of the parameters' gradients.

@@ -11,16 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    alignment,
-    architecture,
-    check_dtype,
-    empty,
-    is_channels_last,
-    multiple,
-    split_index,
-    sum_taps,
-)
+from ._device import alignment, architecture, check_dtype, empty, is_channels_last
+from ._sums import sum_taps
+from ._tiles import multiple, split_index
 
 # By architecture: (coefficients of one sub-band up to which the row holds, their bytes in a program, warps).
 _TILES = {

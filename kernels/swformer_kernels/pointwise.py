@@ -10,16 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    alignment,
-    channel_block,
-    check_dtype,
-    input_precision,
-    matrix_options,
-    multiple,
-    parameter_gradients,
-    sum_partials,
-)
+from ._device import alignment, channel_block, check_dtype, input_precision, matrix_options, parameter_gradients
+from ._sums import sum_partials
+from ._tiles import multiple
 
 # Pixels a program takes, in bytes: 16 a thread, of 16 channels.
 _BYTES = 256

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_weights
+from ._device import check_dtype, empty, is_channels_last, parameter_gradients
+from ._math import gelu, gelu_derivative
 from ._stream import (
     add_pixels,
     convolve,
@@ -24,16 +25,8 @@ from ._stream import (
     store_sums,
     zeros,
 )
-
-
-@triton.jit
-def gelu(z):
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-
-
-@triton.jit
-def gelu_derivative(z):
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+from ._sums import sum_weights
+from ._tiles import multiple
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_taps, sum_weights
+from ._device import check_dtype, empty, is_channels_last, parameter_gradients
 from ._stream import (
     Plan,
     add_inside,
@@ -34,6 +34,8 @@ from ._stream import (
     unpack,
     zeros,
 )
+from ._sums import sum_taps, sum_weights
+from ._tiles import multiple
 from .haar import fold, load_taps, replicate
 
 
