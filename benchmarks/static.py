@@ -486,11 +486,11 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"unknown family {', '.join(unknown)}; there are {', '.join(families)}")
     before = {d["suite"]: d["records"] for d in records.load(args.out)}
     compiled = [_resources(row) for row in before.get("static", ())]
-    kept = [r for r in compiled if r.family not in wanted or r.target not in args.targets]
+    kept = [r for r in compiled if r.family in families and (r.family not in wanted or r.target not in args.targets)]
     counted: dict[str, list[dict[str, Any]]] = {}
     for row in before.get("traffic", ()):
         counted.setdefault(row["key"], []).append(row)
-    kept_traffic = [row for row in before.get("traffic", ()) if row["family"] not in wanted]
+    kept_traffic = [row for row in before.get("traffic", ()) if row["family"] in set(families) - set(wanted)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bars:
 

@@ -56,20 +56,21 @@ def _attributes(module: ModuleType, names: Sequence[str]) -> tuple[Any, Callable
 
 
 def _haar(device: torch.device) -> Iterator[Table]:
-    from swformer_kernels import _device, haar
+    from swformer_kernels import _device, _haar
 
     target = _device.architecture(device)
-    rows = list(haar._TILES.get(target, haar._TILES["default"]))
+    rows = list(_haar._TILES.get(target, _haar._TILES["default"]))
     shapes: tuple[Shape, ...] = ((1, 16, 256, 256), (2, 40, 256, 256))
-    for i, shape in enumerate(shapes):
+    candidates = tuple(product((1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8)))
+    for family in ("haar_dwt2d", "haar_idwt2d"):
+        for i, shape in enumerate(shapes):
 
-        def use(candidate: Any, i: int = i) -> None:
-            rows[i] = (rows[i][0], *candidate)
-            haar._TILES[target] = tuple(rows)
+            def use(candidate: Any, i: int = i) -> None:
+                rows[i] = (rows[i][0], *candidate)
+                _haar._TILES[target] = tuple(rows)
 
-        candidates = tuple(product((1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8)))
-        name = f'haar._TILES["{target}"][{i}] (bytes, warps)'
-        yield Table(name, "haar", (shape,), rows[i][1:], candidates, use)
+            name = f'_haar._TILES["{target}"][{i}] (bytes, warps) for {family}'
+            yield Table(name, family, (shape,), rows[i][1:], candidates, use)
 
 
 SHAPES: tuple[Shape, ...] = ((1, 40, 256, 256), (4, 40, 128, 128))
@@ -93,7 +94,7 @@ CONSTANTS: dict[str, tuple[tuple[Shape, ...], Constants]] = {
             ("_PIXELS_A_PARTIAL", PARTIALS, ("pointwise_backward 3 maps fp32",)),
         ),
     ),
-    "ffn": (
+    "multiscale_ffn": (
         SHAPES,
         (
             ("_BAND _HIDDEN_CHANNELS", tuple(product((4, 8), (32, 64, 128))), (FORWARD,)),
@@ -105,7 +106,7 @@ CONSTANTS: dict[str, tuple[tuple[Shape, ...], Constants]] = {
             ("_PIXELS_A_PARTIAL", PARTIALS, (BACKWARD,)),
         ),
     ),
-    "attention": (
+    "channel_attention": (
         WIDE,
         (
             ("_TILE _TILES_A_PARTIAL", tuple(product((1024, 2048, 4096), (4, 8, 16))), ()),
@@ -127,34 +128,34 @@ def _stream(device: torch.device) -> Iterator[Table]:
     from swformer_kernels import _stream
 
     strips = ((64, 32, 16), (32, 16), (16,), (128, 64, 32, 16), (64, 32, 16, 8))
-    for family, op in (("spatial", "depthwise_gelu{} fp32"), ("wavelet", "wavelet_mix{} 3x3 fp32")):
+    for family, op in (("depthwise_gelu", "depthwise_gelu{} fp32"), ("wavelet_mix", "wavelet_mix{} 3x3 fp32")):
         launches = (op.format(""), op.format("_backward"))
         for name, candidates in (("_STRIP_ROWS", strips), ("_ENOUGH_PROGRAMS", (256, 512, 1024, 2048))):
             current, use = _attributes(_stream, [name])
             yield Table(f"_stream.{name} for {family}", family, SHAPES, current, candidates, use, launches)
 
 
-def _fourier(device: torch.device) -> Iterator[Table]:
-    from swformer_kernels import fourier
+def _fourier_mix(device: torch.device) -> Iterator[Table]:
+    from swformer_kernels import fourier_mix
 
     shapes: tuple[Shape, ...] = ((1, 40, 256, 256), (1, 64, 128, 128))
     for name in ("_GRADIENT_FREQUENCIES", "_PARAMETER_CHANNELS"):
-        table = getattr(fourier, name)
+        table = getattr(fourier_mix, name)
         for precision in table:
 
             def use(value: Any, table: dict[str, int] = table, precision: str = precision) -> None:
                 table[precision] = value
 
             launches = (f"spectrum_mix_backward {precision}",)
-            label = f'fourier.{name}["{precision}"]'
-            yield Table(label, "fourier", shapes, table[precision], (16, 32, 64), use, launches)
+            label = f'fourier_mix.{name}["{precision}"]'
+            yield Table(label, "fourier_mix", shapes, table[precision], (16, 32, 64), use, launches)
     launches = ("spectrum_mix_backward ieee", "spectrum_moments")
-    current, use = _attributes(fourier, ["_FREQUENCIES_A_PARTIAL"])
-    yield Table("fourier._FREQUENCIES_A_PARTIAL", "fourier", shapes, current, PARTIALS, use, launches)
+    current, use = _attributes(fourier_mix, ["_FREQUENCIES_A_PARTIAL"])
+    yield Table("fourier_mix._FREQUENCIES_A_PARTIAL", "fourier_mix", shapes, current, PARTIALS, use, launches)
 
 
 TABLES: dict[str, Callable[[torch.device], Iterator[Table]]] = {
-    "fourier": _fourier,
+    "fourier_mix": _fourier_mix,
     **{family: partial(_constants, family) for family in CONSTANTS},
     "haar": _haar,
     "stream": _stream,

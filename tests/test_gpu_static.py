@@ -36,7 +36,7 @@ AMDGCN = """
 """
 ROW = Resources(
     "sm_80",
-    "haar",
+    "haar_dwt2d",
     "haar_dwt2d fp32",
     "analysis_kernel",
     128,
@@ -109,7 +109,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Resources]:
 def test_command_keeps_a_record_and_shows_it(
     compiled: list[Resources], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert static.main(["haar", "--out", str(tmp_path)]) == 0
+    assert static.main(["haar_dwt2d", "--out", str(tmp_path)]) == 0
     document = next(d for d in records.load(tmp_path) if d["suite"] == "static")
     assert document["complete"]
     assert [static._resources(row) for row in document["records"]] == compiled
@@ -121,9 +121,9 @@ def test_command_keeps_a_record_and_shows_it(
 
 
 def test_interruption_keeps_what_was_measured_before_and_now(compiled: list[Any], tmp_path: Path) -> None:
-    assert static.main(["haar", "--out", str(tmp_path)]) == 0
+    assert static.main(["haar_dwt2d", "--out", str(tmp_path)]) == 0
     compiled[:] = [replace(ROW, registers=64), None]
-    assert static.main(["haar", "--out", str(tmp_path)]) == 130
+    assert static.main(["haar_dwt2d", "--out", str(tmp_path)]) == 130
     document = next(d for d in records.load(tmp_path) if d["suite"] == "static")
     assert not document["complete"]
     assert [(row["target"], row["registers"]) for row in document["records"]] == [("sm_80", 64), ("gfx942", 90)]

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from swformer_kernels import haar
+from swformer_kernels import _haar, haar_dwt2d
 
 from benchmarks import tune
 from benchmarks.gpu import Rehearsal
@@ -22,14 +22,14 @@ class Stopwatch(Rehearsal):
 
     def seconds(self, run: Any) -> float:
         run()
-        return float(haar._TILES["interpreter"][0][1])
+        return float(_haar._TILES["interpreter"][0][1])
 
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> tune.Table:
-    monkeypatch.setitem(haar._TILES, "interpreter", haar._TILES["default"])
+    monkeypatch.setitem(_haar._TILES, "interpreter", _haar._TILES["default"])
     first = next(tune.TABLES["haar"](torch.device("cpu")))
-    return tune.Table(first.name, "haar", ((1, 2, 6, 8),), first.current, (), first.use, ("haar_dwt2d fp32",))
+    return tune.Table(first.name, "haar_dwt2d", ((1, 2, 6, 8),), first.current, (), first.use, ("haar_dwt2d fp32",))
 
 
 def _search(table: tune.Table, *candidates: Any, budget: float = 60) -> list[tune.Trial]:
@@ -39,21 +39,21 @@ def _search(table: tune.Table, *candidates: Any, budget: float = 60) -> list[tun
 
 @rehearsed
 def test_search_times_each_candidate_and_restores_the_table(table: tune.Table) -> None:
-    before = haar._TILES["interpreter"]
+    before = _haar._TILES["interpreter"]
     trials = _search(table, (1024, 4), table.current, (4096, 8))
     assert [t.candidate for t in trials] == [table.current, (1024, 4), (4096, 8)]
     assert [t.seconds for t in trials] == [pytest.approx(table.current[0]), pytest.approx(1024), pytest.approx(4096)]
-    assert haar._TILES["interpreter"] == before
+    assert _haar._TILES["interpreter"] == before
 
 
 @rehearsed
 def test_candidate_that_changes_the_result_is_refused(table: tune.Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    correct = haar.haar_dwt2d
+    correct = haar_dwt2d.haar_dwt2d
 
     def broken(x: torch.Tensor, *taps: torch.Tensor) -> torch.Tensor:
-        return correct(x, *taps) * (1 if haar._TILES["interpreter"][0][1] == table.current[0] else 1.001)
+        return correct(x, *taps) * (1 if _haar._TILES["interpreter"][0][1] == table.current[0] else 1.001)
 
-    monkeypatch.setattr(haar, "haar_dwt2d", broken)
+    monkeypatch.setattr(haar_dwt2d, "haar_dwt2d", broken)
     right, wrong = _search(table, (1024, 4))
     assert not right.problem
     assert wrong.problem == "wrong result of haar_dwt2d fp32"
@@ -64,7 +64,7 @@ def test_candidate_that_changes_the_result_is_refused(table: tune.Table, monkeyp
 def test_candidate_that_does_not_run_says_why(table: tune.Table) -> None:
     _, failed = _search(table, ("a tile", 4))
     assert failed.problem.startswith("TypeError")
-    assert haar._TILES["interpreter"][0][1:] == table.current
+    assert _haar._TILES["interpreter"][0][1:] == table.current
 
 
 @rehearsed
@@ -96,7 +96,7 @@ def test_every_family_has_a_table() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("attention", "pointwise") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("channel_attention", "pointwise") else pytest.param(name, marks=pytest.mark.slow)
         for name in tune.TABLES
     ],
 )
@@ -115,8 +115,9 @@ def test_dry_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @rehearsed
 def test_tuner_says_what_it_had_no_time_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["attention", "--dry-run", "--seconds", "-1"]) == 0
-    assert "not reached in -1 s: attention._TILE, _TILES_A_PARTIAL, attention._WEIGHTS" in capsys.readouterr().out
+    assert tune.main(["channel_attention", "--dry-run", "--seconds", "-1"]) == 0
+    text = capsys.readouterr().out
+    assert "not reached in -1 s: channel_attention._TILE, _TILES_A_PARTIAL, channel_attention._WEIGHTS" in text
 
 
 @rehearsed

@@ -20,7 +20,7 @@ PARTIAL_SUMS = (
     "ffn_in_parameters_kernel",
 )
 """Kernels that write nothing but partial sums."""
-PRODUCTS = ("pointwise", "ffn", "fourier")
+PRODUCTS = ("pointwise", "multiscale_ffn", "fourier_mix")
 """Families of matrix products."""
 NO_PRODUCTS = ("ffn_low_kernel", "ffn_downsample_kernel", "ffn_depthwise_backward_kernel")
 """Kernels without matrix products, of launches that have some."""
@@ -80,7 +80,9 @@ def _check(result: Resources) -> None:
     ("family", "target"),
     [
         # One target of each vendor: the FFN takes long to compile for sm_90.
-        pytest.param(family, target, marks=[pytest.mark.slow] * (target == ("sm_90" if family == "ffn" else "sm_80")))
+        pytest.param(
+            family, target, marks=[pytest.mark.slow] * (target == ("sm_90" if family == "multiscale_ffn" else "sm_80"))
+        )
         for family in LAUNCHES
         for target in MAIN_TARGETS
     ],
@@ -103,7 +105,7 @@ def test_all_launches(family: str, target: str) -> None:
 @pytest.mark.parametrize(
     "family",
     # Those of the FFN read their own maps beside the given ones.
-    [pytest.param(f, marks=[pytest.mark.slow] * (f != "wavelet")) for f in LAUNCHES if f != "ffn"],
+    [pytest.param(f, marks=[pytest.mark.slow] * (f != "wavelet_mix")) for f in LAUNCHES if f != "multiscale_ffn"],
 )
 def test_images_off_a_boundary(family: str) -> None:
     """A view that begins between two boundaries of 16 bytes is read element by element, however its rows are spaced."""

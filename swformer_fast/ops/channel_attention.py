@@ -22,6 +22,5 @@ OPERATOR = register(
         lambda x, *parameters: reference.channel_attention(x, AttentionParameters(*parameters)),
         lambda x, *parameters: empty(x, *x.shape),
         _limits,
-        triton="attention",
     )
 )

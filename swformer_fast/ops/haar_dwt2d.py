@@ -12,6 +12,5 @@ OPERATOR = register(
         reference.haar_dwt2d,
         lambda x, *taps: empty(x, x.shape[0], 4 * x.shape[1], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2),
         no_triton_fp64,
-        triton="haar",
     )
 )

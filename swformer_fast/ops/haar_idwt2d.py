@@ -20,6 +20,5 @@ OPERATOR = register(
         lambda y, rec_lo, rec_hi, height, width: empty(y, y.shape[0], y.shape[1] // 4, height, width),
         no_triton_fp64,
         outputs=("x",),
-        triton="haar",
     )
 )

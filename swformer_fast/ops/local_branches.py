@@ -53,6 +53,5 @@ OPERATOR = register(
         _limits,
         outputs=("spatial", "wavelet", "spatial_sums", "wavelet_sums"),
         differentiable=False,
-        triton="mixer",
     )
 )

@@ -39,6 +39,5 @@ OPERATOR = register(
         _limits,
         residual=True,
         products=True,
-        triton="ffn",
     )
 )

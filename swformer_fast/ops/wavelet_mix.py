@@ -24,6 +24,5 @@ OPERATOR = register(
         lambda x, *parameters: empty(x, *x.shape),
         limits,
         sums=True,
-        triton="wavelet",
     )
 )

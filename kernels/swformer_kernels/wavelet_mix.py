@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import check_dtype, empty, is_channels_last, parameter_gradients
+from ._haar import fold, load_taps, replicate
 from ._stream import (
     Plan,
     add_inside,
@@ -36,7 +37,6 @@ from ._stream import (
 )
 from ._sums import sum_taps, sum_weights
 from ._tiles import multiple
-from .haar import fold, load_taps, replicate
 
 
 @triton.jit

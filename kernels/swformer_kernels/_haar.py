@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import alignment, architecture, check_dtype, empty, is_channels_last
+from ._device import alignment, architecture, empty, is_channels_last
 from ._sums import sum_taps
 from ._tiles import multiple, split_index
 
@@ -300,7 +300,7 @@ def synthesis_kernel(
         _store_partials(partials, g0, g1, g2, g3)
 
 
-def _launch(
+def launch(
     kernel: triton.runtime.JITFunction,
     size: tuple[int, ...],
     source: Tensor,
@@ -353,57 +353,7 @@ def _launch(
     return low_grad, high_grad
 
 
-def haar_dwt2d(x: Tensor, dec_lo: Tensor, dec_hi: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 4C, ceil(H/2), ceil(W/2)): `reference.haar_dwt2d`.
-
-    `x` is float32, float16 or bfloat16 of any strides, the taps of any of these dtypes; arithmetic is fp32. A
-    channels_last `x` gives a channels_last result, any other a contiguous one.
-
-    Raises:
-        TypeError: `x` has another dtype.
-    """
-    check_dtype("x", x)
-    batch, channels, height, width = x.shape
-    y = empty(x, batch, 4 * channels, (height + 1) // 2, (width + 1) // 2)
-    if y.numel():
-        _launch(analysis_kernel, tuple(x.shape), x, None, y, x, dec_lo, dec_hi, extend=True)
-    return y
-
-
-def haar_dwt2d_backward(
-    grad: Tensor, x: Tensor, dec_lo: Tensor, dec_hi: Tensor, need_x: bool, need_filters: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `haar_dwt2d` by x, dec_lo, dec_hi; those not needed are empty. Deterministic.
-
-    `grad` may have any strides. The gradient of x has the layout that `haar_dwt2d` gives its result.
-    """
-    check_dtype("x", x)
-    return _backward(synthesis_kernel, tuple(x.shape), grad, x, dec_lo, dec_hi, need_x, need_filters, extend=True)
-
-
-def haar_idwt2d(y: Tensor, rec_lo: Tensor, rec_hi: Tensor, height: int, width: int) -> Tensor:
-    """(B, 4C, ceil(height/2), ceil(width/2)) -> (B, C, height, width): `reference.haar_idwt2d`.
-
-    Dtypes, strides and layouts as in `haar_dwt2d`.
-    """
-    check_dtype("y", y)
-    size = (y.shape[0], y.shape[1] // 4, height, width)
-    x = empty(y, *size)
-    if x.numel():
-        _launch(synthesis_kernel, size, y, None, x, y, rec_lo, rec_hi, extend=False)
-    return x
-
-
-def haar_idwt2d_backward(
-    grad: Tensor, y: Tensor, rec_lo: Tensor, rec_hi: Tensor, height: int, width: int, need_y: bool, need_filters: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `haar_idwt2d` by y, rec_lo, rec_hi; those not needed are empty. Deterministic."""
-    check_dtype("y", y)
-    size = (y.shape[0], y.shape[1] // 4, height, width)
-    return _backward(analysis_kernel, size, grad, y, rec_lo, rec_hi, need_y, need_filters, extend=False)
-
-
-def _backward(
+def gradients(
     kernel: triton.runtime.JITFunction,
     size: tuple[int, ...],
     grad: Tensor,
@@ -418,6 +368,6 @@ def _backward(
     if primal.numel() == 0:
         taps = (torch.zeros_like(low), torch.zeros_like(high))
     elif need_primal or need_filters:
-        taps = _launch(kernel, size, grad, primal if need_filters else None, out, primal, low, high, extend)
+        taps = launch(kernel, size, grad, primal if need_filters else None, out, primal, low, high, extend)
     nothing = primal.new_empty(0)
     return nothing if out is None else out, *(taps if need_filters else (nothing, nothing))
