@@ -139,7 +139,7 @@ def _only_tensors(launcher: Callable[..., Any]) -> Callable[..., list[Tensor]]:
 
 
 def _fourier_mix(make: Make, shape: Shape) -> Iterator[Launch]:
-    from swformer_kernels import fourier_mix
+    from swformer_kernels import _algebra, _spectrum
 
     batch, dim, height, width = shape
     wide, area, double = 2 * dim, height * width, torch.float64
@@ -148,16 +148,16 @@ def _fourier_mix(make: Make, shape: Shape) -> Iterator[Launch]:
     mixing = (spectrum, matrix, make(dim, dim), make(dim), width, 1.0)
     for precision in ("ieee", "tf32x3", "tf32"):
         wanted, products = precision != "tf32x3", precision != "ieee"
-        yield Launch(f"spectrum_mix {precision}", fourier_mix.spectrum_mix, (*mixing, precision), wanted, 128, products)
-        back, flags = fourier_mix.spectrum_mix_backward, (True, True, precision)
+        yield Launch(f"spectrum_mix {precision}", _spectrum.spectrum_mix, (*mixing, precision), wanted, 128, products)
+        back, flags = _spectrum.spectrum_mix_backward, (True, True, precision)
         yield Launch(f"spectrum_mix_backward {precision}", back, (grad, *mixing, *flags), not products, 64, products)
     # As in a block, which folds the last convolution into another one.
     alone = (spectrum, matrix, None, None, width, 1.0)
-    yield Launch("spectrum_mix alone", fourier_mix.spectrum_mix, alone)
+    yield Launch("spectrum_mix alone", _spectrum.spectrum_mix, alone)
     yield Launch("spectrum_mix_backward alone", back, (grad, *alone, True, True), False, 64)
-    yield Launch("spectrum_moments", fourier_mix.spectrum_moments, (spectrum,))
+    yield Launch("spectrum_moments", _spectrum.spectrum_moments, (spectrum,))
     through = (grad, spectrum, make(dim, 2 * (dim + 1) + batch), width)
-    yield Launch("spectrum_moments_backward", fourier_mix.spectrum_moments_backward, through)
+    yield Launch("spectrum_moments_backward", _spectrum.spectrum_moments_backward, through)
 
     def parameters(dtype: torch.dtype) -> tuple[Tensor, ...]:
         factors = [
@@ -174,7 +174,7 @@ def _fourier_mix(make: Make, shape: Shape) -> Iterator[Launch]:
         return (make(wide, dim), make(wide), *factors[0], *factors[1])
 
     moments = make(2, dim, dim + 1, dtype=double)
-    compose, back = _only_tensors(fourier_mix.compose), _only_tensors(fourier_mix.compose_backward)
+    compose, back = _only_tensors(_algebra.compose), _only_tensors(_algebra.compose_backward)
     yield Launch("compose", compose, (1e-5, area, parameters(torch.float32), spectrum))
     yield Launch("compose batch", compose, (1e-5, area, parameters(torch.float32), spectrum, moments, True))
     for name, dtype, kept in (
@@ -182,7 +182,7 @@ def _fourier_mix(make: Make, shape: Shape) -> Iterator[Launch]:
         ("compose_backward batch", double, (make(2, wide, dim, dtype=double), make(batch, wide, dtype=double))),
     ):
         given = parameters(dtype)
-        composed = fourier_mix.Composed(matrix, None, (given[2:8], given[8:]), *(kept or (None, None)))
+        composed = _algebra.Composed(matrix, None, (given[2:8], given[8:]), *(kept or (None, None)))
         arguments = (matrix, composed, 1e-5, area, given, spectrum, moments if kept else None)
         yield Launch(name, back, arguments)
 

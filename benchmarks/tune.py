@@ -136,22 +136,22 @@ def _stream(device: torch.device) -> Iterator[Table]:
 
 
 def _fourier_mix(device: torch.device) -> Iterator[Table]:
-    from swformer_kernels import fourier_mix
+    from swformer_kernels import _spectrum
 
     shapes: tuple[Shape, ...] = ((1, 40, 256, 256), (1, 64, 128, 128))
     for name in ("_GRADIENT_FREQUENCIES", "_PARAMETER_CHANNELS"):
-        table = getattr(fourier_mix, name)
+        table = getattr(_spectrum, name)
         for precision in table:
 
             def use(value: Any, table: dict[str, int] = table, precision: str = precision) -> None:
                 table[precision] = value
 
             launches = (f"spectrum_mix_backward {precision}",)
-            label = f'fourier_mix.{name}["{precision}"]'
+            label = f'_spectrum.{name}["{precision}"]'
             yield Table(label, "fourier_mix", shapes, table[precision], (16, 32, 64), use, launches)
     launches = ("spectrum_mix_backward ieee", "spectrum_moments")
-    current, use = _attributes(fourier_mix, ["_FREQUENCIES_A_PARTIAL"])
-    yield Table("fourier_mix._FREQUENCIES_A_PARTIAL", "fourier_mix", shapes, current, PARTIALS, use, launches)
+    current, use = _attributes(_spectrum, ["_FREQUENCIES_A_PARTIAL"])
+    yield Table("_spectrum._FREQUENCIES_A_PARTIAL", "fourier_mix", shapes, current, PARTIALS, use, launches)
 
 
 TABLES: dict[str, Callable[[torch.device], Iterator[Table]]] = {
