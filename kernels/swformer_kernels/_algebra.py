@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import matrix_options
-from ._tiles import load_matrix, store_block, store_rounded
+from ._tiles import load, load_matrix, store, store_matrix
 
 PLACES = (0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15)
 """Of the differentiable ones among the parameters of `fourier_mix`."""
@@ -83,9 +83,9 @@ def batch_statistics_kernel(
         place = row // C * 4 * C + 2 * (row % C) + part
         tl.store(table + place, mean, mask=exists)
         tl.store(table + 2 * C + place, variance, mask=exists)
-        store_rounded(statistics + place, mean, exists)
+        store(statistics + place, mean, exists)
         unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
-        store_rounded(statistics + 2 * C + place, unbiased, exists)
+        store(statistics + 2 * C + place, unbiased, exists)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def compose_kernel(
     place = 2 * (row % C) + row // C
     of_real = tl.zeros((BR, BD), tl.float32)
     of_imaginary = of_real
-    constant = tl.load(factor[5] + place, mask=exists, other=0.0).to(tl.float32)
+    constant = load(factor[5] + place, exists)
     at_zero = tl.zeros((BR,), tl.float32)
     for first in range(0, C, BC):
         c = first + tl.arange(0, BC)
@@ -138,12 +138,12 @@ def compose_kernel(
         right = load_matrix(in_weight, n, inner, d, D, D)
         of_real = tl.dot(real, right, of_real, input_precision="ieee")
         of_imaginary = tl.dot(imaginary, right, of_imaginary, input_precision="ieee")
-        first_bias = tl.load(in_bias + n, mask=inner, other=0.0).to(tl.float32) * side * side
+        first_bias = load(in_bias + n, inner) * side * side
         at_zero += tl.sum(real * first_bias[None, :], 1)
     ld = 2 * (D + 1)
     out += tl.program_id(0) * 2 * C * ld
-    store_block(out, of_real, row, exists, d, D, ld)
-    store_block(out + D + 1, of_imaginary, row, exists, d, D, ld)
+    store_matrix(out, of_real, row, exists, d, D, ld)
+    store_matrix(out + D + 1, of_imaginary, row, exists, d, D, ld)
     once = row < tl.where(tl.program_id(2) == 0, 2 * C, 0)
     tl.store(out + row * ld + D, constant, mask=once)
     tl.store(out + row * ld + 2 * D + 1, at_zero, mask=once)
@@ -157,8 +157,8 @@ def _store_norm_gradients(grads, of_slope, of_offset, mean, slope, deviation, ch
     """
     of_offset = of_offset.to(tl.float64)
     of_slope = of_slope.to(tl.float64) / side - mean * of_offset
-    store_rounded(grads[0] + channel, of_slope * deviation, inner)
-    store_rounded(grads[1] + channel, of_offset, inner)
+    store(grads[0] + channel, of_slope * deviation, inner)
+    store(grads[1] + channel, of_offset, inner)
     per_value = -of_slope * slope * deviation * deviation / count
     return per_value, -of_offset * slope / count - per_value * mean
 
@@ -195,7 +195,7 @@ def compose_backward_kernel(
     mean0, slope0, offset0, deviation0 = _normalisation(factor, 2 * c, inner, eps)
     mean1, slope1, offset1, deviation1 = _normalisation(factor, 2 * c + 1, inner, eps)
     scaled0, scaled1 = (slope0 / side).to(tl.float32)[None, :], (slope1 / side).to(tl.float32)[None, :]
-    first_bias = tl.load(in_bias + n, mask=inner, other=0.0).to(tl.float32) * side * side
+    first_bias = load(in_bias + n, inner) * side * side
     of_slope0 = tl.zeros((BC,), tl.float32)
     of_slope1, of_offset0, of_offset1, of_first_bias = of_slope0, of_slope0, of_slope0, of_slope0
     for start in range(0, 2 * C, BR):
@@ -221,9 +221,9 @@ def compose_backward_kernel(
         target = grads[2] + place[:, None] * 2 * C + 2 * c[None, :]
         mask = exists[:, None] & inner[None, :]
         of_weight = mixing0 * scaled0 + constant[:, None] * offset0.to(tl.float32)[None, :]
-        tl.store(target, of_weight.to(target.dtype.element_ty), mask=mask)
+        store(target, of_weight, mask)
         of_weight = mixing1 * scaled1 + constant[:, None] * offset1.to(tl.float32)[None, :]
-        tl.store(target + 1, of_weight.to(target.dtype.element_ty), mask=mask)
+        store(target + 1, of_weight, mask)
         mask = row < tl.where(tl.program_id(1) == 0, 2 * C, 0)
         tl.store(grads[3] + place, constant.to(grads[3].dtype.element_ty), mask=mask)
     of_first_bias = of_first_bias.to(tl.float64) * side * side
@@ -241,7 +241,7 @@ def compose_backward_kernel(
             tl.store(target, (at_zero / side).to(tl.float32), mask=inner)
         tl.store(right + n * ld + D, (shares[1] / side).to(tl.float32), mask=inner)
         tl.store(right + n * ld + 2 * D + 1, (others[1] / side).to(tl.float32), mask=inner)
-    store_rounded(bias_grad + n, of_first_bias, inner)
+    store(bias_grad + n, of_first_bias, inner)
     for first in range(0, D, BD):
         d = first + tl.arange(0, BD)
         total = tl.zeros((BC, BD), tl.float32)
@@ -267,8 +267,7 @@ def compose_backward_kernel(
             target = right + n[:, None] * ld + d[None, :]
             tl.store(target, weight * (shares[0] / side / side).to(tl.float32)[:, None], mask=mask)
             tl.store(target + D + 1, weight * (others[0] / side / side).to(tl.float32)[:, None], mask=mask)
-        target = weight_grad + n[:, None] * D + d[None, :]
-        tl.store(target, total.to(target.dtype.element_ty), mask=mask)
+        store_matrix(weight_grad, total, n, inner, d, D, D)
 
 
 class Composed(NamedTuple):

@@ -5,17 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._ffn_forward import (
-    _before_gelu,
-    _image_pointers,
-    _level_pointers,
-    _low_tile,
-    _pixels,
-    _pixels_of,
-    _place,
-    _weights,
-)
+from ._ffn_forward import before_gelu, level_pointers, low_tile, pixels_of
 from ._math import gelu, gelu_derivative
+from ._tiles import image_pointers, load, load_matrix, store, store_matrix, tile_pixels, tile_place
 
 
 @triton.jit
@@ -28,9 +20,9 @@ def _active_gradient(
     total = tl.zeros((channel.shape[0], row.shape[0]), tl.float32)
     for start in range(0, outputs, BK):
         k = start + tl.arange(0, BK)
-        pointers, mask = _image_pointers(grad, strides, image, k, outputs, row, col, size, ALIGN, CHANNELS_LAST)
-        right = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        factor = tl.trans(_weights(weight, k, outputs, channel, channels, 3 * channels))
+        pointers, mask = image_pointers(grad, strides, image, k, outputs, row, col, size, ALIGN, CHANNELS_LAST)
+        right = load(pointers, mask)
+        factor = tl.trans(load_matrix(weight, k, k < outputs, channel, channels, 3 * channels))
         total = tl.dot(factor, right, total, input_precision=PRECISION)
     return total
 
@@ -55,14 +47,14 @@ def ffn_out_backward_kernel(
     once = (c < tl.where(tl.program_id(2) == 0, mid, 0))[:, None]
     first = tl.program_id(0) * tiles_a_program
     for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
-        image, top, left = _place(tile, size, ROWS, COLS)
-        row, col = _pixels(top, left, ROWS, COLS)
+        image, top, left = tile_place(tile, size, ROWS, COLS)
+        row, col = tile_pixels(top, left, ROWS, COLS)
         added = ()
         for s in tl.static_range(3):
             inner = _active_gradient(
                 grad, strides, weight + s * mid, image, c, mid, row, col, size, BK, ALIGN, CHANNELS_LAST, PRECISION
             )
-            before = _before_gelu(
+            before = before_gelu(
                 hidden, mixed, mixed_starts, dw_weight, dw_bias, image, c, mid, row, col, size, levels, s, LEVEL_ALIGN
             )
             if s == 0:
@@ -70,12 +62,12 @@ def ffn_out_backward_kernel(
             else:
                 out = other_grads
             place = image + max(s - 1, 0) * batch
-            pointers, mask = _level_pointers(out, place, c, mid, row, col, height, width, LEVEL_ALIGN)
+            pointers, mask = level_pointers(out, place, c, mid, row, col, height, width, LEVEL_ALIGN)
             values = inner * gelu_derivative(before)
-            tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask & once)
+            store(pointers, values, mask & once)
             if partials is not None:
-                pointers, mask = _image_pointers(grad, strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST)
-                right = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                pointers, mask = image_pointers(grad, strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST)
+                right = load(pointers, mask)
                 active = tl.trans(gelu(before))
                 added = added + (tl.dot(right, active, of_weight[s], input_precision=PRECISION),)
                 if s == 0:
@@ -93,7 +85,7 @@ def ffn_out_backward_kernel(
 
 @triton.jit
 def _reaching(u, low_size, size):
-    """The first pixel to which sample u of an axis gives a share under `_interpolate`."""
+    """The first pixel to which sample u of an axis gives a share under `interpolate`."""
     before = (2 * u.to(tl.int64) - 1) * size - low_size
     return tl.where(before < 0, 0, before // (2 * low_size) + 1).to(tl.int32)
 
@@ -113,7 +105,7 @@ def ffn_downsample_kernel(
 ):  # fmt: skip
     """The transpose of the bilinear maps: gradients of the levels 1 and 2 from those at full resolution."""
     batch, _, height, width = size
-    last, image, channel, row, col, low_height, low_width = _low_tile(
+    last, image, channel, row, col, low_height, low_width = low_tile(
         tl.program_id(0), batch, channels, levels, BC, ROWS, COLS
     )
     source = image + tl.where(last, batch, 0)
@@ -125,13 +117,11 @@ def ffn_downsample_kernel(
         down = _share(top + i, row, low_height, height)
         for j in range(0, reach):
             share = down * _share(left + j, col, low_width, width)
-            pointers, mask = _level_pointers(
-                other_grads, source, channel, channels, top + i, left + j, height, width, 1
-            )
-            total += share[None, :] * tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            pointers, mask = level_pointers(other_grads, source, channel, channels, top + i, left + j, height, width, 1)
+            total += share[None, :] * load(pointers, mask)
     target = out + tl.where(last, starts[2], starts[1])
-    pointers, mask = _level_pointers(target, image, channel, channels, row, col, low_height, low_width, LEVEL_ALIGN)
-    tl.store(pointers, total.to(pointers.dtype.element_ty), mask=mask)
+    pointers, mask = level_pointers(target, image, channel, channels, row, col, low_height, low_width, LEVEL_ALIGN)
+    store(pointers, total, mask)
 
 
 @triton.jit
@@ -158,31 +148,29 @@ def ffn_depthwise_backward_kernel(
         factor = tl.zeros((BC,), tl.float32)
         for level in tl.static_range(3):
             mine = channel < tl.where(scale == level, channels, 0)
-            factor += tl.load(weights[level] + channel * 9 + tap, mask=mine, other=0.0).to(tl.float32)
+            factor += load(weights[level] + channel * 9 + tap, mine)
         factors = factors + (factor,)
     tiles = batch * tl.cdiv(height, ROWS) * tl.cdiv(width, COLS)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        image, top, left = _place(tile, (height, width), ROWS, COLS)
-        row, col = _pixels(top, left, ROWS, COLS)
-        pointers, mask = _level_pointers(
-            hidden + offset, image, channel, channels, row, col, height, width, LEVEL_ALIGN
-        )
-        values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        image, top, left = tile_place(tile, (height, width), ROWS, COLS)
+        row, col = tile_pixels(top, left, ROWS, COLS)
+        pointers, mask = level_pointers(hidden + offset, image, channel, channels, row, col, height, width, LEVEL_ALIGN)
+        values = load(pointers, mask)
         total = tl.zeros((BC, ROWS * COLS), tl.float32)
         added = ()
         for tap in tl.static_range(9):
-            pointers, inside = _level_pointers(
+            pointers, inside = level_pointers(
                 grads + offset, image, channel, channels, row - (tap // 3 - 1), col - (tap % 3 - 1), height, width,
                 LEVEL_ALIGN,
             )  # fmt: skip
-            grad = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            grad = load(pointers, inside)
             total += factors[tap][:, None] * grad
             added = added + (sums[tap] + values * grad,)
             if tap == 4:
                 bias = sums[9] + grad
         sums = added + (bias,)
-        pointers, mask = _level_pointers(out + offset, image, channel, channels, row, col, height, width, LEVEL_ALIGN)
-        tl.store(pointers, total.to(pointers.dtype.element_ty), mask=mask)
+        pointers, mask = level_pointers(out + offset, image, channel, channels, row, col, height, width, LEVEL_ALIGN)
+        store(pointers, total, mask)
     if partials is not None:
         partials += (tl.program_id(0).to(tl.int64) * 3 + scale) * channels * 10
         for tap in tl.static_range(9):
@@ -206,15 +194,15 @@ def _image_gradient(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the gradient of a level adds to a tile of the image's gradient."""
-    row, col = _pixels(top // FACTOR, left // FACTOR, ROWS // FACTOR, COLS // FACTOR)
+    row, col = tile_pixels(top // FACTOR, left // FACTOR, ROWS // FACTOR, COLS // FACTOR)
     sums = tl.zeros((d.shape[0], row.shape[0]), tl.float32)
     for start in range(0, mid, BK):
         m = start + tl.arange(0, BK)
-        pointers, mask = _level_pointers(grads, image, m, mid, row, col, level[0], level[1], ALIGN)
-        right = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        transposed = tl.trans(_weights(weight, m, mid, d, dim, dim))
+        pointers, mask = level_pointers(grads, image, m, mid, row, col, level[0], level[1], ALIGN)
+        right = load(pointers, mask)
+        transposed = tl.trans(load_matrix(weight, m, m < mid, d, dim, dim))
         sums = tl.dot(transposed, right, sums, input_precision=PRECISION)
-    return _spread(sums / _pixels_of(row, col, size, FACTOR)[None, :], ROWS, COLS, FACTOR)
+    return _spread(sums / pixels_of(row, col, size, FACTOR)[None, :], ROWS, COLS, FACTOR)
 
 
 @triton.jit
@@ -225,8 +213,8 @@ def ffn_in_backward_kernel(
 ):  # fmt: skip
     """The gradient of the image from those of the pyramid of the first convolution."""
     dim = size[1]
-    image, top, left = _place(tl.program_id(0), size, ROWS, COLS)
-    row, col = _pixels(top, left, ROWS, COLS)
+    image, top, left = tile_place(tl.program_id(0), size, ROWS, COLS)
+    row, col = tile_pixels(top, left, ROWS, COLS)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros((BD, ROWS * COLS), tl.float32)
     for s in tl.static_range(3):
@@ -234,8 +222,8 @@ def ffn_in_backward_kernel(
             grads + starts[s], weight + s * mid * dim, image, mid, d, dim, top, left, size, levels[s],
             BK, 1 << s, ROWS, COLS, LEVEL_ALIGN, PRECISION,
         )  # fmt: skip
-    pointers, mask = _image_pointers(out, strides, image, d, dim, row, col, size, ALIGN, CHANNELS_LAST)
-    tl.store(pointers, total.to(pointers.dtype.element_ty), mask=mask)
+    pointers, mask = image_pointers(out, strides, image, d, dim, row, col, size, ALIGN, CHANNELS_LAST)
+    store(pointers, total, mask)
 
 
 @triton.jit
@@ -255,26 +243,25 @@ def ffn_in_parameters_kernel(
     of_bias = (tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32))
     first = tl.program_id(0) * tiles_a_program
     for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
-        image, top, left = _place(tile, size, 1, COLS)
-        row, col = _pixels(top, left, 1, COLS)
-        pointers, mask = _image_pointers(x, strides, image, d, dim, row, col, size, ALIGN, CHANNELS_LAST)
-        right = tl.trans(tl.load(pointers, mask=mask, other=0.0).to(tl.float32))
+        image, top, left = tile_place(tile, size, 1, COLS)
+        row, col = tile_pixels(top, left, 1, COLS)
+        pointers, mask = image_pointers(x, strides, image, d, dim, row, col, size, ALIGN, CHANNELS_LAST)
+        right = tl.trans(load(pointers, mask))
         weights = ()
         biases = ()
         for s in tl.static_range(3):
-            pointers, mask = _level_pointers(
+            pointers, mask = level_pointers(
                 grads + starts[s], image, m, mid, row // (1 << s), col // (1 << s), levels[s][0], levels[s][1], 1
             )
             inside = mask & (col < size[3])[None, :]
-            count = _pixels_of(row // (1 << s), col // (1 << s), size, 1 << s)
-            shares = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) / count[None, :]
+            count = pixels_of(row // (1 << s), col // (1 << s), size, 1 << s)
+            shares = load(pointers, inside) / count[None, :]
             weights = weights + (tl.dot(shares, right, of_weight[s], input_precision=PRECISION),)
             biases = biases + (of_bias[s] + tl.sum(shares, 1),)
         of_weight = weights
         of_bias = biases
     partials += tl.program_id(0).to(tl.int64) * 3 * mid * (dim + 1)
-    mask = (m < mid)[:, None] & (d < dim)[None, :]
     once = m < tl.where(tl.program_id(2) == 0, mid, 0)
     for s in tl.static_range(3):
-        tl.store(partials + (s * mid + m)[:, None] * dim + d[None, :], of_weight[s], mask=mask)
+        store_matrix(partials, of_weight[s], s * mid + m, m < mid, d, dim, dim)
         tl.store(partials + 3 * mid * dim + s * mid + m, of_bias[s], mask=once)

@@ -9,44 +9,11 @@ import triton
 import triton.language as tl
 
 from ._math import gelu
-from ._tiles import multiple
+from ._tiles import image_pointers, load, load_matrix, multiple, store, tile_pixels, tile_place
 
 
 @triton.jit
-def _place(program, size, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Image, first row and first column of a tile of images of size (..., height, width)."""
-    columns = tl.cdiv(size[-1], COLS)
-    rows = tl.cdiv(size[-2], ROWS)
-    return (program // columns // rows).to(tl.int64), program // columns % rows * ROWS, program % columns * COLS
-
-
-@triton.jit
-def _pixels(row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows and columns of the pixels of the tile that starts there, (ROWS * COLS,)."""
-    n = tl.arange(0, ROWS * COLS)
-    return row + n // COLS, col + n % COLS
-
-
-@triton.jit
-def _image_pointers(
-    x, strides, image, channel, channels, row, col, size, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """Pointers to channels of an image at the pixels, (channels, pixels), and their mask."""
-    start = x + image * multiple(strides[0], ALIGN)
-    c = channel.to(tl.int64)[:, None]
-    lines = row.to(tl.int64)[None, :] * multiple(strides[2], ALIGN)
-    if CHANNELS_LAST:
-        channels = multiple(channels, ALIGN)
-        pointers = start + lines + col.to(tl.int64)[None, :] * multiple(strides[3], ALIGN) + c * strides[1]
-        inside = (row < size[2]) & (col < size[3])
-    else:
-        pointers = start + c * multiple(strides[1], ALIGN) + lines + col.to(tl.int64)[None, :] * strides[3]
-        inside = (row < size[2]) & (col < multiple(size[3], ALIGN))
-    return pointers, (channel < channels)[:, None] & inside[None, :]
-
-
-@triton.jit
-def _level_pointers(level, image, channel, channels, row, col, height, width, ALIGN: tl.constexpr):
+def level_pointers(level, image, channel, channels, row, col, height, width, ALIGN: tl.constexpr):
     """The same of a level (B, channels, height, width); rows and columns may be outside."""
     width = multiple(width, ALIGN)
     start = (image * channels + channel.to(tl.int64)) * height * width
@@ -56,20 +23,14 @@ def _level_pointers(level, image, channel, channels, row, col, height, width, AL
 
 
 @triton.jit
-def _weights(weight, row, rows, column, columns, ld):
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(weight + row[:, None] * ld + column[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _pixels_of(row, col, size, FACTOR: tl.constexpr):
+def pixels_of(row, col, size, FACTOR: tl.constexpr):
     """How many pixels each sample of a level holds; 1 outside."""
     rows = tl.maximum(tl.minimum(size[2] - FACTOR * row, FACTOR), 1)
     return (rows * tl.maximum(tl.minimum(size[3] - FACTOR * col, FACTOR), 1)).to(tl.float32)
 
 
 @triton.jit
-def _interpolate(i, low_size, size):
+def interpolate(i, low_size, size):
     """Bilinear map of one axis, align_corners=False: output i is (1 - share) * input[low] + share * input[high]."""
     at = tl.maximum((2 * i.to(tl.int64) + 1) * low_size - size, 0)
     low = at // (2 * size)
@@ -81,36 +42,36 @@ def _interpolate(i, low_size, size):
 def _convolved(level, weight, bias, image, channel, channels, row, col, height, width, ALIGN: tl.constexpr):
     """Depthwise 3 x 3 convolution of a level at the pixels."""
     mask = channel < channels
-    total = tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)[:, None]
+    total = load(bias + channel, mask)[:, None]
     total += tl.zeros((1, row.shape[0]), tl.float32)
     # Rows in a loop, columns unrolled: the middle column is aligned, and the code stays small.
     for u in range(3):
         for v in tl.static_range(3):
-            pointers, inside = _level_pointers(
+            pointers, inside = level_pointers(
                 level, image, channel, channels, row + (u - 1), col + (v - 1), height, width, ALIGN
             )
-            factor = tl.load(weight + channel * 9 + 3 * u + v, mask=mask, other=0.0).to(tl.float32)
-            total += factor[:, None] * tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            factor = load(weight + channel * 9 + 3 * u + v, mask)
+            total += factor[:, None] * load(pointers, inside)
     return total
 
 
 @triton.jit
 def _upsampled(level, image, channel, channels, row, col, height, width, size):
     """The bilinear map of a level to the image's size, at the pixels."""
-    top, bottom, down = _interpolate(row, height, size[2])
-    left, right, across = _interpolate(col, width, size[3])
+    top, bottom, down = interpolate(row, height, size[2])
+    left, right, across = interpolate(col, width, size[3])
     total = tl.zeros((channel.shape[0], row.shape[0]), tl.float32)
     for corner in range(4):
         r = tl.where(corner < 2, top, bottom)
         q = tl.where(corner % 2 == 0, left, right)
         share = tl.where(corner < 2, 1.0 - down, down) * tl.where(corner % 2 == 0, 1.0 - across, across)
-        pointers, inside = _level_pointers(level, image, channel, channels, r, q, height, width, 1)
-        total += share[None, :] * tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        pointers, inside = level_pointers(level, image, channel, channels, r, q, height, width, 1)
+        total += share[None, :] * load(pointers, inside)
     return total
 
 
 @triton.jit
-def _before_gelu(
+def before_gelu(
     hidden, mixed, starts, weight, bias, image, channel, channels, row, col, size, levels,
     SCALE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -142,19 +103,19 @@ def _store_hidden(
 ):  # fmt: skip
     """The tile of a level that an image's tile is pooled to, after the first 1x1 convolution."""
     dim = size[1]
-    row, col = _pixels(top, left, ROWS, COLS)
-    u, v = _pixels(top // FACTOR, left // FACTOR, ROWS // FACTOR, COLS // FACTOR)
+    row, col = tile_pixels(top, left, ROWS, COLS)
+    u, v = tile_pixels(top // FACTOR, left // FACTOR, ROWS // FACTOR, COLS // FACTOR)
     sums = tl.zeros((m.shape[0], u.shape[0]), tl.float32)
     for start in range(0, dim, BK):
         d = start + tl.arange(0, BK)
-        pointers, mask = _image_pointers(x, strides, image, d, dim, row, col, size, ALIGN, CHANNELS_LAST)
-        pixels = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        factor = _weights(weight, m, mid, d, dim, dim)
+        pointers, mask = image_pointers(x, strides, image, d, dim, row, col, size, ALIGN, CHANNELS_LAST)
+        pixels = load(pointers, mask)
+        factor = load_matrix(weight, m, m < mid, d, dim, dim)
         sums = tl.dot(factor, _pooled(pixels, ROWS, COLS, FACTOR), sums, input_precision=PRECISION)
-    offset = tl.load(bias + m, mask=m < mid, other=0.0).to(tl.float32)
-    values = sums / _pixels_of(u, v, size, FACTOR)[None, :] + offset[:, None]
-    target, inside = _level_pointers(out, image, m, mid, u, v, level[0], level[1], LEVEL_ALIGN)
-    tl.store(target, values.to(target.dtype.element_ty), mask=inside)
+    offset = load(bias + m, mask=m < mid)
+    values = sums / pixels_of(u, v, size, FACTOR)[None, :] + offset[:, None]
+    target, inside = level_pointers(out, image, m, mid, u, v, level[0], level[1], LEVEL_ALIGN)
+    store(target, values, inside)
 
 
 @triton.jit
@@ -164,7 +125,7 @@ def ffn_in_kernel(
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The pyramid of the first 1x1 convolution: each level pools the image and has a third of the weight."""
-    image, top, left = _place(tl.program_id(0), size, ROWS, COLS)
+    image, top, left = tile_place(tl.program_id(0), size, ROWS, COLS)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     # Level by level: side by side they would need more registers than there are, and the tile stays in cache.
     for s in tl.static_range(3):
@@ -175,7 +136,7 @@ def ffn_in_kernel(
 
 
 @triton.jit
-def _low_tile(program, batch, channels, levels, BC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def low_tile(program, batch, channels, levels, BC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Of a program over the tiles of the levels 1 and 2: whether it is level 2, image, channels, rows, columns."""
     blocks = tl.cdiv(channels, BC)
     first = batch * blocks * tl.cdiv(levels[1][0], ROWS) * tl.cdiv(levels[1][1], COLS)
@@ -183,8 +144,8 @@ def _low_tile(program, batch, channels, levels, BC: tl.constexpr, ROWS: tl.const
     program = tl.where(last, program - first, program)
     height = tl.where(last, levels[2][0], levels[1][0])
     width = tl.where(last, levels[2][1], levels[1][1])
-    place, top, left = _place(program, (height, width), ROWS, COLS)
-    row, col = _pixels(top, left, ROWS, COLS)
+    place, top, left = tile_place(program, (height, width), ROWS, COLS)
+    row, col = tile_pixels(top, left, ROWS, COLS)
     channel = (place % blocks).to(tl.int32) * BC + tl.arange(0, BC)
     return last, place // blocks, channel, row, col, height, width
 
@@ -195,7 +156,7 @@ def ffn_low_kernel(
     BC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LEVEL_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Depthwise convolution of the levels 1 and 2."""
-    last, image, channel, row, col, height, width = _low_tile(tl.program_id(0), batch, channels, levels, BC, ROWS, COLS)
+    last, image, channel, row, col, height, width = low_tile(tl.program_id(0), batch, channels, levels, BC, ROWS, COLS)
     if last:
         weight, bias = weights[2], biases[2]
     else:
@@ -205,8 +166,8 @@ def ffn_low_kernel(
         image, channel, channels, row, col, height, width, LEVEL_ALIGN,
     )  # fmt: skip
     out = mixed + tl.where(last, mixed_starts[2], mixed_starts[1])
-    pointers, mask = _level_pointers(out, image, channel, channels, row, col, height, width, LEVEL_ALIGN)
-    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+    pointers, mask = level_pointers(out, image, channel, channels, row, col, height, width, LEVEL_ALIGN)
+    store(pointers, values, mask)
 
 
 @triton.jit
@@ -219,23 +180,23 @@ def ffn_out_kernel(
     """The depthwise convolution at full resolution, the bilinear maps, GELU, the last 1x1 convolution, the residual,
     unless that is None."""
     outputs = size[1]
-    image, top, left = _place(tl.program_id(0), size, ROWS, COLS)
-    row, col = _pixels(top, left, ROWS, COLS)
+    image, top, left = tile_place(tl.program_id(0), size, ROWS, COLS)
+    row, col = tile_pixels(top, left, ROWS, COLS)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
-    total = tl.load(bias + e, mask=e < outputs, other=0.0).to(tl.float32)[:, None]
+    total = load(bias + e, mask=e < outputs)[:, None]
     total += tl.zeros((BE, ROWS * COLS), tl.float32)
     for s in tl.static_range(3):
         for start in range(0, mid, BC):
             c = start + tl.arange(0, BC)
-            before = _before_gelu(
+            before = before_gelu(
                 hidden, mixed, mixed_starts, dw_weight, dw_bias, image, c, mid, row, col, size, levels, s, LEVEL_ALIGN
             )
-            factor = _weights(weight + s * mid, e, outputs, c, mid, 3 * mid)
+            factor = load_matrix(weight + s * mid, e, e < outputs, c, mid, 3 * mid)
             total = tl.dot(factor, gelu(before), total, input_precision=PRECISION)
     if residual is not None:
-        pointers, mask = _image_pointers(
+        pointers, mask = image_pointers(
             residual, residual_strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST
         )
-        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    pointers, mask = _image_pointers(y, strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST)
-    tl.store(pointers, total.to(pointers.dtype.element_ty), mask=mask)
+        total += load(pointers, mask)
+    pointers, mask = image_pointers(y, strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST)
+    store(pointers, total, mask)

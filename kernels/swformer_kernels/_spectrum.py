@@ -20,7 +20,7 @@ from torch import Tensor
 from ._device import channel_block, input_precision, matrix_options, parameter_gradients
 from ._math import gelu, gelu_derivative
 from ._sums import sum_partials
-from ._tiles import load_matrix, multiple, store_block
+from ._tiles import load, load_matrix, multiple, store_matrix
 
 # What the registers allow, by the way of taking products: frequencies and threads of a program of the spectrum's
 # gradient, and channels of one of the parameters' gradients.
@@ -32,7 +32,7 @@ _FREQUENCIES_A_PARTIAL = 2048
 
 
 @triton.jit
-def _pointers(spectrum, image, channel, channels, tile, numbers, N: tl.constexpr, ALIGN: tl.constexpr):
+def _frequency_pointers(spectrum, image, channel, channels, tile, numbers, N: tl.constexpr, ALIGN: tl.constexpr):
     """Pointers to the given channels at the tile's frequencies, parts interleaved, and their mask: (channels, 2 N)."""
     numbers = multiple(numbers, ALIGN)
     column = 2 * N * tile + tl.arange(0, 2 * N)
@@ -43,7 +43,7 @@ def _pointers(spectrum, image, channel, channels, tile, numbers, N: tl.constexpr
 @triton.jit
 def _load_spectrum(spectrum, image, channel, channels, tile, numbers, N: tl.constexpr, ALIGN: tl.constexpr):
     """Real and imaginary parts of the given channels at the tile's frequencies, zero outside."""
-    pointers, mask = _pointers(spectrum, image, channel, channels, tile, numbers, N, ALIGN)
+    pointers, mask = _frequency_pointers(spectrum, image, channel, channels, tile, numbers, N, ALIGN)
     return tl.split(tl.reshape(tl.load(pointers, mask=mask, other=0.0), (channel.shape[0], N, 2)))
 
 
@@ -51,7 +51,7 @@ def _load_spectrum(spectrum, image, channel, channels, tile, numbers, N: tl.cons
 def _store_spectrum(
     spectrum, real, imaginary, image, channel, channels, tile, numbers, N: tl.constexpr, ALIGN: tl.constexpr
 ):
-    pointers, mask = _pointers(spectrum, image, channel, channels, tile, numbers, N, ALIGN)
+    pointers, mask = _frequency_pointers(spectrum, image, channel, channels, tile, numbers, N, ALIGN)
     tl.store(pointers, tl.reshape(tl.join(real, imaginary), (channel.shape[0], 2 * N)), mask=mask)
 
 
@@ -166,7 +166,7 @@ def spectrum_mix_kernel(
     if weight is not None:
         real, imaginary = _apart(scale * total, BE, N)
         at_zero = (N * tile + tl.arange(0, N) == 0)[None, :]
-        real += tl.where(at_zero, tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[:, None], 0.0)
+        real += tl.where(at_zero, load(bias + e, mask=e < E)[:, None], 0.0)
         _store_spectrum(out, real, imaginary, image, e, E, tile, numbers, N, ALIGN)
 
 
@@ -252,14 +252,14 @@ def spectrum_parameters_kernel(
     if weight is not None:
         size += E * (C + 1)
     target = partials + tl.program_id(0).to(tl.int64) * size
-    store_block(target, of_real, row, exists, d, D, ld)
-    store_block(target + D + 1, of_imaginary, row, exists, d, D, ld)
+    store_matrix(target, of_real, row, exists, d, D, ld)
+    store_matrix(target + D + 1, of_imaginary, row, exists, d, D, ld)
     once = exists & (row < tl.where(tl.program_id(2) == 0, 4 * C, 0))
     tl.store(target + row * ld + D, of_constant, mask=once)
     tl.store(target + row * ld + 2 * D + 1, of_zero, mask=once)
     if weight is not None:
         target += 4 * C * ld
-        store_block(target, of_weight, d, d < E, c, C, C)
+        store_matrix(target, of_weight, d, d < E, c, C, C)
         tl.store(target + E * C + d, of_bias, mask=d < tl.where(tl.program_id(1) == 0, E, 0))
 
 
@@ -293,8 +293,8 @@ def spectrum_moments_kernel(
     ld = D + 1
     target = partials + tl.program_id(0).to(tl.int64) * (2 * D * ld)
     mask = c < tl.where(tl.program_id(2) == 0, D, 0)
-    store_block(target, scale * scale * products0, c, c < D, d, D, ld)
-    store_block(target + D * ld, scale * scale * products1, c, c < D, d, D, ld)
+    store_matrix(target, scale * scale * products0, c, c < D, d, D, ld)
+    store_matrix(target + D * ld, scale * scale * products1, c, c < D, d, D, ld)
     tl.store(target + c * ld + D, scale * sums0, mask=mask)
     tl.store(target + (D + c) * ld + D, scale * sums1, mask=mask)
 

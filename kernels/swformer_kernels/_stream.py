@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import alignment, architecture, is_channels_last
-from ._tiles import split_index
+from ._tiles import load, split_index
 
 
 class Plan(NamedTuple):
@@ -150,7 +150,7 @@ def load_row(
         for v in tl.static_range(V):
             column = start + v + V * tl.arange(0, L)[None, :]
             mask = exists & (column >= 0) & (column < width)
-            row = row + (tl.load(rows + column.to(tl.int64) * step, mask=mask, other=0.0).to(tl.float32),)
+            row = row + (load(rows + column.to(tl.int64) * step, mask),)
         return row
     else:
         column = start + tl.arange(0, L * V)[None, :]
@@ -218,7 +218,7 @@ def load_plane(values, image, channel, alive, channels, P: tl.constexpr):
     if values is None:
         return tl.zeros((P, 1), tl.float32)
     else:
-        return tl.load(values + image * channels + channel, mask=alive, other=0.0).to(tl.float32)
+        return load(values + image * channels + channel, alive)
 
 
 @triton.jit
@@ -245,7 +245,7 @@ def load_weights(weight, channel, alive, COUNT: tl.constexpr):
     """The COUNT weights of each strip's channel: a tuple of (P, 1)."""
     weights = ()
     for t in tl.static_range(COUNT):
-        weights = weights + (tl.load(weight + channel * COUNT + t, mask=alive, other=0.0).to(tl.float32),)
+        weights = weights + (load(weight + channel * COUNT + t, alive),)
     return weights
 
 

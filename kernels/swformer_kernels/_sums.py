@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import store_rounded
+from ._tiles import store
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def sum_partials_kernel(partials, outs, sizes, parts, total, count, PARTS: tl.co
     first = 0
     for i in tl.static_range(len(outs)):
         own = (column < total) & (place >= first) & (place < first + sizes[i])
-        store_rounded(outs[i] + group * sizes[i] + place - first, value, own)
+        store(outs[i] + group * sizes[i] + place - first, value, own)
         first += sizes[i]
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import alignment, architecture, check_dtype, empty, is_channels_last, matrix_options, parameter_gradients
-from ._tiles import multiple
+from ._tiles import load, load_matrix, map_pointers, multiple, store, store_matrix
 
 _TILE = 2048
 _TILE_OF_HALVES = 1024  # with twice as many LLVM's vectoriser fails on the sums of products
@@ -25,17 +25,11 @@ _WEIGHTS = 2048
 
 
 @triton.jit
-def _pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Pointers to a tile, (channels, pixels), and their mask."""
-    start = x + image * multiple(strides[0], ALIGN)
+def _exists(channel, channels, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Which channels exist: where they are neighbours, so that the compiler sees how many exist together."""
     if CHANNELS_LAST:
         channels = multiple(channels, ALIGN)
-    mask = (channel < channels)[:, None] & (pixel < pixels)[None, :]
-    if CHANNELS_LAST:
-        pointers = start + channel[:, None] + pixel.to(tl.int64)[None, :] * multiple(strides[2], ALIGN)
-    else:
-        pointers = start + channel.to(tl.int64)[:, None] * multiple(strides[1], ALIGN) + pixel[None, :]
-    return pointers, mask
+    return channel < channels
 
 
 @triton.jit
@@ -50,19 +44,20 @@ def attention_sums_kernel(
     block = tl.program_id(0) // parts % blocks
     image = (tl.program_id(0) // parts // blocks).to(tl.int64)
     channel = block * BC + tl.arange(0, BC)
+    exists = _exists(channel, channels, ALIGN, CHANNELS_LAST)
     sums = tl.zeros((BC, N), tl.float32)
     products = sums
     first = part * tiles_a_program
     for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
         pixel = tile * N + tl.arange(0, N)
-        pointers, mask = _pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN, CHANNELS_LAST)
-        values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        pointers, mask = map_pointers(x, strides, image, channel, exists, pixel, pixels, ALIGN, CHANNELS_LAST)
+        values = load(pointers, mask)
         sums += values
         if grad is not None:
-            pointers, mask = _pointers(
-                grad, grad_strides, image, channel, channels, pixel, pixels, ALIGN, CHANNELS_LAST
+            pointers, mask = map_pointers(
+                grad, grad_strides, image, channel, exists, pixel, pixels, ALIGN, CHANNELS_LAST
             )
-            products += values * tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            products += values * load(pointers, mask)
     row = (image * parts + part) * channels
     tl.store(partials + row + channel, tl.sum(sums, 1), mask=channel < channels)
     if grad is not None:
@@ -83,30 +78,23 @@ def _sum_parts(partials, row, parts, channel, channels, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(weight, row, rows, column, columns):
-    pointers = weight + row[:, None] * columns + column[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _first_layer(partials, w1, b1, image, size, hidden, parts, BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr):
     """w1 @ mean + b1, before the ReLU."""
     _, channels, pixels = size
     r = tl.arange(0, BR)
-    total = tl.load(b1 + r, mask=r < hidden, other=0.0).to(tl.float32)
+    total = load(b1 + r, mask=r < hidden)
     for start in range(0, channels, BC):
         c = start + tl.arange(0, BC)
         mean = _sum_parts(partials, image, parts, c, channels, PARTS) / pixels
-        total += tl.sum(_load_weight(w1, r, hidden, c, channels) * mean[None, :], 1)
+        total += tl.sum(load_matrix(w1, r, r < hidden, c, channels, channels) * mean[None, :], 1)
     return total
 
 
 @triton.jit
 def _second_layer(active, w2, b2, c, channels, hidden, BR: tl.constexpr):
     """sigmoid(w2 @ active + b2) of some channels, and their rows of w2."""
-    weight = _load_weight(w2, c, channels, tl.arange(0, BR), hidden)
-    bias = tl.load(b2 + c, mask=c < channels, other=0.0).to(tl.float32)
+    weight = load_matrix(w2, c, c < channels, tl.arange(0, BR), hidden, hidden)
+    bias = load(b2 + c, mask=c < channels)
     return tl.sigmoid(tl.sum(weight * active[None, :], 1) + bias), weight
 
 
@@ -153,7 +141,7 @@ def attention_network_backward_kernel(
     tl.store(grad_hiddens + image * hidden + r, grad_hidden, mask=r < hidden)
     for start in range(0, channels, BC):
         c = start + tl.arange(0, BC)
-        through = tl.sum(_load_weight(w1, r, hidden, c, channels) * grad_hidden[:, None], 0)
+        through = tl.sum(load_matrix(w1, r, r < hidden, c, channels, channels) * grad_hidden[:, None], 0)
         tl.store(shift + image * channels + c, through / pixels, mask=c < channels)
 
 
@@ -178,10 +166,10 @@ def attention_parameters_kernel(
         of_w2 += logits[:, None] * active[None, :]
         of_b1 += inner
         of_b2 += logits
-    tl.store(grad_w1 + r[:, None] * channels + c[None, :], of_w1, mask=(r < hidden)[:, None] & (c < channels)[None, :])
-    tl.store(grad_w2 + c[:, None] * hidden + r[None, :], of_w2, mask=(c < channels)[:, None] & (r < hidden)[None, :])
-    tl.store(grad_b1 + r, of_b1, mask=r < tl.where(tl.program_id(0) == 0, hidden, 0))
-    tl.store(grad_b2 + c, of_b2, mask=c < tl.where(tl.program_id(1) == 0, channels, 0))
+    store_matrix(grad_w1, of_w1, r, r < hidden, c, channels, channels)
+    store_matrix(grad_w2, of_w2, c, c < channels, r, hidden, hidden)
+    store(grad_b1 + r, of_b1, r < tl.where(tl.program_id(0) == 0, hidden, 0))
+    store(grad_b2 + c, of_b2, c < tl.where(tl.program_id(1) == 0, channels, 0))
 
 
 @triton.jit
@@ -194,15 +182,16 @@ def attention_apply_kernel(
     blocks = tl.cdiv(channels, BC)
     pixel = tl.program_id(0) % tiles * N + tl.arange(0, N)
     channel = tl.program_id(0) // tiles % blocks * BC + tl.arange(0, BC)
+    exists = _exists(channel, channels, ALIGN, CHANNELS_LAST)
     image = (tl.program_id(0) // tiles // blocks).to(tl.int64)
-    pointers, mask = _pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN, CHANNELS_LAST)
+    pointers, mask = map_pointers(x, strides, image, channel, exists, pixel, pixels, ALIGN, CHANNELS_LAST)
     row = image * channels + channel
     factor = tl.load(scale + row, mask=channel < channels, other=0.0)
-    values = factor[:, None] * tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    values = factor[:, None] * load(pointers, mask)
     if shift is not None:
         values += tl.load(shift + row, mask=channel < channels, other=0.0)[:, None]
-    pointers, mask = _pointers(out, out_strides, image, channel, channels, pixel, pixels, ALIGN, CHANNELS_LAST)
-    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+    pointers, mask = map_pointers(out, out_strides, image, channel, exists, pixel, pixels, ALIGN, CHANNELS_LAST)
+    store(pointers, values, mask)
 
 
 def _flat(t: Tensor, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from ._stream import (
     zeros,
 )
 from ._sums import sum_weights
-from ._tiles import multiple
+from ._tiles import load, multiple
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def depthwise_gelu_kernel(
     x += image * multiple(x_strides[0], ALIGN) + channel * multiple(x_strides[1], ALIGN)
     y += image * multiple(y_strides[0], ALIGN) + channel * multiple(y_strides[1], ALIGN)
     weights = load_weights(weight, channel, alive, K * K)
-    offset = tl.load(bias + channel, mask=alive, other=0.0).to(tl.float32) + tl.zeros((P, L), tl.float32)
+    offset = load(bias + channel, alive) + tl.zeros((P, L), tl.float32)
     sums = zeros((K - 1) * V, P, L)
     total = tl.zeros((P, L), tl.float32)
     for step in range(0, numbers[1] + 2 * R):
@@ -97,7 +97,7 @@ def depthwise_gelu_backward_kernel(
     if out is not None:
         out += image * multiple(out_strides[0], ALIGN) + channel * multiple(out_strides[1], ALIGN)
     weights = load_weights(weight, channel, alive, K * K)
-    offset = tl.load(bias + channel, mask=alive, other=0.0).to(tl.float32) + tl.zeros((P, L), tl.float32)
+    offset = load(bias + channel, alive) + tl.zeros((P, L), tl.float32)
     nothing = tl.zeros((P, L), tl.float32)
     of_sums = load_plane(grad_sums, image, channel, alive, channels, P)
     sums = zeros((K - 1) * V, P, L)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._device import alignment, channel_block, check_dtype, input_precision, matrix_options, parameter_gradients
 from ._sums import sum_partials
-from ._tiles import multiple
+from ._tiles import load, load_matrix, map_pointers, multiple, store, store_matrix
 
 # Pixels a program takes, in bytes: 16 a thread, of 16 channels.
 _BYTES = 256
@@ -34,23 +34,16 @@ def total_channels(counts):
 
 
 @triton.jit
-def map_pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN: tl.constexpr):
-    """Pointers to the given channels of one map at the pixels, and their mask: (channels, pixels)."""
-    start = x + image * multiple(strides[0], ALIGN)
-    rows = start + channel.to(tl.int64) * multiple(strides[1], ALIGN)
-    mask = ((channel >= 0) & (channel < channels))[:, None] & (pixel < pixels)[None, :]
-    return rows[:, None] + pixel[None, :], mask
-
-
-@triton.jit
 def load_maps(maps, strides, counts, image, channel, pixel, pixels, ALIGN: tl.constexpr):
-    """The given channels of the concatenation of the maps at the pixels, in fp32; zero outside."""
+    """Channels of the concatenation of the maps at the pixels, in fp32; zero outside."""
     total = tl.zeros((channel.shape[0], pixel.shape[0]), tl.float32)
     first = 0
     for i in tl.static_range(len(maps)):
-        pointers, mask = map_pointers(maps[i], strides[i], image, channel - first, counts[i], pixel, pixels, ALIGN)
+        place = channel - first
+        exists = (place >= 0) & (place < counts[i])
+        pointers, mask = map_pointers(maps[i], strides[i], image, place, exists, pixel, pixels, ALIGN, False)
         # Only one of the maps has a channel: the others add zero.
-        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        total += load(pointers, mask)
         first += counts[i]
     return total
 
@@ -60,8 +53,10 @@ def store_maps(maps, strides, counts, value, image, channel, pixel, pixels, ALIG
     """The inverse of `load_maps`."""
     first = 0
     for i in tl.static_range(len(maps)):
-        pointers, mask = map_pointers(maps[i], strides[i], image, channel - first, counts[i], pixel, pixels, ALIGN)
-        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+        place = channel - first
+        exists = (place >= 0) & (place < counts[i])
+        pointers, mask = map_pointers(maps[i], strides[i], image, place, exists, pixel, pixels, ALIGN, False)
+        store(pointers, value, mask)
         first += counts[i]
 
 
@@ -82,16 +77,12 @@ def pointwise_kernel(
     total = tl.zeros((BE, N), tl.float32)
     for start in range(0, inputs, BK):
         c = start + tl.arange(0, BK)
-        left = tl.load(
-            weight + e[:, None] * weight_strides[1] + c[None, :] * weight_strides[2],
-            mask=(e < outputs)[:, None] & (c < inputs)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        left = load_matrix(weight, e, e < outputs, c, inputs, weight_strides[1], weight_strides[2])
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     if bias is not None:
         bias += image * bias_stride
-        total += tl.load(bias + e, mask=e < outputs, other=0.0).to(tl.float32)[:, None]
+        total += load(bias + e, mask=e < outputs)[:, None]
     if residual is not None:
         total += load_maps((residual,), (residual_strides,), out_counts, image, e, pixel, pixels, ALIGN)
     store_maps(outs, out_strides, out_counts, total, image, e, pixel, pixels, ALIGN)
@@ -120,8 +111,7 @@ def pointwise_parameters_kernel(
         of_weight = tl.dot(left, tl.trans(right), of_weight, input_precision=PRECISION)
         of_bias += tl.sum(left, 1)
     partials += (part * images + image) * outputs * (inputs + 1)
-    mask = (e < outputs)[:, None] & (c < inputs)[None, :]
-    tl.store(partials + e[:, None] * inputs + c[None, :], of_weight, mask=mask)
+    store_matrix(partials, of_weight, e, e < outputs, c, inputs, inputs)
     tl.store(partials + outputs * inputs + e, of_bias, mask=e < tl.where(tl.program_id(2) == 0, outputs, 0))
 
 

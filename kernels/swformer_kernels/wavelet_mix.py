@@ -36,7 +36,7 @@ from ._stream import (
     zeros,
 )
 from ._sums import sum_taps, sum_weights
-from ._tiles import multiple
+from ._tiles import load, multiple
 
 
 @triton.jit
@@ -247,7 +247,7 @@ def wavelet_kernel(
     weights = load_weights(weight, number, _spread(alive, P, 1), K * K)
     offset = tl.zeros((4 * P, L), tl.float32)
     if not ADJOINT:
-        offset += tl.load(bias + number, mask=_spread(alive, P, 1), other=0.0).to(tl.float32)
+        offset += load(bias + number, mask=_spread(alive, P, 1))
     sums = zeros((K - 1) * C, 4 * P, L)
     total = tl.zeros((4 * P, L), tl.float32)
     for step in range(0, numbers[1] + 2 * R):
@@ -305,7 +305,7 @@ def wavelet_backward_kernel(
     number = _spread(channel, P, 1) + (tl.arange(0, 4 * P) // P)[:, None] * channels
     weights = load_weights(weight, number, every, K * K)
     nothing = tl.zeros((4 * P, L), tl.float32)
-    offset = tl.load(bias + number, mask=every, other=0.0).to(tl.float32) + nothing
+    offset = load(bias + number, every) + nothing
     of_sums = load_plane(grad_sums, image, channel, alive, channels, P)
     sums = zeros((K - 1) * C, 4 * P, L)
     transposed_sums = zeros((K - 1) * C, 4 * P, L)
