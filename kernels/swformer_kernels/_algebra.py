@@ -23,23 +23,23 @@ PLACES = (0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15)
 @triton.jit
 def batch_statistics_kernel(
     spectrum, moments, weight, bias, table, statistics, products, zeros, batch, D, C, numbers, side,
-    BR: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of what the normalisations take, (4, 2 C): biased in `table`, unbiased in `statistics`.
 
     Unless they are None, `products` (2, 2 C, D) = weight @ moments, and `zeros` (B, 2 C) is the zero frequency after
-    the first convolution. A program takes BR of its channels.
+    the first convolution. A program takes BLOCK_R of its channels.
     """
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     exists = row < 2 * C
     offset = tl.load(bias + row, mask=exists, other=0.0).to(tl.float64) * side
-    sum_at_zero = tl.zeros((BR,), tl.float64)
+    sum_at_zero = tl.zeros((BLOCK_R,), tl.float64)
     squares_at_zero = sum_at_zero
     for image in range(batch):
         real = offset
-        for first in range(0, D, BE):
-            d = first + tl.arange(0, BE)
-            start = spectrum + (tl.zeros((BE,), tl.int64) + image) * D * numbers
+        for first in range(0, D, BLOCK_E):
+            d = first + tl.arange(0, BLOCK_E)
+            start = spectrum + (tl.zeros((BLOCK_E,), tl.int64) + image) * D * numbers
             value = tl.load(start + d.to(tl.int64) * numbers, mask=d < D, other=0.0).to(tl.float64) / side
             real += tl.sum(load_matrix(weight, row, exists, d, D, D).to(tl.float64) * value[None, :], 1)
         if zeros is not None:
@@ -47,24 +47,24 @@ def batch_statistics_kernel(
         sum_at_zero += real
         squares_at_zero += real * real
     count = (numbers // 2).to(tl.float64) * batch
-    rest = count - batch
-    others = tl.maximum(rest, 1.0)
-    ld = D + 1
+    nonzero = count - batch
+    others = tl.maximum(nonzero, 1.0)
+    row_stride = D + 1
     for part in tl.static_range(2):
-        gram = moments + part * D * ld
-        sums = tl.zeros((BR,), tl.float64)
-        for first in range(0, D, BE):
-            e = first + tl.arange(0, BE)
-            column = tl.load(gram + e * ld + D, mask=e < D, other=0.0)
+        gram = moments + part * D * row_stride
+        sums = tl.zeros((BLOCK_R,), tl.float64)
+        for first in range(0, D, BLOCK_E):
+            e = first + tl.arange(0, BLOCK_E)
+            column = tl.load(gram + e * row_stride + D, mask=e < D, other=0.0)
             sums += tl.sum(load_matrix(weight, row, exists, e, D, D).to(tl.float64) * column[None, :], 1)
-        spread = tl.zeros((BR,), tl.float64)
-        for first in range(0, D, BE):
-            e = first + tl.arange(0, BE)
-            product = tl.zeros((BR, BE), tl.float64)
-            for start in range(0, D, BK):
-                d = start + tl.arange(0, BK)
+        spread = tl.zeros((BLOCK_R,), tl.float64)
+        for first in range(0, D, BLOCK_E):
+            e = first + tl.arange(0, BLOCK_E)
+            product = tl.zeros((BLOCK_R, BLOCK_E), tl.float64)
+            for start in range(0, D, BLOCK_K):
+                d = start + tl.arange(0, BLOCK_K)
                 mask = (d < D)[:, None] & (e < D)[None, :]
-                right = tl.load(gram + d[:, None] * ld + e[None, :], mask=mask, other=0.0)
+                right = tl.load(gram + d[:, None] * row_stride + e[None, :], mask=mask, other=0.0)
                 left = load_matrix(weight, row, exists, d, D, D).to(tl.float64)
                 product += tl.sum(left[:, :, None] * right[None, :, :], 1)
             if products is not None:
@@ -74,12 +74,12 @@ def batch_statistics_kernel(
         spread -= sums * sums / others
         spread = tl.where(spread < 0, 0.0, spread)
         if part == 1:
-            sum_at_zero = tl.zeros((BR,), tl.float64)
+            sum_at_zero = tl.zeros((BLOCK_R,), tl.float64)
             squares_at_zero = sum_at_zero
         mean = (sums + sum_at_zero) / count
         away = sums / others - mean
         at_zero = squares_at_zero - 2.0 * mean * sum_at_zero + batch * mean * mean
-        variance = (spread + rest * away * away + at_zero) / count
+        variance = (spread + nonzero * away * away + at_zero) / count
         place = row // C * 4 * C + 2 * (row % C) + part
         tl.store(table + place, mean, mask=exists)
         tl.store(table + 2 * C + place, variance, mask=exists)
@@ -107,8 +107,9 @@ def _load_pairs(matrix, row, exists, c, C):
 
 @triton.jit
 def compose_kernel(
-    in_weight, in_bias, gate, value, out, D, C, side, eps, BR: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
-):
+    in_weight, in_bias, gate, value, out, D, C, side, eps,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """The matrix from the parameters: factor program_id(0), and blocks of its rows and of the input's channels.
 
     `gate` and `value` are mean, variance, scale, shift, weight and bias.
@@ -117,16 +118,16 @@ def compose_kernel(
         factor = gate
     else:
         factor = value
-    row = tl.program_id(1) * BR + tl.arange(0, BR)
-    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = row < 2 * C
     place = 2 * (row % C) + row // C
-    of_real = tl.zeros((BR, BD), tl.float32)
+    of_real = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     of_imaginary = of_real
     constant = load(factor[5] + place, exists)
-    at_zero = tl.zeros((BR,), tl.float32)
-    for first in range(0, C, BC):
-        c = first + tl.arange(0, BC)
+    at_zero = tl.zeros((BLOCK_R,), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
         n = tl.program_id(0) * C + c
         inner = c < C
         real, imaginary = _load_pairs(factor[4], place, exists, c, C)
@@ -140,13 +141,13 @@ def compose_kernel(
         of_imaginary = tl.dot(imaginary, right, of_imaginary, input_precision="ieee")
         first_bias = load(in_bias + n, inner) * side * side
         at_zero += tl.sum(real * first_bias[None, :], 1)
-    ld = 2 * (D + 1)
-    out += tl.program_id(0) * 2 * C * ld
-    store_matrix(out, of_real, row, exists, d, D, ld)
-    store_matrix(out + D + 1, of_imaginary, row, exists, d, D, ld)
+    row_stride = 2 * (D + 1)
+    out += tl.program_id(0) * 2 * C * row_stride
+    store_matrix(out, of_real, row, exists, d, D, row_stride)
+    store_matrix(out + D + 1, of_imaginary, row, exists, d, D, row_stride)
     once = row < tl.where(tl.program_id(2) == 0, 2 * C, 0)
-    tl.store(out + row * ld + D, constant, mask=once)
-    tl.store(out + row * ld + 2 * D + 1, at_zero, mask=once)
+    tl.store(out + row * row_stride + D, constant, mask=once)
+    tl.store(out + row * row_stride + 2 * D + 1, at_zero, mask=once)
 
 
 @triton.jit
@@ -174,8 +175,8 @@ def _through_moments(moments, products, share, n, mask, d, D):
 @triton.jit
 def compose_backward_kernel(
     grad, in_weight, in_bias, gate, value, moments, products, zeros, spectrum, batch, numbers,
-    weight_grad, bias_grad, gate_grads, value_grads, right, ld, D, C, side, eps,
-    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    weight_grad, bias_grad, gate_grads, value_grads, right, row_stride, D, C, side, eps,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters from the matrix's, of factor program_id(0) and block program_id(1) of its channels.
 
@@ -187,7 +188,7 @@ def compose_backward_kernel(
         factor, grads = gate, gate_grads
     else:
         factor, grads = value, value_grads
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inner = c < C
     n = tl.program_id(0) * C + c
     width = 2 * (D + 1)
@@ -196,18 +197,18 @@ def compose_backward_kernel(
     mean1, slope1, offset1, deviation1 = _normalisation(factor, 2 * c + 1, inner, eps)
     scaled0, scaled1 = (slope0 / side).to(tl.float32)[None, :], (slope1 / side).to(tl.float32)[None, :]
     first_bias = load(in_bias + n, inner) * side * side
-    of_slope0 = tl.zeros((BC,), tl.float32)
+    of_slope0 = tl.zeros((BLOCK_C,), tl.float32)
     of_slope1, of_offset0, of_offset1, of_first_bias = of_slope0, of_slope0, of_slope0, of_slope0
-    for start in range(0, 2 * C, BR):
-        row = start + tl.arange(0, BR)
+    for start in range(0, 2 * C, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
         exists = row < 2 * C
         place = 2 * (row % C) + row // C
         constant = tl.load(grad + row * width + D, mask=exists, other=0.0)
         at_zero = tl.load(grad + row * width + 2 * D + 1, mask=exists, other=0.0)
         mixing0 = at_zero[:, None] * first_bias[None, :]
-        mixing1 = tl.zeros((BR, BC), tl.float32)
-        for first in range(0, D, BD):
-            d = first + tl.arange(0, BD)
+        mixing1 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for first in range(0, D, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
             transposed = tl.trans(load_matrix(in_weight, n, inner, d, D, D))
             mixing0 = tl.dot(load_matrix(grad, row, exists, d, D, width), transposed, mixing0, input_precision="ieee")
             left = load_matrix(grad + D + 1, row, exists, d, D, width)
@@ -237,16 +238,16 @@ def compose_backward_kernel(
             real = tl.load(zeros + image * 2 * C + n, mask=inner, other=0.0)
             at_zero = shares[1] + shares[0] * real
             of_first_bias += at_zero * side
-            target = right + n * ld + width + image
+            target = right + n * row_stride + width + image
             tl.store(target, (at_zero / side).to(tl.float32), mask=inner)
-        tl.store(right + n * ld + D, (shares[1] / side).to(tl.float32), mask=inner)
-        tl.store(right + n * ld + 2 * D + 1, (others[1] / side).to(tl.float32), mask=inner)
+        tl.store(right + n * row_stride + D, (shares[1] / side).to(tl.float32), mask=inner)
+        tl.store(right + n * row_stride + 2 * D + 1, (others[1] / side).to(tl.float32), mask=inner)
     store(bias_grad + n, of_first_bias, inner)
-    for first in range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        total = tl.zeros((BC, BD), tl.float32)
-        for start in range(0, 2 * C, BR):
-            row = start + tl.arange(0, BR)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        total = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+        for start in range(0, 2 * C, BLOCK_R):
+            row = start + tl.arange(0, BLOCK_R)
             exists = row < 2 * C
             real, imaginary = _load_pairs(factor[4], 2 * (row % C) + row // C, exists, c, C)
             of_real = load_matrix(grad, row, exists, d, D, width)
@@ -260,11 +261,11 @@ def compose_backward_kernel(
             through += _through_moments(moments + D * (D + 1), products + 2 * C * D, others, n, mask, d, D)
             for image in range(batch):
                 at_zero = shares[1] + shares[0] * tl.load(zeros + image * 2 * C + n, mask=inner, other=0.0)
-                plane = spectrum + (tl.zeros((BD,), tl.int64) + image) * D * numbers
+                plane = spectrum + (tl.zeros((BLOCK_D,), tl.int64) + image) * D * numbers
                 real_zero = tl.load(plane + d.to(tl.int64) * numbers, mask=d < D, other=0.0).to(tl.float64) / side
                 through += at_zero[:, None] * real_zero[None, :]
             total += through.to(tl.float32)
-            target = right + n[:, None] * ld + d[None, :]
+            target = right + n[:, None] * row_stride + d[None, :]
             tl.store(target, weight * (shares[0] / side / side).to(tl.float32)[:, None], mask=mask)
             tl.store(target + D + 1, weight * (others[0] / side / side).to(tl.float32)[:, None], mask=mask)
         store_matrix(weight_grad, total, n, inner, d, D, D)
@@ -297,13 +298,14 @@ def compose(
     Equal to `swformer_fast._fourier.compose` with the columns of the spectrum divided by sqrt(area), area = H * W.
     `spectrum` is unscaled, `moments` are those of the scaled one. `differentiable` keeps what `compose_backward` takes.
     """
-    in_weight, in_bias, *rest = (None if p is None else p.contiguous() for p in parameters[:14])
+    contiguous: list[Any] = [None if p is None else p.contiguous() for p in parameters[:14]]
+    in_weight, in_bias, *factors = contiguous
     # A program takes gate's or value's: their dtypes must be the same.
-    others = rest[6:] + rest[:6]
-    rest = [p if p is None or p.dtype == q.dtype else p.float() for p, q in zip(rest, others, strict=True)]
+    others = factors[6:] + factors[:6]
+    factors = [p if p is None or p.dtype == q.dtype else p.float() for p, q in zip(factors, others, strict=True)]
     batch, dim = spectrum.shape[:2]
     channels, side = len(in_bias) // 2, math.sqrt(area)
-    gate, value = tuple(rest[:6]), tuple(rest[6:])
+    gate, value = tuple(factors[:6]), tuple(factors[6:])
     matrix = spectrum.new_empty(4 * channels, 2 * (dim + 1))
     statistics = products = zeros = None
     options = matrix_options(spectrum) | {"num_warps": 4}
@@ -318,12 +320,13 @@ def compose(
             batch_statistics_kernel[(triton.cdiv(2 * channels, 4),)](
                 spectrum, moments, in_weight, in_bias, table, statistics, products, zeros,
                 batch, dim, channels, numbers, side,
-                BR=4, BE=32, BK=16, **options,
+                BLOCK_R=4, BLOCK_E=32, BLOCK_K=16, **options,
             )  # fmt: skip
             gate, value = (*table[:2], *gate[2:]), (*table[2:], *value[2:])
         compose_kernel[(2, triton.cdiv(2 * channels, 32), triton.cdiv(dim, 32))](
-            in_weight, in_bias, gate, value, matrix, dim, channels, side, eps, BR=32, BD=32, BC=16, **options
-        )
+            in_weight, in_bias, gate, value, matrix, dim, channels, side, eps,
+            BLOCK_R=32, BLOCK_D=32, BLOCK_C=16, **options,
+        )  # fmt: skip
     return Composed(matrix, statistics, (gate, value), products, zeros)
 
 
@@ -352,11 +355,11 @@ def compose_backward(
             grad, in_weight, in_bias, *composed.norms, moments, composed.products, composed.zeros, spectrum, batch,
             numbers, *grads[:2], tuple(grads[2:6]), tuple(grads[6:]), right, width, dim, channels,
             math.sqrt(area), eps,
-            BR=16, BC=16, BD=32, **matrix_options(spectrum) | {"num_warps": 4},
+            BLOCK_R=16, BLOCK_C=16, BLOCK_D=32, **matrix_options(spectrum) | {"num_warps": 4},
         )  # fmt: skip
     grads = [g.to(parameters[i].dtype) for g, i in zip(grads, PLACES[:10], strict=True)]
     if right is None:
         return tuple(grads), None
     product = right.new_empty(dim, width)
-    # Written to what is given, which autocast leaves alone.
+    # Autocast leaves a product that is written to a tensor alone.
     return tuple(grads), torch.mm(in_weight.flatten(1).T.float(), right, out=product)

@@ -22,6 +22,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp (AMD: a wavefront)."""
+    return 64 if architecture(device).startswith("gfx") else 32
+
+
 def matrix_options(x: Tensor) -> dict[str, int | bool]:
     """Launch options of kernels of matrix products on 256 threads."""
     options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
@@ -63,6 +68,12 @@ def empty(like: Tensor, *size: int) -> Tensor:
     """An uninitialised 4-D tensor: channels_last if `like` is, else contiguous."""
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def planes(x: Tensor) -> Tensor:
+    """`x` (B, C, H, W) as (B, C, H * W) with neighbouring pixels next to each other, copied only if it must be."""
+    x = x.flatten(2)
+    return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
 
 
 def parameter_gradients(x: Tensor, parameters: tuple[Tensor, ...], needed: bool) -> tuple[Tensor, ...]:

@@ -13,20 +13,20 @@ from ._tiles import image_pointers, load, load_matrix, multiple, store, tile_pix
 
 
 @triton.jit
-def level_pointers(level, image, channel, channels, row, col, height, width, ALIGN: tl.constexpr):
+def level_pointers(level, image, channel, channels, row, column, height, width, ALIGN: tl.constexpr):
     """The same of a level (B, channels, height, width); rows and columns may be outside."""
     width = multiple(width, ALIGN)
     start = (image * channels + channel.to(tl.int64)) * height * width
-    inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-    pointers = level + start[:, None] + (row.to(tl.int64) * width + col)[None, :]
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    pointers = level + start[:, None] + (row.to(tl.int64) * width + column)[None, :]
     return pointers, (channel < channels)[:, None] & inside[None, :]
 
 
 @triton.jit
-def pixels_of(row, col, size, FACTOR: tl.constexpr):
+def pixels_of(row, column, size, FACTOR: tl.constexpr):
     """How many pixels each sample of a level holds; 1 outside."""
     rows = tl.maximum(tl.minimum(size[2] - FACTOR * row, FACTOR), 1)
-    return (rows * tl.maximum(tl.minimum(size[3] - FACTOR * col, FACTOR), 1)).to(tl.float32)
+    return (rows * tl.maximum(tl.minimum(size[3] - FACTOR * column, FACTOR), 1)).to(tl.float32)
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def interpolate(i, low_size, size):
 
 
 @triton.jit
-def _convolved(level, weight, bias, image, channel, channels, row, col, height, width, ALIGN: tl.constexpr):
+def _convolved(level, weight, bias, image, channel, channels, row, column, height, width, ALIGN: tl.constexpr):
     """Depthwise 3 x 3 convolution of a level at the pixels."""
     mask = channel < channels
     total = load(bias + channel, mask)[:, None]
@@ -48,7 +48,7 @@ def _convolved(level, weight, bias, image, channel, channels, row, col, height, 
     for u in range(3):
         for v in tl.static_range(3):
             pointers, inside = level_pointers(
-                level, image, channel, channels, row + (u - 1), col + (v - 1), height, width, ALIGN
+                level, image, channel, channels, row + (u - 1), column + (v - 1), height, width, ALIGN
             )
             factor = load(weight + channel * 9 + 3 * u + v, mask)
             total += factor[:, None] * load(pointers, inside)
@@ -56,10 +56,10 @@ def _convolved(level, weight, bias, image, channel, channels, row, col, height, 
 
 
 @triton.jit
-def _upsampled(level, image, channel, channels, row, col, height, width, size):
+def _upsampled(level, image, channel, channels, row, column, height, width, size):
     """The bilinear map of a level to the image's size, at the pixels."""
     top, bottom, down = interpolate(row, height, size[2])
-    left, right, across = interpolate(col, width, size[3])
+    left, right, across = interpolate(column, width, size[3])
     total = tl.zeros((channel.shape[0], row.shape[0]), tl.float32)
     for corner in range(4):
         r = tl.where(corner < 2, top, bottom)
@@ -72,46 +72,46 @@ def _upsampled(level, image, channel, channels, row, col, height, width, size):
 
 @triton.jit
 def before_gelu(
-    hidden, mixed, starts, weight, bias, image, channel, channels, row, col, size, levels,
+    hidden, mixed, starts, weight, bias, image, channel, channels, row, column, size, levels,
     SCALE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """What the GELU takes at the pixels, of one scale."""
     if SCALE == 0:
-        return _convolved(hidden, weight, bias, image, channel, channels, row, col, size[2], size[3], ALIGN)
+        return _convolved(hidden, weight, bias, image, channel, channels, row, column, size[2], size[3], ALIGN)
     else:
         height, width = levels[SCALE]
-        return _upsampled(mixed + starts[SCALE], image, channel, channels, row, col, height, width, size)
+        return _upsampled(mixed + starts[SCALE], image, channel, channels, row, column, height, width, size)
 
 
 @triton.jit
-def _pooled(pixels, ROWS: tl.constexpr, COLS: tl.constexpr, FACTOR: tl.constexpr):
-    """Sums over the pixels of each sample of a tile (channels, ROWS * COLS)."""
-    BK: tl.constexpr = pixels.shape[0]
+def _pooled(pixels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FACTOR: tl.constexpr):
+    """Sums over the pixels of each sample of a tile (channels, ROWS * COLUMNS)."""
+    BLOCK_K: tl.constexpr = pixels.shape[0]
     if FACTOR == 1:
         return pixels
     else:
-        across = tl.sum(tl.reshape(pixels, (BK, ROWS, COLS // FACTOR, FACTOR)), 3)
-        down = tl.sum(tl.reshape(across, (BK, ROWS // FACTOR, FACTOR, COLS // FACTOR)), 2)
-        return tl.reshape(down, (BK, ROWS // FACTOR * (COLS // FACTOR)))
+        across = tl.sum(tl.reshape(pixels, (BLOCK_K, ROWS, COLUMNS // FACTOR, FACTOR)), 3)
+        down = tl.sum(tl.reshape(across, (BLOCK_K, ROWS // FACTOR, FACTOR, COLUMNS // FACTOR)), 2)
+        return tl.reshape(down, (BLOCK_K, ROWS // FACTOR * (COLUMNS // FACTOR)))
 
 
 @triton.jit
 def _store_hidden(
     x, strides, weight, bias, out, image, top, left, m, size, mid, level,
-    BK: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile of a level that an image's tile is pooled to, after the first 1x1 convolution."""
     dim = size[1]
-    row, col = tile_pixels(top, left, ROWS, COLS)
-    u, v = tile_pixels(top // FACTOR, left // FACTOR, ROWS // FACTOR, COLS // FACTOR)
+    row, column = tile_pixels(top, left, ROWS, COLUMNS)
+    u, v = tile_pixels(top // FACTOR, left // FACTOR, ROWS // FACTOR, COLUMNS // FACTOR)
     sums = tl.zeros((m.shape[0], u.shape[0]), tl.float32)
-    for start in range(0, dim, BK):
-        d = start + tl.arange(0, BK)
-        pointers, mask = image_pointers(x, strides, image, d, dim, row, col, size, ALIGN, CHANNELS_LAST)
+    for start in range(0, dim, BLOCK_K):
+        d = start + tl.arange(0, BLOCK_K)
+        pointers, mask = image_pointers(x, strides, image, d, dim, row, column, size, ALIGN, CHANNELS_LAST)
         pixels = load(pointers, mask)
         factor = load_matrix(weight, m, m < mid, d, dim, dim)
-        sums = tl.dot(factor, _pooled(pixels, ROWS, COLS, FACTOR), sums, input_precision=PRECISION)
+        sums = tl.dot(factor, _pooled(pixels, ROWS, COLUMNS, FACTOR), sums, input_precision=PRECISION)
     offset = load(bias + m, mask=m < mid)
     values = sums / pixels_of(u, v, size, FACTOR)[None, :] + offset[:, None]
     target, inside = level_pointers(out, image, m, mid, u, v, level[0], level[1], LEVEL_ALIGN)
@@ -121,52 +121,54 @@ def _store_hidden(
 @triton.jit
 def ffn_in_kernel(
     x, strides, weight, bias, hidden, starts, size, levels, mid,
-    BK: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The pyramid of the first 1x1 convolution: each level pools the image and has a third of the weight."""
-    image, top, left = tile_place(tl.program_id(0), size, ROWS, COLS)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    image, top, left = tile_place(tl.program_id(0), size, ROWS, COLUMNS)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Level by level: side by side they would need more registers than there are, and the tile stays in cache.
     for s in tl.static_range(3):
         _store_hidden(
             x, strides, weight + s * mid * size[1], bias + s * mid, hidden + starts[s], image, top, left, m, size, mid,
-            levels[s], BK, 1 << s, ROWS, COLS, ALIGN, CHANNELS_LAST, LEVEL_ALIGN, PRECISION,
+            levels[s], BLOCK_K, 1 << s, ROWS, COLUMNS, ALIGN, CHANNELS_LAST, LEVEL_ALIGN, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
-def low_tile(program, batch, channels, levels, BC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def low_tile(program, batch, channels, levels, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of a program over the tiles of the levels 1 and 2: whether it is level 2, image, channels, rows, columns."""
-    blocks = tl.cdiv(channels, BC)
-    first = batch * blocks * tl.cdiv(levels[1][0], ROWS) * tl.cdiv(levels[1][1], COLS)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    first = batch * blocks * tl.cdiv(levels[1][0], ROWS) * tl.cdiv(levels[1][1], COLUMNS)
     last = program >= first
     program = tl.where(last, program - first, program)
     height = tl.where(last, levels[2][0], levels[1][0])
     width = tl.where(last, levels[2][1], levels[1][1])
-    place, top, left = tile_place(program, (height, width), ROWS, COLS)
-    row, col = tile_pixels(top, left, ROWS, COLS)
-    channel = (place % blocks).to(tl.int32) * BC + tl.arange(0, BC)
-    return last, place // blocks, channel, row, col, height, width
+    place, top, left = tile_place(program, (height, width), ROWS, COLUMNS)
+    row, column = tile_pixels(top, left, ROWS, COLUMNS)
+    channel = (place % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return last, place // blocks, channel, row, column, height, width
 
 
 @triton.jit
 def ffn_low_kernel(
     hidden, mixed, starts, mixed_starts, weights, biases, batch, channels, levels,
-    BC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LEVEL_ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVEL_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Depthwise convolution of the levels 1 and 2."""
-    last, image, channel, row, col, height, width = low_tile(tl.program_id(0), batch, channels, levels, BC, ROWS, COLS)
+    last, image, channel, row, column, height, width = low_tile(
+        tl.program_id(0), batch, channels, levels, BLOCK_C, ROWS, COLUMNS
+    )
     if last:
         weight, bias = weights[2], biases[2]
     else:
         weight, bias = weights[1], biases[1]
     values = _convolved(
         hidden + tl.where(last, starts[2], starts[1]), weight, bias,
-        image, channel, channels, row, col, height, width, LEVEL_ALIGN,
+        image, channel, channels, row, column, height, width, LEVEL_ALIGN,
     )  # fmt: skip
     out = mixed + tl.where(last, mixed_starts[2], mixed_starts[1])
-    pointers, mask = level_pointers(out, image, channel, channels, row, col, height, width, LEVEL_ALIGN)
+    pointers, mask = level_pointers(out, image, channel, channels, row, column, height, width, LEVEL_ALIGN)
     store(pointers, values, mask)
 
 
@@ -174,29 +176,30 @@ def ffn_low_kernel(
 def ffn_out_kernel(
     hidden, mixed, mixed_starts, dw_weight, dw_bias, weight, bias, residual, residual_strides, y, strides,
     size, levels, mid,
-    BC: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The depthwise convolution at full resolution, the bilinear maps, GELU, the last 1x1 convolution, the residual,
     unless that is None."""
     outputs = size[1]
-    image, top, left = tile_place(tl.program_id(0), size, ROWS, COLS)
-    row, col = tile_pixels(top, left, ROWS, COLS)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    image, top, left = tile_place(tl.program_id(0), size, ROWS, COLUMNS)
+    row, column = tile_pixels(top, left, ROWS, COLUMNS)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = load(bias + e, mask=e < outputs)[:, None]
-    total += tl.zeros((BE, ROWS * COLS), tl.float32)
+    total += tl.zeros((BLOCK_E, ROWS * COLUMNS), tl.float32)
     for s in tl.static_range(3):
-        for start in range(0, mid, BC):
-            c = start + tl.arange(0, BC)
+        for start in range(0, mid, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
             before = before_gelu(
-                hidden, mixed, mixed_starts, dw_weight, dw_bias, image, c, mid, row, col, size, levels, s, LEVEL_ALIGN
-            )
+                hidden, mixed, mixed_starts, dw_weight, dw_bias, image, c, mid, row, column, size, levels, s,
+                LEVEL_ALIGN,
+            )  # fmt: skip
             factor = load_matrix(weight + s * mid, e, e < outputs, c, mid, 3 * mid)
             total = tl.dot(factor, gelu(before), total, input_precision=PRECISION)
     if residual is not None:
         pointers, mask = image_pointers(
-            residual, residual_strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST
+            residual, residual_strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST
         )
         total += load(pointers, mask)
-    pointers, mask = image_pointers(y, strides, image, e, outputs, row, col, size, ALIGN, CHANNELS_LAST)
+    pointers, mask = image_pointers(y, strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST)
     store(pointers, total, mask)

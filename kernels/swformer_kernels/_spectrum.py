@@ -33,7 +33,7 @@ _FREQUENCIES_A_PARTIAL = 2048
 
 @triton.jit
 def _frequency_pointers(spectrum, image, channel, channels, tile, numbers, N: tl.constexpr, ALIGN: tl.constexpr):
-    """Pointers to the given channels at the tile's frequencies, parts interleaved, and their mask: (channels, 2 N)."""
+    """Pointers to channels at the tile's frequencies, parts interleaved, and their mask: (channels, 2 N)."""
     numbers = multiple(numbers, ALIGN)
     column = 2 * N * tile + tl.arange(0, 2 * N)
     pointers = spectrum + (image * channels + channel.to(tl.int64))[:, None] * numbers + column[None, :]
@@ -42,7 +42,7 @@ def _frequency_pointers(spectrum, image, channel, channels, tile, numbers, N: tl
 
 @triton.jit
 def _load_spectrum(spectrum, image, channel, channels, tile, numbers, N: tl.constexpr, ALIGN: tl.constexpr):
-    """Real and imaginary parts of the given channels at the tile's frequencies, zero outside."""
+    """Real and imaginary parts of channels at the tile's frequencies, zero outside."""
     pointers, mask = _frequency_pointers(spectrum, image, channel, channels, tile, numbers, N, ALIGN)
     return tl.split(tl.reshape(tl.load(pointers, mask=mask, other=0.0), (channel.shape[0], N, 2)))
 
@@ -81,90 +81,94 @@ def _unstacked(both, ROWS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _multiplicity(tile, width, N: tl.constexpr):
-    """How often each frequency of the half spectrum counts in the whole one, (1, N)."""
+    """How often each frequency of the half spectrum counts in the full one, (1, N)."""
     column = (N * tile + tl.arange(0, N)) % (width // 2 + 1)
     return tl.where((column == 0) | (2 * column == width), 1.0, 2.0)[None, :]
 
 
 @triton.jit
-def _matrix_rows(first, C, BC: tl.constexpr):
-    """The matrix's rows for channels first .. first + BC - 1 of all factors and parts, (4 BC,), and which exist."""
-    index = tl.arange(0, 4 * BC)
-    channel = first + index % BC
-    return index // BC * C + channel, channel < C
+def _matrix_rows(first, C, BLOCK_C: tl.constexpr):
+    """The matrix's rows for channels first .. first + BLOCK_C - 1 of all factors and parts, (4 BLOCK_C,), and which
+    exist.
+    """
+    index = tl.arange(0, 4 * BLOCK_C)
+    channel = first + index % BLOCK_C
+    return index // BLOCK_C * C + channel, channel < C
 
 
 @triton.jit
 def _preactivations(
     spectrum, matrix, image, tile, row, exists, D, numbers,
-    BK: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gate and value before their non-linearities, each (2 BC, N), real parts over imaginary parts."""
-    ld = 2 * (D + 1)
-    constant = tl.load(matrix + row * ld + D, mask=exists, other=0.0)[:, None]
-    at_zero = tl.load(matrix + row * ld + 2 * D + 1, mask=exists, other=0.0)[:, None]
+    """Gate and value before their non-linearities, each (2 BLOCK_C, N), real parts over imaginary parts."""
+    row_stride = 2 * (D + 1)
+    constant = tl.load(matrix + row * row_stride + D, mask=exists, other=0.0)[:, None]
+    at_zero = tl.load(matrix + row * row_stride + 2 * D + 1, mask=exists, other=0.0)[:, None]
     total = constant + tl.where((N * tile + tl.arange(0, N) == 0)[None, :], at_zero, 0.0)
-    for first in range(0, D, BK):
-        d = first + tl.arange(0, BK)
+    for first in range(0, D, BLOCK_K):
+        d = first + tl.arange(0, BLOCK_K)
         real, imaginary = _load_spectrum(spectrum, image, d, D, tile, numbers, N, ALIGN)
-        total = tl.dot(load_matrix(matrix, row, exists, d, D, ld), real, total, input_precision=PRECISION)
-        total = tl.dot(load_matrix(matrix + D + 1, row, exists, d, D, ld), imaginary, total, input_precision=PRECISION)
-    return _unstacked(total, 2 * BC, N)
+        total = tl.dot(load_matrix(matrix, row, exists, d, D, row_stride), real, total, input_precision=PRECISION)
+        total = tl.dot(
+            load_matrix(matrix + D + 1, row, exists, d, D, row_stride), imaginary, total, input_precision=PRECISION
+        )
+    return _unstacked(total, 2 * BLOCK_C, N)
 
 
 @triton.jit
 def _output_gradients(
     grad, weight, scale, image, tile, c, C, E, width, numbers,
-    BK: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of gate times value, (2 BC, N), real parts over imaginary parts."""
+    """The gradient of gate times value, (2 BLOCK_C, N), real parts over imaginary parts."""
     if weight is None:
         real, imaginary = _load_spectrum(grad, image, c, E, tile, numbers, N, ALIGN)
     else:
-        total = tl.zeros((BC, 2 * N), tl.float32)
-        for first in range(0, E, BK):
-            e = first + tl.arange(0, BK)
+        total = tl.zeros((BLOCK_C, 2 * N), tl.float32)
+        for first in range(0, E, BLOCK_K):
+            e = first + tl.arange(0, BLOCK_K)
             real, imaginary = _load_spectrum(grad, image, e, E, tile, numbers, N, ALIGN)
             transposed = tl.trans(load_matrix(weight, e, e < E, c, C, C))
-            total = tl.dot(transposed, _side_by_side(real, imaginary, BK, N), total, input_precision=PRECISION)
-        real, imaginary = _apart(total, BC, N)
-    return _stacked(real, imaginary, BC, N) * (scale * _multiplicity(tile, width, N))
+            total = tl.dot(transposed, _side_by_side(real, imaginary, BLOCK_K, N), total, input_precision=PRECISION)
+        real, imaginary = _apart(total, BLOCK_C, N)
+    return _stacked(real, imaginary, BLOCK_C, N) * (scale * _multiplicity(tile, width, N))
 
 
 @triton.jit
-def _gate_gradients(gate, value, grad, BC: tl.constexpr, N: tl.constexpr):
+def _gate_gradients(gate, value, grad, BLOCK_C: tl.constexpr, N: tl.constexpr):
     """The gradients of sigmoid(gate) * gelu(value), gate's over value's, and that product."""
     s = tl.sigmoid(gate)
     u = gelu(value)
-    return _stacked(grad * u * s * (1.0 - s), grad * s * gelu_derivative(value), 2 * BC, N), s * u
+    return _stacked(grad * u * s * (1.0 - s), grad * s * gelu_derivative(value), 2 * BLOCK_C, N), s * u
 
 
 @triton.jit
 def spectrum_mix_kernel(
     spectrum, matrix, weight, bias, scale, out, D, C, E, numbers, tiles,
-    BK: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr, N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = scale * weight @ the gated mixing, plus the bias in the zero frequency. Without a weight, the mixing."""
     tile = tl.program_id(0) % tiles
     image = (tl.program_id(0) // tiles).to(tl.int64)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     if weight is not None:
-        total = tl.zeros((BE, 2 * N), tl.float32)
-    for first in range(0, C, BC):
-        row, exists = _matrix_rows(first, C, BC)
+        total = tl.zeros((BLOCK_E, 2 * N), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        row, exists = _matrix_rows(first, C, BLOCK_C)
         gate, value = _preactivations(
-            spectrum, matrix, image, tile, row, exists, D, numbers, BK, BC, N, ALIGN, PRECISION
+            spectrum, matrix, image, tile, row, exists, D, numbers, BLOCK_K, BLOCK_C, N, ALIGN, PRECISION
         )
-        real, imaginary = _unstacked(tl.sigmoid(gate) * gelu(value), BC, N)
-        c = first + tl.arange(0, BC)
+        real, imaginary = _unstacked(tl.sigmoid(gate) * gelu(value), BLOCK_C, N)
+        c = first + tl.arange(0, BLOCK_C)
         if weight is None:
             _store_spectrum(out, scale * real, scale * imaginary, image, c, C, tile, numbers, N, ALIGN)
         else:
             last = load_matrix(weight, e, e < E, c, C, C)
-            total = tl.dot(last, _side_by_side(real, imaginary, BC, N), total, input_precision=PRECISION)
+            total = tl.dot(last, _side_by_side(real, imaginary, BLOCK_C, N), total, input_precision=PRECISION)
     if weight is not None:
-        real, imaginary = _apart(scale * total, BE, N)
+        real, imaginary = _apart(scale * total, BLOCK_E, N)
         at_zero = (N * tile + tl.arange(0, N) == 0)[None, :]
         real += tl.where(at_zero, load(bias + e, mask=e < E)[:, None], 0.0)
         _store_spectrum(out, real, imaginary, image, e, E, tile, numbers, N, ALIGN)
@@ -173,29 +177,29 @@ def spectrum_mix_kernel(
 @triton.jit
 def spectrum_mix_backward_kernel(
     grad, spectrum, matrix, weight, scale, out, D, C, E, width, numbers, tiles,
-    BK: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the spectrum."""
     tile = tl.program_id(0) % tiles
     image = (tl.program_id(0) // tiles).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    ld = 2 * (D + 1)
-    real = tl.zeros((BD, N), tl.float32)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row_stride = 2 * (D + 1)
+    real = tl.zeros((BLOCK_D, N), tl.float32)
     imaginary = real
-    for first in range(0, C, BC):
-        row, exists = _matrix_rows(first, C, BC)
+    for first in range(0, C, BLOCK_C):
+        row, exists = _matrix_rows(first, C, BLOCK_C)
         gate, value = _preactivations(
-            spectrum, matrix, image, tile, row, exists, D, numbers, BK, BC, N, ALIGN, PRECISION
+            spectrum, matrix, image, tile, row, exists, D, numbers, BLOCK_K, BLOCK_C, N, ALIGN, PRECISION
         )
-        c = first + tl.arange(0, BC)
+        c = first + tl.arange(0, BLOCK_C)
         inner = _output_gradients(
-            grad, weight, scale, image, tile, c, C, E, width, numbers, BK, BC, N, ALIGN, PRECISION
+            grad, weight, scale, image, tile, c, C, E, width, numbers, BLOCK_K, BLOCK_C, N, ALIGN, PRECISION
         )
-        inner, _ = _gate_gradients(gate, value, inner, BC, N)
-        left = tl.trans(load_matrix(matrix, row, exists, d, D, ld))
+        inner, _ = _gate_gradients(gate, value, inner, BLOCK_C, N)
+        left = tl.trans(load_matrix(matrix, row, exists, d, D, row_stride))
         real = tl.dot(left, inner, real, input_precision=PRECISION)
-        left = tl.trans(load_matrix(matrix + D + 1, row, exists, d, D, ld))
+        left = tl.trans(load_matrix(matrix + D + 1, row, exists, d, D, row_stride))
         imaginary = tl.dot(left, inner, imaginary, input_precision=PRECISION)
     count = _multiplicity(tile, width, N)
     _store_spectrum(out, real / count, imaginary / count, image, d, D, tile, numbers, N, ALIGN)
@@ -204,7 +208,7 @@ def spectrum_mix_backward_kernel(
 @triton.jit
 def spectrum_parameters_kernel(
     grad, spectrum, matrix, weight, scale, partials, D, C, E, width, numbers, tiles, all_tiles, tiles_a_program,
-    BK: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums, over some tiles, of the gradients of the matrix, the weight and the bias: a row of `partials`.
@@ -212,27 +216,27 @@ def spectrum_parameters_kernel(
     A program takes block program_id(1) of the channels between, and block program_id(2) of the spectrum's channels and
     of the output's.
     """
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    d = tl.program_id(2) * BD + tl.arange(0, BD)
-    row, exists = _matrix_rows(tl.program_id(1) * BC, C, BC)
-    of_real = tl.zeros((4 * BC, BD), tl.float32)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row, exists = _matrix_rows(tl.program_id(1) * BLOCK_C, C, BLOCK_C)
+    of_real = tl.zeros((4 * BLOCK_C, BLOCK_D), tl.float32)
     of_imaginary = of_real
-    of_constant = tl.zeros((4 * BC,), tl.float32)
+    of_constant = tl.zeros((4 * BLOCK_C,), tl.float32)
     of_zero = of_constant
     if weight is not None:
-        of_weight = tl.zeros((BD, BC), tl.float32)
-        of_bias = tl.zeros((BD,), tl.float32)
+        of_weight = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+        of_bias = tl.zeros((BLOCK_D,), tl.float32)
     start = tl.program_id(0) * tiles_a_program
     for index in range(start, tl.minimum(start + tiles_a_program, all_tiles)):
         tile = index % tiles
         image = (index // tiles).to(tl.int64)
         gate, value = _preactivations(
-            spectrum, matrix, image, tile, row, exists, D, numbers, BK, BC, N, ALIGN, PRECISION
+            spectrum, matrix, image, tile, row, exists, D, numbers, BLOCK_K, BLOCK_C, N, ALIGN, PRECISION
         )
         inner = _output_gradients(
-            grad, weight, scale, image, tile, c, C, E, width, numbers, BK, BC, N, ALIGN, PRECISION
+            grad, weight, scale, image, tile, c, C, E, width, numbers, BLOCK_K, BLOCK_C, N, ALIGN, PRECISION
         )
-        inner, y = _gate_gradients(gate, value, inner, BC, N)
+        inner, y = _gate_gradients(gate, value, inner, BLOCK_C, N)
         real, imaginary = _load_spectrum(spectrum, image, d, D, tile, numbers, N, ALIGN)
         of_real = tl.dot(inner, tl.trans(real), of_real, input_precision=PRECISION)
         of_imaginary = tl.dot(inner, tl.trans(imaginary), of_imaginary, input_precision=PRECISION)
@@ -243,22 +247,22 @@ def spectrum_parameters_kernel(
             real, imaginary = _load_spectrum(grad, image, d, E, tile, numbers, N, ALIGN)
             of_bias += tl.sum(tl.where(at_zero, real, 0.0), 1)
             count = scale * _multiplicity(tile, width, N)
-            left = _side_by_side(real * count, imaginary * count, BD, N)
-            real, imaginary = _unstacked(y, BC, N)
-            right = tl.trans(_side_by_side(real, imaginary, BC, N))
+            left = _side_by_side(real * count, imaginary * count, BLOCK_D, N)
+            real, imaginary = _unstacked(y, BLOCK_C, N)
+            right = tl.trans(_side_by_side(real, imaginary, BLOCK_C, N))
             of_weight = tl.dot(left, right, of_weight, input_precision=PRECISION)
-    ld = 2 * (D + 1)
-    size = 4 * C * ld
+    row_stride = 2 * (D + 1)
+    size = 4 * C * row_stride
     if weight is not None:
         size += E * (C + 1)
     target = partials + tl.program_id(0).to(tl.int64) * size
-    store_matrix(target, of_real, row, exists, d, D, ld)
-    store_matrix(target + D + 1, of_imaginary, row, exists, d, D, ld)
+    store_matrix(target, of_real, row, exists, d, D, row_stride)
+    store_matrix(target + D + 1, of_imaginary, row, exists, d, D, row_stride)
     once = exists & (row < tl.where(tl.program_id(2) == 0, 4 * C, 0))
-    tl.store(target + row * ld + D, of_constant, mask=once)
-    tl.store(target + row * ld + 2 * D + 1, of_zero, mask=once)
+    tl.store(target + row * row_stride + D, of_constant, mask=once)
+    tl.store(target + row * row_stride + 2 * D + 1, of_zero, mask=once)
     if weight is not None:
-        target += 4 * C * ld
+        target += 4 * C * row_stride
         store_matrix(target, of_weight, d, d < E, c, C, C)
         tl.store(target + E * C + d, of_bias, mask=d < tl.where(tl.program_id(1) == 0, E, 0))
 
@@ -266,16 +270,16 @@ def spectrum_parameters_kernel(
 @triton.jit
 def spectrum_moments_kernel(
     spectrum, scale, partials, D, numbers, tiles, all_tiles, tiles_a_program,
-    BC: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Partial sums, over some tiles of the scaled spectrum, of products of channels c with channels d and of channels
     c themselves.
     """
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    d = tl.program_id(2) * BD + tl.arange(0, BD)
-    products0 = tl.zeros((BC, BD), tl.float32)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    products0 = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     products1 = products0
-    sums0 = tl.zeros((BC,), tl.float32)
+    sums0 = tl.zeros((BLOCK_C,), tl.float32)
     sums1 = sums0
     start = tl.program_id(0) * tiles_a_program
     for index in range(start, tl.minimum(start + tiles_a_program, all_tiles)):
@@ -290,35 +294,35 @@ def spectrum_moments_kernel(
         products1 = tl.dot(imaginary, tl.trans(right1), products1, input_precision="ieee")
         sums0 += tl.sum(real, 1)
         sums1 += tl.sum(imaginary, 1)
-    ld = D + 1
-    target = partials + tl.program_id(0).to(tl.int64) * (2 * D * ld)
+    row_stride = D + 1
+    target = partials + tl.program_id(0).to(tl.int64) * (2 * D * row_stride)
     mask = c < tl.where(tl.program_id(2) == 0, D, 0)
-    store_matrix(target, scale * scale * products0, c, c < D, d, D, ld)
-    store_matrix(target + D * ld, scale * scale * products1, c, c < D, d, D, ld)
-    tl.store(target + c * ld + D, scale * sums0, mask=mask)
-    tl.store(target + (D + c) * ld + D, scale * sums1, mask=mask)
+    store_matrix(target, scale * scale * products0, c, c < D, d, D, row_stride)
+    store_matrix(target + D * row_stride, scale * scale * products1, c, c < D, d, D, row_stride)
+    tl.store(target + c * row_stride + D, scale * sums0, mask=mask)
+    tl.store(target + (D + c) * row_stride + D, scale * sums1, mask=mask)
 
 
 @triton.jit
 def spectrum_moments_backward_kernel(
-    grad, spectrum, product, out, D, width, numbers, tiles, ld,
-    BK: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
+    grad, spectrum, product, out, D, width, numbers, tiles, row_stride,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """out = grad + the part of the gradient that comes through the statistics; `product` as in `compose_backward`."""
     tile = tl.program_id(0) % tiles
     image = (tl.program_id(0) // tiles).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    zeros = tl.zeros((BD, N), tl.float32)
-    real = tl.load(product + d * ld + D, mask=d < D, other=0.0)[:, None] + zeros
-    imaginary = tl.load(product + d * ld + 2 * D + 1, mask=d < D, other=0.0)[:, None] + zeros
-    for first in range(0, D, BK):
-        k = first + tl.arange(0, BK)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    zeros = tl.zeros((BLOCK_D, N), tl.float32)
+    real = tl.load(product + d * row_stride + D, mask=d < D, other=0.0)[:, None] + zeros
+    imaginary = tl.load(product + d * row_stride + 2 * D + 1, mask=d < D, other=0.0)[:, None] + zeros
+    for first in range(0, D, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
         right0, right1 = _load_spectrum(spectrum, image, k, D, tile, numbers, N, ALIGN)
-        real = tl.dot(load_matrix(product, d, d < D, k, D, ld), right0, real, input_precision="ieee")
-        left = load_matrix(product + D + 1, d, d < D, k, D, ld)
+        real = tl.dot(load_matrix(product, d, d < D, k, D, row_stride), right0, real, input_precision="ieee")
+        left = load_matrix(product + D + 1, d, d < D, k, D, row_stride)
         imaginary = tl.dot(left, right1, imaginary, input_precision="ieee")
     others = (N * tile + tl.arange(0, N) > 0)[None, :]
-    at_zero = tl.load(product + d * ld + 2 * (D + 1) + image, mask=d < D, other=0.0)[:, None]
+    at_zero = tl.load(product + d * row_stride + 2 * (D + 1) + image, mask=d < D, other=0.0)[:, None]
     count = _multiplicity(tile, width, N)
     grad0, grad1 = _load_spectrum(grad, image, d, D, tile, numbers, N, ALIGN)
     real = grad0 + tl.where(others, real / count, at_zero)
@@ -368,7 +372,7 @@ def spectrum_mix(
     with torch.cuda.device_of(spectrum):
         spectrum_mix_kernel[(batch * tiles, 1 if out_weight is None else triton.cdiv(outputs, block))](
             spectrum, matrix, out_weight, out_bias, scale, out, dim, channels, outputs, numbers, tiles,
-            BK=16, BC=16, BE=block, N=32, ALIGN=align,
+            BLOCK_K=16, BLOCK_C=16, BLOCK_E=block, N=32, ALIGN=align,
             PRECISION=input_precision(spectrum, precision), **matrix_options(spectrum),
         )  # fmt: skip
     return out
@@ -398,8 +402,8 @@ def spectrum_mix_backward(
     outputs = channels if out_weight is None else len(out_weight)
     precision = input_precision(spectrum, precision)
     out = torch.empty_like(spectrum) if need_spectrum else spectrum.new_empty(0)
-    given = () if out_weight is None or out_bias is None else (out_weight, out_bias)
-    grads = parameter_gradients(spectrum, (matrix, *given), need_parameters)
+    last = () if out_weight is None or out_bias is None else (out_weight, out_bias)
+    grads = parameter_gradients(spectrum, (matrix, *last), need_parameters)
     with torch.cuda.device_of(spectrum):
         if need_spectrum:
             columns = _GRADIENT_FREQUENCIES[precision]
@@ -409,18 +413,18 @@ def spectrum_mix_backward(
             options["num_warps"] = options["num_warps"] * _GRADIENT_THREADS[precision] // 256
             spectrum_mix_backward_kernel[(batch * tiles, triton.cdiv(dim, block))](
                 grad, spectrum, matrix, out_weight, scale, out, dim, channels, outputs, width, numbers, tiles,
-                BK=16, BC=16, BD=block, N=columns, ALIGN=align, PRECISION=precision, **options,
+                BLOCK_K=16, BLOCK_C=16, BLOCK_D=block, N=columns, ALIGN=align, PRECISION=precision, **options,
             )  # fmt: skip
         if need_parameters:
             numbers, tiles, align = _tiles(spectrum, 16)
             each = _FREQUENCIES_A_PARTIAL // 16
             parts = triton.cdiv(batch * tiles, each)
-            widest = max(dim, outputs) if given else dim
+            widest = max(dim, outputs) if last else dim
             block = channel_block(widest, _PARAMETER_CHANNELS[precision])
             partials = spectrum.new_empty(parts, 1, sum(g.numel() for g in grads))
             spectrum_parameters_kernel[(parts, triton.cdiv(channels, 16), triton.cdiv(widest, block))](
                 grad, spectrum, matrix, out_weight, scale, partials, dim, channels, outputs, width, numbers, tiles,
-                batch * tiles, each, BK=16, BC=16, BD=block, N=16, ALIGN=align, PRECISION=precision,
+                batch * tiles, each, BLOCK_K=16, BLOCK_C=16, BLOCK_D=block, N=16, ALIGN=align, PRECISION=precision,
                 **matrix_options(spectrum),
             )  # fmt: skip
             sum_partials(partials, *grads)
@@ -443,7 +447,7 @@ def spectrum_moments(spectrum: Tensor, scale: float = 1.0) -> Tensor:
     with torch.cuda.device_of(spectrum):
         spectrum_moments_kernel[(parts, triton.cdiv(dim, block), triton.cdiv(dim, block))](
             spectrum, scale, partials, dim, numbers, tiles, batch * tiles, each,
-            BC=block, BD=block, N=32, ALIGN=align, **matrix_options(spectrum),
+            BLOCK_C=block, BLOCK_D=block, N=32, ALIGN=align, **matrix_options(spectrum),
         )  # fmt: skip
         sum_partials(partials, moments)
     return moments
@@ -462,6 +466,6 @@ def spectrum_moments_backward(grad: Tensor, spectrum: Tensor, product: Tensor, w
     with torch.cuda.device_of(spectrum):
         spectrum_moments_backward_kernel[(batch * tiles, triton.cdiv(dim, block))](
             grad, spectrum, product, out, dim, width, numbers, tiles, product.shape[1],
-            BK=16, BD=block, N=32, ALIGN=align, **matrix_options(spectrum),
+            BLOCK_K=16, BLOCK_D=block, N=32, ALIGN=align, **matrix_options(spectrum),
         )  # fmt: skip
     return out

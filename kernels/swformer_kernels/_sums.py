@@ -31,12 +31,12 @@ def sum_taps(partials: Tensor, *taps: Tensor) -> None:
 
 @triton.jit
 def sum_weights_kernel(
-    partials, weight, bias, parts, count, TAPS: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr
+    partials, weight, bias, parts, count, TAPS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Sums over the first dimension of the partials (parts, channels, TAPS + 1): TAPS weights and a bias a channel."""
-    column = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.arange(0, PARTS)[:, None]
-    total = tl.zeros((PARTS, COLS), tl.float32)
+    total = tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, parts, PARTS):
         mask = (start + part < parts) & (column < count)[None, :]
         total += tl.load(partials + (start + part).to(tl.int64) * count + column[None, :], mask=mask, other=0.0)
@@ -51,21 +51,21 @@ def sum_weights(partials: Tensor, weight: Tensor, bias: Tensor) -> None:
     """`weight` (channels, 1, k, k) and `bias` = sums of `partials` (parts, channels, k * k + 1), in a fixed order."""
     parts, channels, numbers = partials.shape
     count = channels * numbers
-    cols = 64
-    sum_weights_kernel[(triton.cdiv(count, cols),)](
+    columns = 64
+    sum_weights_kernel[(triton.cdiv(count, columns),)](
         partials, weight, bias, parts, count,
-        TAPS=numbers - 1, PARTS=min(32, triton.next_power_of_2(parts)), COLS=cols,
+        TAPS=numbers - 1, PARTS=min(32, triton.next_power_of_2(parts)), COLUMNS=columns,
     )  # fmt: skip
 
 
 @triton.jit
-def sum_partials_kernel(partials, outs, sizes, parts, total, count, PARTS: tl.constexpr, COLS: tl.constexpr):
+def sum_partials_kernel(partials, outputs, sizes, parts, total, count, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums over the rows of the partials (parts, total), in fp64 and in a fixed order. Of every `count` of them the
     first sizes[0] go to outs[0], the next sizes[1] to outs[1] and so on.
     """
-    column = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.arange(0, PARTS)[:, None]
-    sums = tl.zeros((PARTS, COLS), tl.float64)
+    sums = tl.zeros((PARTS, COLUMNS), tl.float64)
     for start in range(0, parts, PARTS):
         mask = (start + part < parts) & (column < total)[None, :]
         pointers = partials + (start + part).to(tl.int64) * total + column[None, :]
@@ -73,9 +73,9 @@ def sum_partials_kernel(partials, outs, sizes, parts, total, count, PARTS: tl.co
     value = tl.sum(sums, 0)
     group, place = column // count, column % count
     first = 0
-    for i in tl.static_range(len(outs)):
-        own = (column < total) & (place >= first) & (place < first + sizes[i])
-        store(outs[i] + group * sizes[i] + place - first, value, own)
+    for i in tl.static_range(len(outputs)):
+        inside = (column < total) & (place >= first) & (place < first + sizes[i])
+        store(outputs[i] + group * sizes[i] + place - first, value, inside)
         first += sizes[i]
 
 
@@ -84,8 +84,8 @@ def sum_partials(partials: Tensor, *outputs: Tensor) -> None:
     other: a group of each has so many numbers that together they are `count`. In fp64, rounded to the outputs' dtypes.
     """
     parts, groups, count = partials.shape
-    total, cols = groups * count, 32
-    sum_partials_kernel[(triton.cdiv(total, cols),)](
-        partials, outputs, tuple(out.numel() // groups for out in outputs), parts, total, count,
-        PARTS=min(32, triton.next_power_of_2(parts)), COLS=cols,
+    total, columns = groups * count, 32
+    sum_partials_kernel[(triton.cdiv(total, columns),)](
+        partials, outputs, tuple(output.numel() // groups for output in outputs), parts, total, count,
+        PARTS=min(32, triton.next_power_of_2(parts)), COLUMNS=columns,
     )  # fmt: skip

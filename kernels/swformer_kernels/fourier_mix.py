@@ -50,18 +50,18 @@ def fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     """
     *parameters, eps, need_sums = arguments
     batch, dim, height, width = x.shape
-    wide, own = len(parameters[1]), parameters[2] is None
+    channels, of_batch = len(parameters[1]), parameters[2] is None
     out_weight, out_bias = (None if p is None else p.contiguous() for p in parameters[14:])
     sums = x.new_empty(0, dtype=torch.float32)
     if batch == 0:
-        outputs = wide // 2 if out_weight is None else len(out_weight)
+        outputs = channels // 2 if out_weight is None else len(out_weight)
         sums = sums.view(0, outputs) if need_sums else sums
-        moments = torch.zeros((2, dim, dim + 1) if own else 0, dtype=torch.float64, device=x.device)
-        statistics = torch.zeros((4, wide) if own else 0, dtype=parameters[4].dtype, device=x.device)
-        return empty(x, 0, outputs, height, width), sums, moments, statistics
+        no_moments = torch.zeros((2, dim, dim + 1) if of_batch else 0, dtype=torch.float64, device=x.device)
+        statistics = torch.zeros((4, channels) if of_batch else 0, dtype=parameters[4].dtype, device=x.device)
+        return empty(x, 0, outputs, height, width), sums, no_moments, statistics
     scale = 1 / math.sqrt(height * width)
     spectrum = _transform(x)
-    moments = spectrum_moments(spectrum, scale) if own else None
+    moments = spectrum_moments(spectrum, scale) if of_batch else None
     composed = compose(eps, height * width, tuple(parameters), spectrum, moments)
     mixed = spectrum_mix(spectrum, composed.matrix, out_weight, out_bias, width, scale)
     del spectrum
@@ -81,18 +81,18 @@ def fourier_mix_backward(
     Recomputed from x: its spectrum, the matrix and, in the kernels, the tiles of pre-activations.
     """
     *parameters, eps, need_x, need_parameters = arguments
-    given = tuple(parameters[i] for i in PLACES if parameters[i] is not None)
+    differentiable = tuple(parameters[i] for i in PLACES if parameters[i] is not None)
     out = x.new_empty(0 if len(x) or not need_x else x.shape)
-    grads = parameter_gradients(x, given, need_parameters)
+    grads = parameter_gradients(x, differentiable, need_parameters)
     if len(x):
-        area, width, own = x.shape[2] * x.shape[3], x.shape[3], parameters[2] is None
+        area, width, of_batch = x.shape[2] * x.shape[3], x.shape[3], parameters[2] is None
         spectrum, grad = _transform(x), _transform(grad)
         if grad_sums is not None:
             grad[:, :, 0, 0, 0].add_(grad_sums, alpha=area)
-        statistics = moments if own else None
+        statistics = moments if of_batch else None
         composed = compose(eps, area, tuple(parameters), spectrum, statistics, differentiable=True)
         out_weight, out_bias = (None if p is None else p.contiguous() for p in parameters[14:])
-        through = need_parameters or own
+        through = need_parameters or of_batch
         of_spectrum, of_matrix, *last = spectrum_mix_backward(
             grad, spectrum, composed.matrix, out_weight, out_bias, width, 1 / math.sqrt(area), need_x, through
         )

@@ -93,12 +93,12 @@ class _Net(NamedTuple):
         return like.new_empty(end), tuple(starts)
 
 
-def _net(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> _Net:
+def _net(x: Tensor, *parameters: Tensor) -> _Net:
     check_dtype("x", x)
-    *depthwise, out_weight, out_bias = rest
+    in_weight, in_bias, *depthwise, out_weight, out_bias = parameters
     if any(weight.shape[-2:] != (3, 3) for weight in depthwise[::2]):
         raise ValueError("the depthwise kernels must be 3 x 3 for the Triton kernels")
-    _, _, height, width = size = tuple(x.shape)
+    batch, dim, height, width = x.shape
     levels = tuple((triton.cdiv(height, s), triton.cdiv(width, s)) for s in (1, 2, 4))
     in_weight, in_bias, out_weight, out_bias = (p.contiguous() for p in (in_weight, in_bias, out_weight, out_bias))
     dw_weights, dw_biases = (
@@ -106,6 +106,7 @@ def _net(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Tensor) -> _Net:
         tuple(p.contiguous() if len({q.dtype for q in three}) == 1 else p.float().contiguous() for p in three)
         for three in (depthwise[::2], depthwise[1::2])
     )
+    size = (batch, dim, height, width)
     return _Net(size, len(in_bias) // 3, levels, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias)
 
 
@@ -123,19 +124,19 @@ def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, tuple[int, ...], Te
     block = channel_block(net.mid, _HIDDEN_CHANNELS)
     ffn_in_kernel[(net.tiles(_BAND), triton.cdiv(net.mid, block))](
         x, x.stride(), net.in_weight, net.in_bias, hidden, starts, net.size, net.levels, net.mid,
-        BK=16, BM=block, ROWS=_BAND, COLS=_COLUMNS, LEVEL_ALIGN=net.align,
+        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=_COLUMNS, LEVEL_ALIGN=net.align,
         PRECISION=input_precision(x, exact="tf32x3"), **_layout(x, [x]), **matrix_options(x),
     )  # fmt: skip
     ffn_low_kernel[(net.low_tiles(),)](
         hidden, mixed, starts, mixed_starts, net.dw_weights, net.dw_biases, net.size[0], net.mid, net.levels,
-        BC=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLS=_COLUMNS, LEVEL_ALIGN=net.align, enable_fp_fusion=True,
+        BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, LEVEL_ALIGN=net.align, enable_fp_fusion=True,
     )  # fmt: skip
     return hidden, starts, mixed, mixed_starts
 
 
-def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Any) -> Tensor:
-    """`reference.multiscale_ffn`; `rest` are weight and bias of the three depthwise and of the last convolution, and,
-    if it is given, what is added to the result.
+def multiscale_ffn(x: Tensor, *arguments: Any) -> Tensor:
+    """`reference.multiscale_ffn`; `arguments` are weight and bias of the first, the three depthwise and the last
+    convolution, and what is added to the result, which may be None or missing.
 
     `x` is float32, float16 or bfloat16 of any strides, the parameters of any of these dtypes; sums are fp32, products
     as `torch.set_float32_matmul_precision` says, for a half-precision `x` tf32. Maps between kernels have the dtype of
@@ -145,11 +146,13 @@ def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Any) ->
         TypeError: `x` has another dtype.
         ValueError: a depthwise kernel is not 3 x 3.
     """
-    net = _net(x, in_weight, in_bias, *rest[:8])
+    parameters, residual = arguments[:10], arguments[10] if arguments[10:] else None
+    net = _net(x, *parameters)
     size = (x.shape[0], net.outputs, *x.shape[2:])
     y = empty(x, *size)
-    layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
-    residual = rest[8].contiguous(memory_format=layout) if rest[8:] and rest[8] is not None else None
+    if residual is not None:
+        layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+        residual = residual.contiguous(memory_format=layout)
     if x.numel():
         with torch.cuda.device_of(x):
             hidden, _, mixed, mixed_starts = _forward_pyramids(net, x)
@@ -157,7 +160,7 @@ def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Any) ->
             ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), triton.cdiv(net.outputs, block))](
                 hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias,
                 residual, None if residual is None else residual.stride(), y, y.stride(), size, net.levels, net.mid,
-                BC=16, BE=block, ROWS=_OUT_ROWS, COLS=_OUT_COLUMNS, LEVEL_ALIGN=net.align,
+                BLOCK_C=16, BLOCK_E=block, ROWS=_OUT_ROWS, COLUMNS=_OUT_COLUMNS, LEVEL_ALIGN=net.align,
                 PRECISION=input_precision(x, exact="tf32x3"),
                 **_layout(y, [y] if residual is None else [y, residual]), **matrix_options(x),
             )  # fmt: skip
@@ -167,20 +170,20 @@ def multiscale_ffn(x: Tensor, in_weight: Tensor, in_bias: Tensor, *rest: Any) ->
 def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of `multiscale_ffn` by x and the ten parameters; those not needed are empty. Deterministic.
 
-    `arguments` are the parameters, need_x and need_params. Everything is recomputed from `x`. `grad` may have any
+    `arguments` are the parameters, need_x and need_parameters. Everything is recomputed from `x`. `grad` may have any
     strides; the gradient of x has the layout that `multiscale_ffn` gives its result.
     """
-    *parameters, need_x, need_params = arguments
+    *parameters, need_x, need_parameters = arguments
     net = _net(x, *parameters)
     batch, dim, height, width = net.size
     mid, outputs = net.mid, net.outputs
     out = empty(x, *x.shape) if need_x else x.new_empty(0)
-    grads = parameter_gradients(x, tuple(parameters), need_params)
-    if not x.numel() or not (need_x or need_params):
+    grads = parameter_gradients(x, tuple(parameters), need_parameters)
+    if not x.numel() or not (need_x or need_parameters):
         return out, *grads
 
     def partials(parts: int, count: int) -> Tensor | None:
-        return torch.empty((parts, 1, count), dtype=torch.float32, device=x.device) if need_params else None
+        return torch.empty((parts, 1, count), dtype=torch.float32, device=x.device) if need_parameters else None
 
     options = {"LEVEL_ALIGN": net.align}
     matrix = {"PRECISION": input_precision(x, exact="tf32x3"), **matrix_options(x)}
@@ -192,39 +195,40 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         tiles, each = net.tiles(_OUT_BACKWARD_ROWS), max(1, _PIXELS_A_PARTIAL // (_OUT_BACKWARD_ROWS * _COLUMNS))
         block, parts = channel_block(outputs, _OUT_CHANNELS), triton.cdiv(tiles, each)
         of_out = partials(parts, outputs * (3 * mid + 1))
-        blocks = triton.cdiv(outputs, block) if need_params else 1
+        blocks = triton.cdiv(outputs, block) if need_parameters else 1
         channels = channel_block(mid, _OUT_BACKWARD_CHANNELS)
         ffn_out_backward_kernel[(parts, triton.cdiv(mid, channels), blocks)](
             grad, grad.stride(), hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight,
             first_grads, other_grads, of_out, (batch, outputs, height, width), net.levels, mid, tiles, each,
-            BK=16, BC=channels, BE=block, ROWS=_OUT_BACKWARD_ROWS, COLS=_COLUMNS, **options, **_layout(grad, [grad]),
-            **matrix,
+            BLOCK_K=16, BLOCK_C=channels, BLOCK_E=block, ROWS=_OUT_BACKWARD_ROWS, COLUMNS=_COLUMNS,
+            **options, **_layout(grad, [grad]), **matrix,
         )  # fmt: skip
         ffn_downsample_kernel[(net.low_tiles(),)](
             other_grads, low_grads, mixed_starts, net.size, mid, net.levels,
-            BC=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLS=_COLUMNS, **options, enable_fp_fusion=True,
+            BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, **options, enable_fp_fusion=True,
         )  # fmt: skip
         hidden_grads, _ = net.pyramid(x)
         parts = triton.cdiv(net.tiles(_LEVEL_ROWS), max(1, _PIXELS_A_PARTIAL // (_LEVEL_ROWS * _COLUMNS)))
         of_depthwise = partials(parts, 3 * mid * 10)
         ffn_depthwise_backward_kernel[(parts, 3, triton.cdiv(mid, _LEVEL_CHANNELS))](
             mixed_grads, hidden, hidden_grads, starts, net.dw_weights, of_depthwise, batch, mid, net.levels,
-            BC=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLS=_COLUMNS, **options, enable_fp_fusion=True,
+            BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, **options, enable_fp_fusion=True,
         )  # fmt: skip
         if need_x:
             block = channel_block(dim, _INPUT_CHANNELS)
             ffn_in_backward_kernel[(net.tiles(_BAND), triton.cdiv(dim, block))](
                 hidden_grads, starts, net.in_weight, out, out.stride(), net.size, net.levels, mid,
-                BK=16, BD=block, ROWS=_BAND, COLS=_COLUMNS, **options, **_layout(x, [out]), **matrix,
+                BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=_COLUMNS, **options, **_layout(x, [out]), **matrix,
             )  # fmt: skip
-        if need_params:
+        if need_parameters:
             tiles, each = net.tiles(1), max(1, _PIXELS_A_PARTIAL // _COLUMNS)
             block, parts = channel_block(dim, _INPUT_CHANNELS), triton.cdiv(tiles, each)
             of_in = partials(parts, 3 * mid * (dim + 1))
             ffn_in_parameters_kernel[(parts, triton.cdiv(mid, _PARAMETER_CHANNELS), triton.cdiv(dim, block))](
                 hidden_grads, starts, x, x.stride(), of_in, net.size, net.levels, mid, tiles, each,
-                BM=_PARAMETER_CHANNELS, BD=block, COLS=_COLUMNS, **_layout(x, [x]), **matrix,
+                BLOCK_M=_PARAMETER_CHANNELS, BLOCK_D=block, COLUMNS=_COLUMNS, **_layout(x, [x]), **matrix,
             )  # fmt: skip
             for sums, places in ((of_in, (0, 1)), (of_depthwise, range(2, 8)), (of_out, (8, 9))):
-                sum_partials(sums, *(grads[i] for i in places))
+                if sums is not None:
+                    sum_partials(sums, *(grads[i] for i in places))
     return out, *grads
