@@ -128,7 +128,9 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
     if dry:
         return [
             Step("correct", 90, [["-m", "benchmarks.inspection.correct", "--dry-run"]]),
-            Step("launches", 60, [[*launches, "--dry-run", "haar"], [*launches, "--dry-run", "attention"]]),
+            Step(
+                "launches", 60, [[*launches, "--dry-run", "haar_dwt2d"], [*launches, "--dry-run", "channel_attention"]]
+            ),
             Step("block", 90, [pytest("tests/test_gpu.py", "-k", "(block or graph) and not suites", workers=2)]),
             Step("products", 60, [pytest(kernels.format("pointwise"), "-k", "wide or layouts", workers=2)]),
             Step("others", 60, [pytest(kernels.format("haar"), "-k", "half_filters", workers=2)]),
@@ -136,7 +138,8 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
             Step("repeat", 60, [pytest("tests/test_gpu.py", "-k", "launches and haar", workers=1)]),
             Step("baselines", 60, [suite("block", scratch, dry)]),
         ]
-    products, others = ("ffn", "fourier", "pointwise"), ("haar", "spatial", "wavelet", "attention")
+    products = ("multiscale_ffn", "fourier_mix", "pointwise")
+    others = ("haar", "depthwise_gelu", "wavelet_mix", "channel_attention")
     tests = [pytest(*(kernels.format(f) for f in group), "-m", "not slow") for group in (products, others)]
     baselines = [
         suite(name, scratch / name / precision, dry, "--compile", "--precision", precision)
@@ -164,10 +167,10 @@ def how_fast(dry: bool, records: Path) -> list[Step]:
         names = ("block", "network", "haar", "channel_attention", "sampler_step")
         return [
             *(Step(f"time-{name}", 90, [suite(name, records, dry, *precisions)]) for name in names),
-            Step("memcheck", 30, [["-m", "benchmarks.inspection.launches", "--dry-run", "haar"]]),
+            Step("memcheck", 30, [["-m", "benchmarks.inspection.launches", "--dry-run", "haar_dwt2d"]]),
         ]
     ops = ("fourier_mix", "multiscale_ffn", "wavelet_mix", "depthwise_gelu", "channel_attention", "haar")
-    sanitizer = ["-m", "benchmarks.gpu_day", "memcheck", "ffn", "fourier", "pointwise"]
+    sanitizer = ["-m", "benchmarks.gpu_day", "memcheck", "multiscale_ffn", "fourier_mix", "pointwise"]
     return [
         Step("time-block", 100, [suite("block", records, dry, "--compile", *precisions)]),
         Step("time-network", 110, [suite("network", records, dry, "--compile", *precisions)]),

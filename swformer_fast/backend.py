@@ -30,7 +30,7 @@ class Implementations:
 
     name: str
     triton: str
-    """The file of the Triton kernels; the launcher is called like the op."""
+    """The module of the Triton kernels, named as the op, as its launcher is; that of the backward op is there too."""
     reference: Callable[..., Any]
     limits: Callable[..., str | None]
     """limits(backend, *args): why that backend cannot take these arguments, or None."""

@@ -124,7 +124,7 @@ def test_the_steps_name_modules_and_suites_that_exist() -> None:
 def test_memcheck_without_the_sanitizer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_day.shutil, "which", lambda name: None)
     monkeypatch.setattr(gpu_day.Path, "glob", lambda self, pattern: iter(()))
-    assert gpu_day.memcheck(["haar"]) == gpu_day.NOT_RUN
+    assert gpu_day.memcheck(["haar_dwt2d"]) == gpu_day.NOT_RUN
     assert "no compute-sanitizer" in capsys.readouterr().out
 
 

@@ -38,7 +38,7 @@ AMDGCN = """
 """
 ROW = Resources(
     "sm_80",
-    "haar",
+    "haar_dwt2d",
     "haar_dwt2d fp32",
     "analysis_kernel",
     128,
@@ -113,7 +113,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_command_keeps_main_launches_and_shows_all(
     compiled: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert static.main(["haar", "--out", str(tmp_path)]) == 0
+    assert static.main(["haar_dwt2d", "--out", str(tmp_path)]) == 0
     lines = records.load(tmp_path)["static"]
     assert [(row["target"], row["registers"], row["occupancy"]) for row in lines] == [
         ("sm_80", 72, 0.438),
@@ -133,9 +133,9 @@ def test_a_kernel_that_a_launch_runs_twice_is_one_line_with_its_worst() -> None:
 
 
 def test_interruption_keeps_what_was_measured_before_and_now(compiled: list[Any], tmp_path: Path) -> None:
-    assert static.main(["haar", "--out", str(tmp_path), "--record"]) == 0
+    assert static.main(["haar_dwt2d", "--out", str(tmp_path), "--record"]) == 0
     compiled[:] = [replace(ROW, registers=64), None]
-    assert static.main(["haar", "--out", str(tmp_path), "--record"]) == 130
+    assert static.main(["haar_dwt2d", "--out", str(tmp_path), "--record"]) == 130
     rows = records.load(tmp_path / "results")["static"]
     assert sorted((row["target"], row["registers"]) for row in rows) == [("gfx942", 90), ("sm_80", 64)]
 
@@ -144,7 +144,7 @@ def test_what_has_not_changed_is_not_measured_again(
     compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled[:] = [replace(ROW, key="abc")]
-    assert static.main(["haar", "--out", str(tmp_path)]) == 0
+    assert static.main(["haar_dwt2d", "--out", str(tmp_path)]) == 0
     earlier: list[Any] = []
 
     def kernels(families: Any, targets: Any, everything: bool, fresh: bool, cached: Any, tell: Any) -> Iterator[Any]:
@@ -152,7 +152,7 @@ def test_what_has_not_changed_is_not_measured_again(
         return iter(cached)
 
     monkeypatch.setattr(static, "triton_kernels", kernels)
-    assert static.main(["haar", "--out", str(tmp_path)]) == 0
+    assert static.main(["haar_dwt2d", "--out", str(tmp_path)]) == 0
     assert earlier == [replace(ROW, key="abc")]
 
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from swformer_kernels import haar
+from swformer_kernels import _haar, haar_dwt2d
 
 from benchmarks.gpu import Rehearsal
 from benchmarks.inspection import tune
@@ -23,14 +23,14 @@ class Stopwatch(Rehearsal):
 
     def seconds(self, run: Any) -> float:
         run()
-        return float(haar._TILES["interpreter"][0][1])
+        return float(_haar._TILES["interpreter"][0][1])
 
 
 @pytest.fixture
 def setting(monkeypatch: pytest.MonkeyPatch) -> tune.Setting:
-    monkeypatch.setitem(haar._TILES, "interpreter", haar._TILES["default"])
+    monkeypatch.setitem(_haar._TILES, "interpreter", _haar._TILES["default"])
     first = next(tune.TABLES["haar"](torch.device("cpu")))
-    return tune.Setting(first.name, "haar", ((1, 2, 6, 8),), first.current, (), first.use, ("haar_dwt2d fp32",))
+    return tune.Setting(first.name, "haar_dwt2d", ((1, 2, 6, 8),), first.current, (), first.use, ("haar_dwt2d fp32",))
 
 
 def _search(setting: tune.Setting, *candidates: Any, budget: float = 60) -> list[tune.Trial]:
@@ -40,21 +40,21 @@ def _search(setting: tune.Setting, *candidates: Any, budget: float = 60) -> list
 
 @rehearsed
 def test_search_times_each_candidate_and_restores_the_table(setting: tune.Setting) -> None:
-    before = haar._TILES["interpreter"]
+    before = _haar._TILES["interpreter"]
     trials = _search(setting, (1024, 4), setting.current, (4096, 8))
     assert [t.candidate for t in trials] == [setting.current, (1024, 4), (4096, 8)]
     assert [t.seconds for t in trials] == [pytest.approx(setting.current[0]), pytest.approx(1024), pytest.approx(4096)]
-    assert haar._TILES["interpreter"] == before
+    assert _haar._TILES["interpreter"] == before
 
 
 @rehearsed
 def test_candidate_that_changes_the_result_is_refused(setting: tune.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    correct = haar.haar_dwt2d
+    correct = haar_dwt2d.haar_dwt2d
 
     def broken(x: torch.Tensor, *taps: torch.Tensor) -> torch.Tensor:
-        return correct(x, *taps) * (1 if haar._TILES["interpreter"][0][1] == setting.current[0] else 1.001)
+        return correct(x, *taps) * (1 if _haar._TILES["interpreter"][0][1] == setting.current[0] else 1.001)
 
-    monkeypatch.setattr(haar, "haar_dwt2d", broken)
+    monkeypatch.setattr(haar_dwt2d, "haar_dwt2d", broken)
     right, wrong = _search(setting, (1024, 4))
     assert not right.problem
     assert wrong.problem == "wrong result of haar_dwt2d fp32"
@@ -65,7 +65,7 @@ def test_candidate_that_changes_the_result_is_refused(setting: tune.Setting, mon
 def test_candidate_that_does_not_run_says_why(setting: tune.Setting) -> None:
     _, failed = _search(setting, ("a tile", 4))
     assert failed.problem.startswith("TypeError")
-    assert haar._TILES["interpreter"][0][1:] == setting.current
+    assert _haar._TILES["interpreter"][0][1:] == setting.current
 
 
 @rehearsed
@@ -97,7 +97,7 @@ def test_every_family_has_a_table() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("attention", "pointwise") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("channel_attention", "pointwise") else pytest.param(name, marks=pytest.mark.slow)
         for name in tune.TABLES
     ],
 )
@@ -116,8 +116,9 @@ def test_dry_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @rehearsed
 def test_tuner_says_what_it_had_no_time_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["attention", "--dry-run", "--seconds", "-1"]) == 0
-    assert "not reached in -1 s: attention._TILE, _TILES_A_PARTIAL, attention._WEIGHTS" in capsys.readouterr().out
+    assert tune.main(["channel_attention", "--dry-run", "--seconds", "-1"]) == 0
+    text = capsys.readouterr().out
+    assert "not reached in -1 s: channel_attention._TILE, _TILES_A_PARTIAL, channel_attention._WEIGHTS" in text
 
 
 @rehearsed

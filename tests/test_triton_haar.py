@@ -1,20 +1,18 @@
 """The Triton kernels of the Haar transform against the reference in fp64, interpreted unless there is a GPU."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, zero_kernel
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import swformer_fast as sf
 from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import functional, reference
 
-haar = pytest.importorskip("swformer_kernels.haar", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+haar = pytest.importorskip("swformer_kernels._haar", reason="triton is not installed")
+from swformer_kernels import haar_dwt2d, haar_idwt2d
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -39,8 +37,8 @@ def _check_dwt(x: Tensor, low: Tensor, high: Tensor, grad_layout: str = "contigu
     batch, channels, height, width = x.shape
     grad = _random((batch, 4 * channels, -(-height // 2), -(-width // 2)), grad_layout, x.dtype)
     with poisoned_memory():
-        y = haar.haar_dwt2d(x, low, high)
-        grads = haar.haar_dwt2d_backward(grad, x, low, high, True, True)
+        y = haar_dwt2d.haar_dwt2d(x, low, high)
+        grads = haar_dwt2d.haar_dwt2d_backward(grad, x, low, high, True, True)
     assert y.dtype == grads[0].dtype == x.dtype
     expected, expected_grads = _expected(reference.haar_dwt2d, (x, low, high), grad)
     assert_close(y, expected, what="output")
@@ -53,8 +51,8 @@ def _check_idwt(
 ) -> tuple[Tensor, ...]:
     grad = _random((y.shape[0], y.shape[1] // 4, height, width), grad_layout, y.dtype)
     with poisoned_memory():
-        x = haar.haar_idwt2d(y, low, high, height, width)
-        grads = haar.haar_idwt2d_backward(grad, y, low, high, height, width, True, True)
+        x = haar_idwt2d.haar_idwt2d(y, low, high, height, width)
+        grads = haar_idwt2d.haar_idwt2d_backward(grad, y, low, high, height, width, True, True)
     assert x.dtype == grads[0].dtype == y.dtype
     expected, expected_grads = _expected(
         lambda y, low, high: reference.haar_idwt2d(y, low, high, (height, width)), (y, low, high), grad
@@ -95,13 +93,13 @@ def test_half_filters() -> None:
 def test_empty_batch(shape: tuple[int, ...]) -> None:
     _, _, height, width = shape
     x, taps = _random(shape), _taps()
-    y = haar.haar_dwt2d(x, *taps)
+    y = haar_dwt2d.haar_dwt2d(x, *taps)
     assert y.shape == (0, 12, -(-height // 2), -(-width // 2))
-    assert haar.haar_idwt2d(y, *taps, height, width).shape == shape
-    grads = haar.haar_dwt2d_backward(y, x, *taps, True, True)
+    assert haar_idwt2d.haar_idwt2d(y, *taps, height, width).shape == shape
+    grads = haar_dwt2d.haar_dwt2d_backward(y, x, *taps, True, True)
     assert grads[0].shape == shape
     assert_close(grads[1:], (torch.zeros(2), torch.zeros(2)))
-    grads = haar.haar_idwt2d_backward(x, y, *taps, height, width, True, True)
+    grads = haar_idwt2d.haar_idwt2d_backward(x, y, *taps, height, width, True, True)
     assert grads[0].shape == y.shape
     assert_close(grads[1:], (torch.zeros(2), torch.zeros(2)))
 
@@ -110,39 +108,36 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
 def test_only_what_is_needed(layout: str) -> None:
     x, taps = _random((1, 4, 6, 9), layout), _taps()
     grad = _random((1, 16, 3, 5))
-    full = haar.haar_dwt2d_backward(grad, x, *taps, True, True)
-    only_x = haar.haar_dwt2d_backward(grad, x, *taps, True, False)
-    only_taps = haar.haar_dwt2d_backward(grad, x, *taps, False, True)
+    full = haar_dwt2d.haar_dwt2d_backward(grad, x, *taps, True, True)
+    only_x = haar_dwt2d.haar_dwt2d_backward(grad, x, *taps, True, False)
+    only_taps = haar_dwt2d.haar_dwt2d_backward(grad, x, *taps, False, True)
     assert [g.numel() for g in only_x[1:]] == [0, 0]
     assert only_taps[0].numel() == 0
     assert torch.equal(only_x[0], full[0])
     assert torch.equal(torch.stack(only_taps[1:]), torch.stack(full[1:]))
-    assert [g.numel() for g in haar.haar_dwt2d_backward(grad, x, *taps, False, False)] == [0, 0, 0]
+    assert [g.numel() for g in haar_dwt2d.haar_dwt2d_backward(grad, x, *taps, False, False)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bitwise(dtype: torch.dtype) -> None:
     x, taps, grad = _random((2, 3, 33, 70), dtype=dtype), _taps(), _random((2, 12, 17, 35), dtype=dtype)
-    first, second = (haar.haar_dwt2d_backward(grad, x, *taps, True, True) for _ in range(2))
+    first, second = (haar_dwt2d.haar_dwt2d_backward(grad, x, *taps, True, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    first, second = (haar.haar_idwt2d_backward(x, grad, *taps, 33, 70, True, True) for _ in range(2))
+    first, second = (haar_idwt2d.haar_idwt2d_backward(x, grad, *taps, 33, 70, True, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_many_programs_reduce() -> None:
+def test_many_programs_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles than partial sums: every program takes several tiles."""
-    haar_partials, haar._MAX_PARTIALS = haar._MAX_PARTIALS, 3
-    try:
-        _check_dwt(_random((2, 3, 64, 65)), *_taps())
-        _check_idwt(_random((2, 12, 32, 33)), *_taps(), 64, 65)
-    finally:
-        haar._MAX_PARTIALS = haar_partials
+    monkeypatch.setattr(haar, "_MAX_PARTIALS", 3)
+    _check_dwt(_random((2, 3, 64, 65)), *_taps())
+    _check_idwt(_random((2, 12, 32, 33)), *_taps(), 64, 65)
 
 
 def test_nan_and_infinity_stay_where_they_belong() -> None:
     x, taps = torch.randn(1, 2, 7, 9, device=DEVICE), _taps()
     x[0, 0, 6, 8], x[0, 1, 2, 3] = float("nan"), float("inf")
-    y = haar.haar_dwt2d(x, *taps)
+    y = haar_dwt2d.haar_dwt2d(x, *taps)
     expected = reference.haar_dwt2d(x, *taps)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
@@ -151,9 +146,9 @@ def test_nan_and_infinity_stay_where_they_belong() -> None:
 def test_fp64_is_refused() -> None:
     x, taps = torch.randn(1, 1, 4, 4, dtype=torch.float64), _taps()
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
-        haar.haar_dwt2d(x, *taps)
+        haar_dwt2d.haar_dwt2d(x, *taps)
     with pytest.raises(TypeError, match="y must be"):
-        haar.haar_idwt2d(x, *taps, 8, 8)
+        haar_idwt2d.haar_idwt2d(x, *taps, 8, 8)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -164,26 +159,11 @@ def test_through_the_op(layout: str) -> None:
     assert_close(actual, value_and_grads(reference.haar_dwt2d, fp64(inputs)))
 
 
-class _Zeroing:
-    """A kernel that writes zeros into what it should compute."""
-
-    def __init__(self, outputs: tuple[int, ...]) -> None:
-        self.outputs = outputs
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            for tensor in tree_leaves([args[i] for i in self.outputs]):
-                if tensor is not None:
-                    tensor.zero_()
-
-        return launch
-
-
 @pytest.mark.parametrize(
     ("kernel", "outputs"), [("analysis_kernel", (4, 8)), ("synthesis_kernel", (4, 8)), ("sum_taps_kernel", (1,))]
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(haar if hasattr(haar, kernel) else common, kernel, _Zeroing(outputs))
+    zero_kernel(monkeypatch, kernel, *outputs)
     with pytest.raises(AssertionError):
         _check_dwt(_random((1, 2, 6, 8)), *_taps())
     with pytest.raises(AssertionError):
@@ -196,12 +176,12 @@ def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch:
 def test_traffic(shape: tuple[int, ...], layout: str) -> None:
     x, taps = _random(shape, layout), _taps()
     size = shape[2:]
-    y = haar.haar_dwt2d(x, *taps)
+    y = haar_dwt2d.haar_dwt2d(x, *taps)
     for call, inputs, outputs in (
-        (lambda: haar.haar_dwt2d(x, *taps), (x,), (y,)),
-        (lambda: haar.haar_idwt2d(y, *taps, *size), (y,), (x,)),
-        (lambda: haar.haar_dwt2d_backward(y, x, *taps, True, True), (y, x), (x,)),
-        (lambda: haar.haar_idwt2d_backward(x, y, *taps, *size, True, True), (x, y), (y,)),
+        (lambda: haar_dwt2d.haar_dwt2d(x, *taps), (x,), (y,)),
+        (lambda: haar_idwt2d.haar_idwt2d(y, *taps, *size), (y,), (x,)),
+        (lambda: haar_dwt2d.haar_dwt2d_backward(y, x, *taps, True, True), (y, x), (x,)),
+        (lambda: haar_idwt2d.haar_idwt2d_backward(x, y, *taps, *size, True, True), (x, y), (y,)),
     ):
         with count_traffic() as traffic:
             call()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, tf32, value_and_grads
+from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, tf32, value_and_grads, zero_kernel
 from torch import Tensor
 
 import swformer_fast as sf
@@ -10,7 +10,6 @@ from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import reference
 
 pointwise = pytest.importorskip("swformer_kernels.pointwise", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
@@ -167,7 +166,7 @@ def test_half_precision_maps_are_exact_intf32(dtype: torch.dtype) -> None:
     ("kernel", "output"), [("pointwise_kernel", 9), ("pointwise_parameters_kernel", 5), ("sum_partials_kernel", 1)]
 )
 def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise if hasattr(pointwise, kernel) else common, kernel, Zeroing(output))
+    zero_kernel(monkeypatch, kernel, output)
     with pytest.raises(AssertionError):
         _check(_arguments())
 

@@ -74,7 +74,7 @@ def _compile(
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each launch; runs in a separate process."""
     import triton
-    from swformer_kernels import _common
+    from swformer_kernels import _device
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
@@ -83,7 +83,7 @@ def _compile(
     triton.knobs.compilation.always_compile = fresh
     launched: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []
     target = ""
-    _common.architecture = lambda device: target  # before the families import it
+    _device.architecture = lambda device: target  # before the families import it
     JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: launched.append((kernel, grid, args, kwargs))
     launches = [
         (family, shape, launch, launch.main and shape == LAUNCHES[family].compiled[0])
@@ -110,7 +110,7 @@ def _compile(
                     row = _compiled(target, kernel, grid, args, kwargs) | declared | {"key": key}
                     rows.append(row if fresh else row | {"compile_s": None})
             yield rows
-        for module in {_common, *(sys.modules[f"swformer_kernels.{family}"] for family in families)}:
+        for module in [module for name, module in sys.modules.items() if name.startswith("swformer_kernels.")]:
             for function in vars(module).values():
                 if isinstance(function, JITFunction):
                     function.device_caches.clear()

@@ -76,36 +76,49 @@ IMAGES = (
 )
 
 
-def _haar(make: Make, shape: Shape) -> Iterator[Launch]:
-    from swformer_kernels import haar
-
+def _halves(shape: Shape) -> Shape:
+    """The sub-bands of images."""
     batch, channels, height, width = shape
-    halves = (batch, 4 * channels, (height + 1) // 2, (width + 1) // 2)
-    taps, both = (make(2), make(2)), (True, True)
+    return batch, 4 * channels, (height + 1) // 2, (width + 1) // 2
+
+
+def _haar_dwt2d(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import haar_dwt2d
+
+    taps, both, back = (make(2), make(2)), (True, True), haar_dwt2d.haar_dwt2d_backward
     for name, dtype, last in IMAGES:
-        x, y = make(*shape, dtype=dtype, channels_last=last), make(*halves, dtype=dtype, channels_last=last)
-        size = (height, width)
-        yield Launch(f"haar_dwt2d {name}", haar.haar_dwt2d, (x, *taps), not last)
-        yield Launch(f"haar_dwt2d_backward {name}", haar.haar_dwt2d_backward, (y, x, *taps, *both), not last)
-        yield Launch(f"haar_idwt2d {name}", haar.haar_idwt2d, (y, *taps, *size), not last)
-        yield Launch(f"haar_idwt2d_backward {name}", haar.haar_idwt2d_backward, (x, y, *taps, *size, *both), not last)
+        x, y = (make(*size, dtype=dtype, channels_last=last) for size in (shape, _halves(shape)))
+        yield Launch(f"haar_dwt2d {name}", haar_dwt2d.haar_dwt2d, (x, *taps), not last)
+        yield Launch(f"haar_dwt2d_backward {name}", back, (y, x, *taps, *both), not last)
 
 
-def _spatial(make: Make, shape: Shape) -> Iterator[Launch]:
-    from swformer_kernels import spatial
+def _haar_idwt2d(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import haar_idwt2d
+
+    taps, both, back = (make(2), make(2)), (True, True), haar_idwt2d.haar_idwt2d_backward
+    for name, dtype, last in IMAGES:
+        x, y = (make(*size, dtype=dtype, channels_last=last) for size in (shape, _halves(shape)))
+        yield Launch(f"haar_idwt2d {name}", haar_idwt2d.haar_idwt2d, (y, *taps, *shape[2:]), not last)
+        yield Launch(f"haar_idwt2d_backward {name}", back, (x, y, *taps, *shape[2:], *both), not last)
+
+
+def _depthwise_gelu(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import depthwise_gelu
 
     parameters = (make(shape[1], 1, 3, 3), make(shape[1]))
     for name, dtype, last in IMAGES:
         x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
         width = 8 * x.element_size() if last else 128
         # As in a block, which takes the means of the branches.
-        yield Launch(f"depthwise_gelu {name}", spatial.depthwise_gelu, (x, *parameters, True), not last, width)
+        yield Launch(f"depthwise_gelu {name}", depthwise_gelu.depthwise_gelu, (x, *parameters, True), not last, width)
         backward = (grad, make(*shape[:2]), x, *parameters, True, True)
-        yield Launch(f"depthwise_gelu_backward {name}", spatial.depthwise_gelu_backward, backward, not last, width)
+        yield Launch(
+            f"depthwise_gelu_backward {name}", depthwise_gelu.depthwise_gelu_backward, backward, not last, width
+        )
 
 
-def _wavelet(make: Make, shape: Shape) -> Iterator[Launch]:
-    from swformer_kernels import wavelet
+def _wavelet_mix(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import wavelet_mix
 
     bands = 4 * shape[1]
     for size in (3, 5):
@@ -115,8 +128,8 @@ def _wavelet(make: Make, shape: Shape) -> Iterator[Launch]:
             label = f"{size}x{size} {name}"
             main, width = label == "3x3 fp32", 128 if size == 3 else 16 * x.element_size()
             width = 8 * x.element_size() if last else width
-            yield Launch(f"wavelet_mix {label}", wavelet.wavelet_mix, (x, *parameters, True), main, width)
-            backward, back = (grad, make(*shape[:2]), x, *parameters, True), wavelet.wavelet_mix_backward
+            yield Launch(f"wavelet_mix {label}", wavelet_mix.wavelet_mix, (x, *parameters, True), main, width)
+            backward, back = (grad, make(*shape[:2]), x, *parameters, True), wavelet_mix.wavelet_mix_backward
             yield Launch(f"wavelet_mix_backward {label}", back, (*backward, True), main, width)
             yield Launch(f"wavelet_mix_backward {label} x", back, (*backward, False), False, width)
 
@@ -125,8 +138,8 @@ def _only_tensors(launcher: Callable[..., Any]) -> Callable[..., list[Tensor]]:
     return lambda *arguments: [t for t in tree_leaves(launcher(*arguments)) if isinstance(t, Tensor)]
 
 
-def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
-    from swformer_kernels import fourier
+def _fourier_mix(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import _algebra, _spectrum
 
     batch, dim, height, width = shape
     channels, area, double = 2 * dim, height * width, torch.float64
@@ -135,16 +148,16 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
     mixing = (spectrum, matrix, make(dim, dim), make(dim), width, 1.0)
     for precision in ("ieee", "tf32x3", "tf32"):
         wanted, products = precision != "tf32x3", precision != "ieee"
-        yield Launch(f"spectrum_mix {precision}", fourier.spectrum_mix, (*mixing, precision), wanted, 128, products)
-        back, flags = fourier.spectrum_mix_backward, (True, True, precision)
+        yield Launch(f"spectrum_mix {precision}", _spectrum.spectrum_mix, (*mixing, precision), wanted, 128, products)
+        back, flags = _spectrum.spectrum_mix_backward, (True, True, precision)
         yield Launch(f"spectrum_mix_backward {precision}", back, (grad, *mixing, *flags), not products, 64, products)
     # As in a block, which folds the last convolution into another one.
     alone = (spectrum, matrix, None, None, width, 1.0)
-    yield Launch("spectrum_mix alone", fourier.spectrum_mix, alone)
+    yield Launch("spectrum_mix alone", _spectrum.spectrum_mix, alone)
     yield Launch("spectrum_mix_backward alone", back, (grad, *alone, True, True), False, 64)
-    yield Launch("spectrum_moments", fourier.spectrum_moments, (spectrum,))
+    yield Launch("spectrum_moments", _spectrum.spectrum_moments, (spectrum,))
     through = (grad, spectrum, make(dim, 2 * (dim + 1) + batch), width)
-    yield Launch("spectrum_moments_backward", fourier.spectrum_moments_backward, through)
+    yield Launch("spectrum_moments_backward", _spectrum.spectrum_moments_backward, through)
 
     def parameters(dtype: torch.dtype) -> tuple[Tensor, ...]:
         factors = [
@@ -161,7 +174,7 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
         return (make(channels, dim), make(channels), *factors[0], *factors[1])
 
     moments = make(2, dim, dim + 1, dtype=double)
-    compose, compose_back = _only_tensors(fourier.compose), _only_tensors(fourier.compose_backward)
+    compose, compose_back = _only_tensors(_algebra.compose), _only_tensors(_algebra.compose_backward)
     yield Launch("compose", compose, (1e-5, area, parameters(torch.float32), spectrum))
     yield Launch("compose batch", compose, (1e-5, area, parameters(torch.float32), spectrum, moments, True))
     for name, dtype, kept in (
@@ -169,7 +182,7 @@ def _fourier(make: Make, shape: Shape) -> Iterator[Launch]:
         ("compose_backward batch", double, (make(2, channels, dim, dtype=double), make(batch, channels, dtype=double))),
     ):
         parts = parameters(dtype)
-        composed = fourier.Composed(matrix, None, (parts[2:8], parts[8:]), *(kept or (None, None)))
+        composed = _algebra.Composed(matrix, None, (parts[2:8], parts[8:]), *(kept or (None, None)))
         arguments = (matrix, composed, 1e-5, area, parts, spectrum, moments if kept else None)
         yield Launch(name, compose_back, arguments)
 
@@ -191,22 +204,22 @@ def _pointwise(make: Make, shape: Shape) -> Iterator[Launch]:
         yield Launch(f"pointwise_backward 1 map {name}", back, (stacked, *one[:5], True, True), False, 128, True)
 
 
-def _attention(make: Make, shape: Shape) -> Iterator[Launch]:
-    from swformer_kernels import attention
+def _channel_attention(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import channel_attention
 
     channels, hidden = shape[1], max(1, shape[1] // 4)
     parameters = (make(hidden, channels, 1, 1), make(hidden), make(channels, hidden, 1, 1), make(channels))
     for name, dtype, last in IMAGES:
         x, grad = (make(*shape, dtype=dtype, channels_last=last) for _ in range(2))
-        yield Launch(f"channel_attention {name}", attention.channel_attention, (x, *parameters), name == "fp32")
+        yield Launch(f"channel_attention {name}", channel_attention.channel_attention, (x, *parameters), name == "fp32")
         backward = (grad, x, *parameters, True, True)
         yield Launch(
-            f"channel_attention_backward {name}", attention.channel_attention_backward, backward, name == "fp32"
+            f"channel_attention_backward {name}", channel_attention.channel_attention_backward, backward, name == "fp32"
         )
 
 
-def _ffn(make: Make, shape: Shape) -> Iterator[Launch]:
-    from swformer_kernels import ffn
+def _multiscale_ffn(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import multiscale_ffn
 
     dim = shape[1]
     depthwise = (make(*size) for _ in range(3) for size in ((dim, 1, 3, 3), (dim,)))
@@ -216,16 +229,19 @@ def _ffn(make: Make, shape: Shape) -> Iterator[Launch]:
         main = name == "fp32"
         # Neighbouring columns, and samples of the other scales, are not aligned.
         width = 8 * x.element_size()
-        yield Launch(f"multiscale_ffn {name}", ffn.multiscale_ffn, (x, *parameters), main, width, True)
+        yield Launch(f"multiscale_ffn {name}", multiscale_ffn.multiscale_ffn, (x, *parameters), main, width, True)
         backward = (grad, x, *parameters, True, True)
-        yield Launch(f"multiscale_ffn_backward {name}", ffn.multiscale_ffn_backward, backward, main, width, True)
+        yield Launch(
+            f"multiscale_ffn_backward {name}", multiscale_ffn.multiscale_ffn_backward, backward, main, width, True
+        )
 
 
 LAUNCHES: dict[str, Family] = {
-    "haar": Family(_haar, compiled=((2, 40, 256, 256), (1, 16, 256, 256))),
-    "spatial": Family(_spatial, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.35),
-    "wavelet": Family(
-        _wavelet,
+    "haar_dwt2d": Family(_haar_dwt2d, compiled=((2, 40, 256, 256), (1, 16, 256, 256))),
+    "haar_idwt2d": Family(_haar_idwt2d, compiled=((2, 40, 256, 256), (1, 16, 256, 256))),
+    "depthwise_gelu": Family(_depthwise_gelu, compiled=((2, 40, 256, 256), (2, 40, 64, 64)), traffic=1.35),
+    "wavelet_mix": Family(
+        _wavelet_mix,
         compiled=((2, 40, 256, 256), (2, 40, 64, 64)),
         interpreted=((1, 4, 64, 32), (1, 5, 17, 31)),
         traffic=1.35,
@@ -236,15 +252,15 @@ LAUNCHES: dict[str, Family] = {
         interpreted=((1, 8, 8, 16), (2, 5, 7, 9)),
         traffic=None,
     ),
-    "attention": Family(_attention, compiled=((2, 120, 256, 256), (2, 192, 64, 64)), traffic=1.6),
-    "ffn": Family(
-        _ffn,
+    "channel_attention": Family(_channel_attention, compiled=((2, 120, 256, 256), (2, 192, 64, 64)), traffic=1.6),
+    "multiscale_ffn": Family(
+        _multiscale_ffn,
         compiled=tuple((2, dim, 256, 256) for dim in (40, 16, 96)),
         interpreted=((1, 4, 16, 32), (1, 3, 7, 9)),
         traffic=None,
     ),
-    "fourier": Family(
-        _fourier,
+    "fourier_mix": Family(
+        _fourier_mix,
         compiled=tuple((2, dim, 256, 256) for dim in (40, 64, 96)),
         interpreted=((1, 8, 16, 32), (2, 5, 7, 9)),
         traffic=None,

@@ -95,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
 
     import triton
-    from swformer_kernels import _common
+    from swformer_kernels import _device
     from triton.backends.compiler import GPUTarget
 
-    _common.architecture = lambda device: args.target  # before the families import it
+    _device.architecture = lambda device: args.target  # before the families import it
     triton.runtime.driver.set_active(Driver(GPUTarget(*TARGETS[args.target])))
 
     from .launches import LAUNCHES

@@ -61,21 +61,22 @@ def _attributes(module: ModuleType, names: Sequence[str]) -> tuple[Any, Callable
 
 
 def _haar(device: torch.device) -> Iterator[Setting]:
-    from swformer_kernels import _common, haar
+    from swformer_kernels import _device, _haar
 
-    target = _common.architecture(device)
-    tiles: dict[str, Any] = haar._TILES
+    target = _device.architecture(device)
+    tiles: dict[str, Any] = _haar._TILES
     rows = list(tiles.get(target, tiles["default"]))
     shapes: tuple[Shape, ...] = ((1, 16, 256, 256), (2, 40, 256, 256))
-    for i, shape in enumerate(shapes):
+    candidates = tuple(product((1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8)))
+    for family in ("haar_dwt2d", "haar_idwt2d"):
+        for i, shape in enumerate(shapes):
 
-        def use(candidate: Any, i: int = i) -> None:
-            rows[i] = (rows[i][0], *candidate)
-            tiles[target] = tuple(rows)
+            def use(candidate: Any, i: int = i) -> None:
+                rows[i] = (rows[i][0], *candidate)
+                tiles[target] = tuple(rows)
 
-        candidates = tuple(product((1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8)))
-        name = f'haar._TILES["{target}"][{i}] (bytes, warps)'
-        yield Setting(name, "haar", (shape,), rows[i][1:], candidates, use)
+            name = f'_haar._TILES["{target}"][{i}] (bytes, warps) for {family}'
+            yield Setting(name, family, (shape,), rows[i][1:], candidates, use)
 
 
 SHAPES: tuple[Shape, ...] = ((1, 40, 256, 256), (4, 40, 128, 128))
@@ -99,7 +100,7 @@ CONSTANTS: dict[str, tuple[tuple[Shape, ...], Constants]] = {
             ("_PIXELS_A_PARTIAL", PARTIALS, ("pointwise_backward 3 maps fp32",)),
         ),
     ),
-    "ffn": (
+    "multiscale_ffn": (
         SHAPES,
         (
             ("_BAND _HIDDEN_CHANNELS", tuple(product((4, 8), (32, 64, 128))), (FORWARD,)),
@@ -111,7 +112,7 @@ CONSTANTS: dict[str, tuple[tuple[Shape, ...], Constants]] = {
             ("_PIXELS_A_PARTIAL", PARTIALS, (BACKWARD,)),
         ),
     ),
-    "attention": (
+    "channel_attention": (
         ATTENTION_SHAPES,
         (
             ("_TILE _TILES_A_PARTIAL", tuple(product((1024, 2048, 4096), (4, 8, 16))), ()),
@@ -133,34 +134,34 @@ def _stream(device: torch.device) -> Iterator[Setting]:
     from swformer_kernels import _stream
 
     strips = ((64, 32, 16), (32, 16), (16,), (128, 64, 32, 16), (64, 32, 16, 8))
-    for family, op in (("spatial", "depthwise_gelu{} fp32"), ("wavelet", "wavelet_mix{} 3x3 fp32")):
+    for family, op in (("depthwise_gelu", "depthwise_gelu{} fp32"), ("wavelet_mix", "wavelet_mix{} 3x3 fp32")):
         launches = (op.format(""), op.format("_backward"))
         for name, candidates in (("_STRIP_ROWS", strips), ("_ENOUGH_PROGRAMS", (256, 512, 1024, 2048))):
             current, use = _attributes(_stream, [name])
             yield Setting(f"_stream.{name} for {family}", family, SHAPES, current, candidates, use, launches)
 
 
-def _fourier(device: torch.device) -> Iterator[Setting]:
-    from swformer_kernels import fourier
+def _fourier_mix(device: torch.device) -> Iterator[Setting]:
+    from swformer_kernels import _spectrum
 
     shapes: tuple[Shape, ...] = ((1, 40, 256, 256), (1, 64, 128, 128))
     for name in ("_GRADIENT_FREQUENCIES", "_PARAMETER_CHANNELS"):
-        table = getattr(fourier, name)
+        table = getattr(_spectrum, name)
         for precision in table:
 
             def use(value: Any, table: dict[str, int] = table, precision: str = precision) -> None:
                 table[precision] = value
 
-            label = f'fourier.{name}["{precision}"]'
+            label = f'_spectrum.{name}["{precision}"]'
             concerned = (f"spectrum_mix_backward {precision}",)
-            yield Setting(label, "fourier", shapes, table[precision], (16, 32, 64), use, concerned)
-    current, use_constant = _attributes(fourier, ["_FREQUENCIES_A_PARTIAL"])
+            yield Setting(label, "fourier_mix", shapes, table[precision], (16, 32, 64), use, concerned)
+    current, use_constant = _attributes(_spectrum, ["_FREQUENCIES_A_PARTIAL"])
     launches = ("spectrum_mix_backward ieee", "spectrum_moments")
-    yield Setting("fourier._FREQUENCIES_A_PARTIAL", "fourier", shapes, current, PARTIALS, use_constant, launches)
+    yield Setting("_spectrum._FREQUENCIES_A_PARTIAL", "fourier_mix", shapes, current, PARTIALS, use_constant, launches)
 
 
 TABLES: dict[str, Callable[[torch.device], Iterator[Setting]]] = {
-    "fourier": _fourier,
+    "fourier_mix": _fourier_mix,
     **{family: partial(_constants, family) for family in CONSTANTS},
     "haar": _haar,
     "stream": _stream,

@@ -1,1 +1,4 @@
-"""Triton kernels of swformer_fast: one file per op family, `@triton.jit` functions and their launchers."""
+"""Triton kernels of swformer_fast: `@triton.jit` functions and their launchers in a file an op, named as the op.
+
+Files with an underscore hold what several ops share, or a part of one op.
+"""

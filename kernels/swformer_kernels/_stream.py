@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import alignment, architecture, is_channels_last, split_index
+from ._device import alignment, is_channels_last, warp_size
+from ._tiles import load, multiple, split_index
 
 
 class Plan(NamedTuple):
@@ -71,7 +72,6 @@ def plan(
         programs = triton.cdiv(batch * strips * channels, side_by_side) * segments
         if programs >= _ENOUGH_PROGRAMS:
             break
-    wave = 64 if architecture(x.device).startswith("gfx") else 32
     return Plan(
         programs,
         segments * batch * strips,
@@ -83,7 +83,7 @@ def plan(
             "HALO": halo,
             "ALIGN": 1 if channels_last else alignment(width, 3, tensors),
             "CHANNELS_LAST": channels_last,
-            "num_warps": threads // wave,
+            "num_warps": threads // warp_size(x.device),
             "enable_fp_fusion": True,
         },
     )
@@ -103,6 +103,12 @@ def position(size, numbers, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, H
     segment = program % segments
     image, strip, channel = split_index((program // segments).to(tl.int64) * P, P, strips, size[1])
     return image, strip, channel, segment, segment * (L * V - 2 * HALO) - HALO
+
+
+@triton.jit
+def plane_offset(strides, image, channel, ALIGN: tl.constexpr):
+    """Offset of each strip's plane, (P, 1)."""
+    return image * multiple(strides[0], ALIGN) + channel * multiple(strides[1], ALIGN)
 
 
 @triton.jit
@@ -149,13 +155,13 @@ def load_row(
         for v in tl.static_range(V):
             column = start + v + V * tl.arange(0, L)[None, :]
             mask = exists & (column >= 0) & (column < width)
-            row = row + (tl.load(rows + column.to(tl.int64) * step, mask=mask, other=0.0).to(tl.float32),)
+            row = row + (load(rows + column.to(tl.int64) * step, mask),)
         return row
     else:
         column = start + tl.arange(0, L * V)[None, :]
         mask = exists & (column >= 0) & (column < width)
-        wide = tl.load(rows + column.to(tl.int64) * step, mask=mask, other=0.0)
-        parts = unpack(wide, P, L, V)
+        segment = tl.load(rows + column.to(tl.int64) * step, mask=mask, other=0.0)
+        parts = unpack(segment, P, L, V)
         row = ()
         for v in tl.static_range(V):
             row = row + (parts[v].to(tl.float32),)
@@ -217,7 +223,7 @@ def load_plane(values, image, channel, alive, channels, P: tl.constexpr):
     if values is None:
         return tl.zeros((P, 1), tl.float32)
     else:
-        return tl.load(values + image * channels + channel, mask=alive, other=0.0).to(tl.float32)
+        return load(values + image * channels + channel, alive)
 
 
 @triton.jit
@@ -244,7 +250,7 @@ def load_weights(weight, channel, alive, COUNT: tl.constexpr):
     """The COUNT weights of each strip's channel: a tuple of (P, 1)."""
     weights = ()
     for t in tl.static_range(COUNT):
-        weights = weights + (tl.load(weight + channel * COUNT + t, mask=alive, other=0.0).to(tl.float32),)
+        weights = weights + (load(weight + channel * COUNT + t, alive),)
     return weights
 
 

@@ -10,16 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    alignment,
-    channel_block,
-    check_dtype,
-    input_precision,
-    matrix_options,
-    multiple,
-    parameter_gradients,
-    sum_partials,
-)
+from ._device import alignment, channel_block, check_dtype, input_precision, matrix_options, parameter_gradients, planes
+from ._sums import sum_partials
+from ._tiles import load, load_matrix, map_pointers, multiple, store, store_matrix
 
 # Pixels a program takes, in bytes: 16 a thread, of 16 channels.
 _BYTES = 256
@@ -41,23 +34,16 @@ def total_channels(counts):
 
 
 @triton.jit
-def map_pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN: tl.constexpr):
-    """Pointers to the given channels of one map at the pixels, and their mask: (channels, pixels)."""
-    start = x + image * multiple(strides[0], ALIGN)
-    rows = start + channel.to(tl.int64) * multiple(strides[1], ALIGN)
-    mask = ((channel >= 0) & (channel < channels))[:, None] & (pixel < pixels)[None, :]
-    return rows[:, None] + pixel[None, :], mask
-
-
-@triton.jit
 def load_maps(maps, strides, counts, image, channel, pixel, pixels, ALIGN: tl.constexpr):
-    """The given channels of the concatenation of the maps at the pixels, in fp32; zero outside."""
+    """Channels of the concatenation of the maps at the pixels, in fp32; zero outside."""
     total = tl.zeros((channel.shape[0], pixel.shape[0]), tl.float32)
     first = 0
     for i in tl.static_range(len(maps)):
-        pointers, mask = map_pointers(maps[i], strides[i], image, channel - first, counts[i], pixel, pixels, ALIGN)
+        place = channel - first
+        exists = (place >= 0) & (place < counts[i])
+        pointers, mask = map_pointers(maps[i], strides[i], image, place, exists, pixel, pixels, ALIGN, False)
         # Only one of the maps has a channel: the others add zero.
-        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        total += load(pointers, mask)
         first += counts[i]
     return total
 
@@ -67,8 +53,10 @@ def store_maps(maps, strides, counts, value, image, channel, pixel, pixels, ALIG
     """The inverse of `load_maps`."""
     first = 0
     for i in tl.static_range(len(maps)):
-        pointers, mask = map_pointers(maps[i], strides[i], image, channel - first, counts[i], pixel, pixels, ALIGN)
-        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+        place = channel - first
+        exists = (place >= 0) & (place < counts[i])
+        pointers, mask = map_pointers(maps[i], strides[i], image, place, exists, pixel, pixels, ALIGN, False)
+        store(pointers, value, mask)
         first += counts[i]
 
 
@@ -76,29 +64,25 @@ def store_maps(maps, strides, counts, value, image, channel, pixel, pixels, ALIG
 def pointwise_kernel(
     maps, strides, counts, weight, weight_strides, bias, bias_stride, residual, residual_strides,
     outs, out_strides, out_counts, pixels, tiles,
-    BK: tl.constexpr, BE: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The concatenation of `outs` = weight @ the concatenation of `maps` + bias + residual; those two may be None."""
     image = (tl.program_id(0) // tiles).to(tl.int64)
     pixels = multiple(pixels, ALIGN)
     pixel = tl.program_id(0) % tiles * N + tl.arange(0, N)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     inputs = total_channels(counts)
     outputs = total_channels(out_counts)
     weight += image * weight_strides[0]
-    total = tl.zeros((BE, N), tl.float32)
-    for start in range(0, inputs, BK):
-        c = start + tl.arange(0, BK)
-        left = tl.load(
-            weight + e[:, None] * weight_strides[1] + c[None, :] * weight_strides[2],
-            mask=(e < outputs)[:, None] & (c < inputs)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+    total = tl.zeros((BLOCK_E, N), tl.float32)
+    for start in range(0, inputs, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        left = load_matrix(weight, e, e < outputs, c, inputs, weight_strides[1], weight_strides[2])
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     if bias is not None:
         bias += image * bias_stride
-        total += tl.load(bias + e, mask=e < outputs, other=0.0).to(tl.float32)[:, None]
+        total += load(bias + e, mask=e < outputs)[:, None]
     if residual is not None:
         total += load_maps((residual,), (residual_strides,), out_counts, image, e, pixel, pixels, ALIGN)
     store_maps(outs, out_strides, out_counts, total, image, e, pixel, pixels, ALIGN)
@@ -107,18 +91,18 @@ def pointwise_kernel(
 @triton.jit
 def pointwise_parameters_kernel(
     grad, grad_strides, maps, strides, counts, partials, outputs, pixels, tiles, tiles_a_program, parts,
-    BE: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over some tiles of an image: of the weight's gradient and then of the bias's, a row of `partials`."""
     part = tl.program_id(0) % parts
     image = (tl.program_id(0) // parts).to(tl.int64)
     images = tl.num_programs(0) // parts
     pixels = multiple(pixels, ALIGN)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
-    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     inputs = total_channels(counts)
-    of_weight = tl.zeros((BE, BC), tl.float32)
-    of_bias = tl.zeros((BE,), tl.float32)
+    of_weight = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
+    of_bias = tl.zeros((BLOCK_E,), tl.float32)
     first = part * tiles_a_program
     for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
         pixel = tile * N + tl.arange(0, N)
@@ -127,15 +111,8 @@ def pointwise_parameters_kernel(
         of_weight = tl.dot(left, tl.trans(right), of_weight, input_precision=PRECISION)
         of_bias += tl.sum(left, 1)
     partials += (part * images + image) * outputs * (inputs + 1)
-    mask = (e < outputs)[:, None] & (c < inputs)[None, :]
-    tl.store(partials + e[:, None] * inputs + c[None, :], of_weight, mask=mask)
+    store_matrix(partials, of_weight, e, e < outputs, c, inputs, inputs)
     tl.store(partials + outputs * inputs + e, of_bias, mask=e < tl.where(tl.program_id(2) == 0, outputs, 0))
-
-
-def _planes(x: Tensor) -> Tensor:
-    """`x` (B, C, H, W) as (B, C, H * W) with neighbouring pixels next to each other, copied only if it must be."""
-    x = x.flatten(2)
-    return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
 
 
 def _strides(maps: list[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -161,16 +138,16 @@ def _multiply(
             tuple(maps), _strides(maps), _counts(maps), weight, weight_strides, bias, bias_stride,
             residual, None if residual is None else _strides([residual])[0],
             tuple(outs), _strides(outs), _counts(outs), pixels, tiles,
-            BK=16, BE=block, N=columns, ALIGN=alignment(pixels, 2, everything),
+            BLOCK_K=16, BLOCK_E=block, N=columns, ALIGN=alignment(pixels, 2, everything),
             PRECISION=input_precision(maps[0], exact="tf32x3"), **matrix_options(maps[0]),
         )  # fmt: skip
 
 
 def _check(maps: tuple[Tensor | None, ...]) -> list[Tensor]:
-    given = [x for x in maps if x is not None]
-    for i, x in enumerate(given):
+    tensors = [x for x in maps if x is not None]
+    for i, x in enumerate(tensors):
         check_dtype(f"x{i}", x)
-    return [_planes(x) for x in given]
+    return [planes(x) for x in tensors]
 
 
 def pointwise(
@@ -188,7 +165,7 @@ def pointwise(
     maps = _check((x0, x1, x2))
     y = torch.empty((x0.shape[0], weight.shape[1], *x0.shape[2:]), dtype=x0.dtype, device=x0.device)
     if y.numel():
-        _multiply(maps, weight, bias.contiguous(), None if residual is None else _planes(residual), [y.flatten(2)])
+        _multiply(maps, weight, bias.contiguous(), None if residual is None else planes(residual), [y.flatten(2)])
     return y
 
 
@@ -200,18 +177,18 @@ def pointwise_backward(
     weight: Tensor,
     bias: Tensor,
     need_x: bool,
-    need_params: bool,
+    need_parameters: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of `pointwise` by x0, x1, x2, weight and bias; those not needed are empty. Deterministic."""
     maps, nothing = _check((x0, x1, x2)), grad.new_empty(0)
     batch, outputs, inputs = x0.shape[0], weight.shape[1], weight.shape[2]
-    flat, pixels = _planes(grad), x0.shape[2] * x0.shape[3]
+    flat, pixels = planes(grad), x0.shape[2] * x0.shape[3]
     grads = [nothing if x is None or not need_x else torch.empty(x.shape, dtype=x.dtype, device=x.device)
              for x in (x0, x1, x2)]  # fmt: skip
     if need_x and batch * pixels:
         _multiply([flat], weight.mT, None, None, [g.flatten(2) for g in grads if g.dim() == 4])
-    of_weight, of_bias = parameter_gradients(x0, (weight, bias), need_params)
-    if need_params and x0.numel():
+    of_weight, of_bias = parameter_gradients(x0, (weight, bias), need_parameters)
+    if need_parameters and x0.numel():
         tiles = triton.cdiv(pixels, _PARAMETER_PIXELS)
         each = _PIXELS_A_PARTIAL // _PARAMETER_PIXELS
         parts = triton.cdiv(tiles, each)
@@ -226,7 +203,7 @@ def pointwise_backward(
             pointwise_parameters_kernel[(batch * parts, triton.cdiv(outputs, rows), triton.cdiv(inputs, columns))](
                 flat, _strides([flat])[0], tuple(maps), _strides(maps), _counts(maps), partials,
                 outputs, pixels, tiles, each, parts,
-                BE=rows, BC=columns, N=_PARAMETER_PIXELS, ALIGN=alignment(pixels, 2, [flat, *maps]),
+                BLOCK_E=rows, BLOCK_C=columns, N=_PARAMETER_PIXELS, ALIGN=alignment(pixels, 2, [flat, *maps]),
                 PRECISION=input_precision(grad, exact="tf32x3"), **options,
             )  # fmt: skip
             images = max(len(weight), bias.numel() // outputs)

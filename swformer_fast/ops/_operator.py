@@ -130,8 +130,6 @@ class Operator:
     """Whether the Triton kernels hold matrix products, which are tested before their first use."""
     composed: Composed | None = None
     """The op on C++ kernels that are not the op itself."""
-    triton: str = ""
-    """The file of the Triton kernels, where it is not named as the op."""
 
     # schemas
 
@@ -236,7 +234,7 @@ class Operator:
         composed = self.composed
         return Implementations(
             self.name,
-            self.triton or self.name,
+            self.name,
             self._formatted(self.forward),
             self.limits,
             composed.kernel if composed else "",

@@ -23,6 +23,5 @@ OPERATOR = register(
         lambda x, *parameters: empty(x, *x.shape),
         _limits,
         lambda b, c, h, w, optional: ((b, c, h, w), (c + 1, c, 1, 1), (c + 1,), (c, c + 1, 1, 1), (c,)),
-        triton="attention",
     )
 )

@@ -25,6 +25,5 @@ OPERATOR = register(
         limits,
         lambda b, c, h, w, optional: ((b, c, h, w), (c, 1, 3, 3), (c,)),
         sums=True,
-        triton="spatial",
     )
 )

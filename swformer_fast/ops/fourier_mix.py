@@ -82,6 +82,5 @@ OPERATOR = register(
         sums=True,
         products=True,
         composed=Composed("spectrum_mix", _fourier.mix, _fourier.mix_backward),
-        triton="fourier",
     )
 )

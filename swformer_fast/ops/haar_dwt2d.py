@@ -13,6 +13,5 @@ OPERATOR = register(
         lambda x, *taps: empty(x, x.shape[0], 4 * x.shape[1], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2),
         no_triton_fp64,
         lambda b, c, h, w, optional: ((b, c, h, w), (2,), (2,)),
-        triton="haar",
     )
 )

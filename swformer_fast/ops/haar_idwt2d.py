@@ -21,6 +21,5 @@ OPERATOR = register(
         no_triton_fp64,
         lambda b, c, h, w, optional: ((b, 4 * c, (h + 1) // 2, (w + 1) // 2), (2,), (2,), h, w),
         outputs=("x",),
-        triton="haar",
     )
 )

@@ -60,6 +60,5 @@ OPERATOR = register(
         _example,
         outputs=("spatial", "wavelet", "spatial_sums", "wavelet_sums"),
         differentiable=False,
-        triton="mixer",
     )
 )

@@ -45,6 +45,5 @@ OPERATOR = register(
         _example,
         residual=True,
         products=True,
-        triton="ffn",
     )
 )

@@ -25,6 +25,5 @@ OPERATOR = register(
         limits,
         lambda b, c, h, w, optional: ((b, c, h, w), (4 * c, 1, 3, 3), (4 * c,), *4 * ((2,),)),
         sums=True,
-        triton="wavelet",
     )
 )

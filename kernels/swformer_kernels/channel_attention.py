@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
+from ._device import (
     alignment,
-    architecture,
     check_dtype,
     empty,
     is_channels_last,
     matrix_options,
-    multiple,
     parameter_gradients,
+    planes,
+    warp_size,
 )
+from ._tiles import load, load_matrix, map_pointers, multiple, store, store_matrix
 
 _TILE = 2048
 _TILE_OF_HALVES = 1024  # with twice as many LLVM's vectoriser fails on the sums of products
@@ -33,44 +34,39 @@ _WEIGHTS = 2048
 
 
 @triton.jit
-def _pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Pointers to a tile, (channels, pixels), and their mask."""
-    start = x + image * multiple(strides[0], ALIGN)
+def _exists(channel, channels, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Which channels exist: where they are neighbours, so that the compiler sees how many exist together."""
     if CHANNELS_LAST:
         channels = multiple(channels, ALIGN)
-    mask = (channel < channels)[:, None] & (pixel < pixels)[None, :]
-    if CHANNELS_LAST:
-        pointers = start + channel[:, None] + pixel.to(tl.int64)[None, :] * multiple(strides[2], ALIGN)
-    else:
-        pointers = start + channel.to(tl.int64)[:, None] * multiple(strides[1], ALIGN) + pixel[None, :]
-    return pointers, mask
+    return channel < channels
 
 
 @triton.jit
 def attention_sums_kernel(
     x, strides, grad, grad_strides, partials, size, tiles, tiles_a_program, parts,
-    BC: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Sums, over some tiles, of `x` and, unless `grad` is None, of x * grad, into `partials` (1 or 2, B, parts, C)."""
     batch, channels, pixels = size
-    blocks = tl.cdiv(channels, BC)
+    blocks = tl.cdiv(channels, BLOCK_C)
     part = tl.program_id(0) % parts
     block = tl.program_id(0) // parts % blocks
     image = (tl.program_id(0) // parts // blocks).to(tl.int64)
-    channel = block * BC + tl.arange(0, BC)
-    sums = tl.zeros((BC, N), tl.float32)
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = _exists(channel, channels, ALIGN, CHANNELS_LAST)
+    sums = tl.zeros((BLOCK_C, N), tl.float32)
     products = sums
     first = part * tiles_a_program
     for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
         pixel = tile * N + tl.arange(0, N)
-        pointers, mask = _pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN, CHANNELS_LAST)
-        values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        pointers, mask = map_pointers(x, strides, image, channel, exists, pixel, pixels, ALIGN, CHANNELS_LAST)
+        values = load(pointers, mask)
         sums += values
         if grad is not None:
-            pointers, mask = _pointers(
-                grad, grad_strides, image, channel, channels, pixel, pixels, ALIGN, CHANNELS_LAST
+            pointers, mask = map_pointers(
+                grad, grad_strides, image, channel, exists, pixel, pixels, ALIGN, CHANNELS_LAST
             )
-            products += values * tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            products += values * load(pointers, mask)
     row = (image * parts + part) * channels
     tl.store(partials + row + channel, tl.sum(sums, 1), mask=channel < channels)
     if grad is not None:
@@ -91,66 +87,62 @@ def _sum_parts(partials, row, parts, channel, channels, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(weight, row, rows, column, columns):
-    pointers = weight + row[:, None] * columns + column[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _first_layer(partials, w1, b1, image, size, hidden, parts, BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr):
+def _first_layer(
+    partials, w1, b1, image, size, hidden, parts, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr
+):
     """w1 @ mean + b1, before the ReLU."""
     _, channels, pixels = size
-    r = tl.arange(0, BR)
-    total = tl.load(b1 + r, mask=r < hidden, other=0.0).to(tl.float32)
-    for start in range(0, channels, BC):
-        c = start + tl.arange(0, BC)
+    r = tl.arange(0, BLOCK_R)
+    total = load(b1 + r, mask=r < hidden)
+    for start in range(0, channels, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
         mean = _sum_parts(partials, image, parts, c, channels, PARTS) / pixels
-        total += tl.sum(_load_weight(w1, r, hidden, c, channels) * mean[None, :], 1)
+        total += tl.sum(load_matrix(w1, r, r < hidden, c, channels, channels) * mean[None, :], 1)
     return total
 
 
 @triton.jit
-def _second_layer(active, w2, b2, c, channels, hidden, BR: tl.constexpr):
+def _second_layer(active, w2, b2, c, channels, hidden, BLOCK_R: tl.constexpr):
     """sigmoid(w2 @ active + b2) of some channels, and their rows of w2."""
-    weight = _load_weight(w2, c, channels, tl.arange(0, BR), hidden)
-    bias = tl.load(b2 + c, mask=c < channels, other=0.0).to(tl.float32)
+    weight = load_matrix(w2, c, c < channels, tl.arange(0, BLOCK_R), hidden, hidden)
+    bias = load(b2 + c, mask=c < channels)
     return tl.sigmoid(tl.sum(weight * active[None, :], 1) + bias), weight
 
 
 @triton.jit
 def attention_network_kernel(
-    partials, w1, b1, w2, b2, scale, size, hidden, parts, BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr
-):
+    partials, w1, b1, w2, b2, scale, size, hidden, parts,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """The attention of image `program_id`."""
     channels = size[1]
     image = tl.program_id(0).to(tl.int64)
-    before = _first_layer(partials, w1, b1, image, size, hidden, parts, BC, BR, PARTS)
+    before = _first_layer(partials, w1, b1, image, size, hidden, parts, BLOCK_C, BLOCK_R, PARTS)
     active = tl.where(before < 0, 0.0, before)
-    for start in range(0, channels, BC):
-        c = start + tl.arange(0, BC)
-        values, _ = _second_layer(active, w2, b2, c, channels, hidden, BR)
+    for start in range(0, channels, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        values, _ = _second_layer(active, w2, b2, c, channels, hidden, BLOCK_R)
         tl.store(scale + image * channels + c, values, mask=c < channels)
 
 
 @triton.jit
 def attention_network_backward_kernel(
     partials, w1, b1, w2, b2, scale, shift, mean, grad_logits, hiddens, grad_hiddens, size, hidden, parts,
-    BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of image `program_id` the attention, what the gradient of x receives through the mean, and the factors of the
     weights' gradients: the mean, the hidden layer, and the gradients of both layers before their non-linearities.
     """
     batch, channels, pixels = size
     image = tl.program_id(0).to(tl.int64)
-    r = tl.arange(0, BR)
-    before = _first_layer(partials, w1, b1, image, size, hidden, parts, BC, BR, PARTS)
+    r = tl.arange(0, BLOCK_R)
+    before = _first_layer(partials, w1, b1, image, size, hidden, parts, BLOCK_C, BLOCK_R, PARTS)
     active = tl.where(before < 0, 0.0, before)
-    grad_hidden = tl.zeros((BR,), tl.float32)
-    for start in range(0, channels, BC):
-        c = start + tl.arange(0, BC)
+    grad_hidden = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
         row = image * channels + c
-        values, weight = _second_layer(active, w2, b2, c, channels, hidden, BR)
+        values, weight = _second_layer(active, w2, b2, c, channels, hidden, BLOCK_R)
         grad_logit = _sum_parts(partials, batch + image, parts, c, channels, PARTS) * values * (1.0 - values)
         grad_hidden += tl.sum(weight * grad_logit[:, None], 0)
         tl.store(scale + row, values, mask=c < channels)
@@ -159,24 +151,24 @@ def attention_network_backward_kernel(
     grad_hidden = tl.where(before <= 0, 0.0, grad_hidden)
     tl.store(hiddens + image * hidden + r, active, mask=r < hidden)
     tl.store(grad_hiddens + image * hidden + r, grad_hidden, mask=r < hidden)
-    for start in range(0, channels, BC):
-        c = start + tl.arange(0, BC)
-        through = tl.sum(_load_weight(w1, r, hidden, c, channels) * grad_hidden[:, None], 0)
+    for start in range(0, channels, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        through = tl.sum(load_matrix(w1, r, r < hidden, c, channels, channels) * grad_hidden[:, None], 0)
         tl.store(shift + image * channels + c, through / pixels, mask=c < channels)
 
 
 @triton.jit
 def attention_parameters_kernel(
     mean, grad_logits, hiddens, grad_hiddens, grad_w1, grad_b1, grad_w2, grad_b2, batch, channels, hidden,
-    BC: tl.constexpr, BR: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The parameters' gradients: sums over the images, in order, of the products of a block."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    r = tl.program_id(1) * BR + tl.arange(0, BR)
-    of_w1 = tl.zeros((BR, BC), tl.float32)
-    of_w2 = tl.zeros((BC, BR), tl.float32)
-    of_b1 = tl.zeros((BR,), tl.float32)
-    of_b2 = tl.zeros((BC,), tl.float32)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    of_w1 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    of_w2 = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    of_b1 = tl.zeros((BLOCK_R,), tl.float32)
+    of_b2 = tl.zeros((BLOCK_C,), tl.float32)
     for image in range(0, batch):
         averages = tl.load(mean + image * channels + c, mask=c < channels, other=0.0)
         logits = tl.load(grad_logits + image * channels + c, mask=c < channels, other=0.0)
@@ -186,39 +178,39 @@ def attention_parameters_kernel(
         of_w2 += logits[:, None] * active[None, :]
         of_b1 += inner
         of_b2 += logits
-    tl.store(grad_w1 + r[:, None] * channels + c[None, :], of_w1, mask=(r < hidden)[:, None] & (c < channels)[None, :])
-    tl.store(grad_w2 + c[:, None] * hidden + r[None, :], of_w2, mask=(c < channels)[:, None] & (r < hidden)[None, :])
-    tl.store(grad_b1 + r, of_b1, mask=r < tl.where(tl.program_id(0) == 0, hidden, 0))
-    tl.store(grad_b2 + c, of_b2, mask=c < tl.where(tl.program_id(1) == 0, channels, 0))
+    store_matrix(grad_w1, of_w1, r, r < hidden, c, channels, channels)
+    store_matrix(grad_w2, of_w2, c, c < channels, r, hidden, hidden)
+    store(grad_b1 + r, of_b1, r < tl.where(tl.program_id(0) == 0, hidden, 0))
+    store(grad_b2 + c, of_b2, c < tl.where(tl.program_id(1) == 0, channels, 0))
 
 
 @triton.jit
 def attention_apply_kernel(
     x, strides, scale, shift, out, out_strides, size, tiles,
-    BC: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """out = scale * x, plus `shift` unless it is None; both are (B, C)."""
     _, channels, pixels = size
-    blocks = tl.cdiv(channels, BC)
+    blocks = tl.cdiv(channels, BLOCK_C)
     pixel = tl.program_id(0) % tiles * N + tl.arange(0, N)
-    channel = tl.program_id(0) // tiles % blocks * BC + tl.arange(0, BC)
+    channel = tl.program_id(0) // tiles % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = _exists(channel, channels, ALIGN, CHANNELS_LAST)
     image = (tl.program_id(0) // tiles // blocks).to(tl.int64)
-    pointers, mask = _pointers(x, strides, image, channel, channels, pixel, pixels, ALIGN, CHANNELS_LAST)
+    pointers, mask = map_pointers(x, strides, image, channel, exists, pixel, pixels, ALIGN, CHANNELS_LAST)
     row = image * channels + channel
     factor = tl.load(scale + row, mask=channel < channels, other=0.0)
-    values = factor[:, None] * tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    values = factor[:, None] * load(pointers, mask)
     if shift is not None:
         values += tl.load(shift + row, mask=channel < channels, other=0.0)[:, None]
-    pointers, mask = _pointers(out, out_strides, image, channel, channels, pixel, pixels, ALIGN, CHANNELS_LAST)
-    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+    pointers, mask = map_pointers(out, out_strides, image, channel, exists, pixel, pixels, ALIGN, CHANNELS_LAST)
+    store(pointers, values, mask)
 
 
 def _flat(t: Tensor, x: Tensor) -> Tensor:
     """`t` as (B, C, H * W), neighbours in the dimension in which they are in the outputs for `x`; copied if need be."""
     if is_channels_last(x):
         return t.contiguous(memory_format=torch.channels_last).flatten(2)
-    t = t.flatten(2)
-    return t if t.shape[2] == 1 or t.stride(2) == 1 else t.contiguous()
+    return planes(t)
 
 
 def _tile(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
@@ -231,25 +223,24 @@ def _tile(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
     else:
         columns = min(tile, max(16, triton.next_power_of_2(pixels)))
         block, align = min(tile // columns, triton.next_power_of_2(channels)), alignment(pixels, 2, tensors)
-    wave = 64 if architecture(x.device).startswith("gfx") else 32
     return {
-        "BC": block,
+        "BLOCK_C": block,
         "N": columns,
         "ALIGN": align,
         "CHANNELS_LAST": channels_last,
-        "num_warps": 128 // wave,
+        "num_warps": 128 // warp_size(x.device),
         "enable_fp_fusion": True,
     }
 
 
 def _sum(x: Tensor, flat: list[Tensor]) -> Tensor:
-    """Partial sums over the pixels of x, and of its products with the gradient if that is given."""
+    """Partial sums over the pixels of x, and of its products with the gradient if there is one."""
     size, tile = tuple(flat[0].shape), _tile(x, flat)
     tiles = triton.cdiv(size[2], tile["N"])
     parts = triton.cdiv(tiles, _TILES_A_PARTIAL)
     partials = torch.empty((len(flat), size[0], parts, size[1]), dtype=torch.float32, device=x.device)
     grad = flat[1] if len(flat) > 1 else None
-    attention_sums_kernel[(size[0] * triton.cdiv(size[1], tile["BC"]) * parts,)](
+    attention_sums_kernel[(size[0] * triton.cdiv(size[1], tile["BLOCK_C"]) * parts,)](
         flat[0], flat[0].stride(), grad, None if grad is None else grad.stride(), partials, size,
         tiles, _TILES_A_PARTIAL, parts, **tile,
     )  # fmt: skip
@@ -260,7 +251,7 @@ def _apply(x: Tensor, flat: Tensor, scale: Tensor, shift: Tensor | None, out: Te
     size, target = tuple(flat.shape), out.flatten(2)
     tile = _tile(x, [flat, target])
     tiles = triton.cdiv(size[2], tile["N"])
-    attention_apply_kernel[(size[0] * triton.cdiv(size[1], tile["BC"]) * tiles,)](
+    attention_apply_kernel[(size[0] * triton.cdiv(size[1], tile["BLOCK_C"]) * tiles,)](
         flat, flat.stride(), scale, shift, target, target.stride(), size, tiles, **tile
     )
 
@@ -269,8 +260,8 @@ def _blocks(x: Tensor, hidden: int, parts: int) -> dict[str, int]:
     """Constants of the small network's kernels."""
     rows = triton.next_power_of_2(hidden)
     return {
-        "BC": max(1, min(64, _WEIGHTS // rows, triton.next_power_of_2(x.shape[1]))),
-        "BR": rows,
+        "BLOCK_C": max(1, min(64, _WEIGHTS // rows, triton.next_power_of_2(x.shape[1]))),
+        "BLOCK_R": rows,
         "PARTS": min(32, triton.next_power_of_2(parts)),
         **matrix_options(x),
         "num_warps": 4,
@@ -304,8 +295,8 @@ def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
 
 
 def channel_attention_backward(
-    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, need_x: bool, need_params: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, need_x: bool, need_parameters: bool
+) -> tuple[Tensor, ...]:
     """Gradients of `channel_attention` by x, w1, b1, w2, b2; those not needed are empty. Deterministic.
 
     The attention is recomputed. `grad` may have any strides; it is copied where its layout is not that of `x`.
@@ -313,8 +304,8 @@ def channel_attention_backward(
     check_dtype("x", x)
     out = empty(x, *x.shape) if need_x else x.new_empty(0)
     parameters = (w1, b1, w2, b2)
-    grads = parameter_gradients(x, parameters, need_params)
-    if x.numel() and (need_x or need_params):
+    grads = parameter_gradients(x, parameters, need_parameters)
+    if x.numel() and (need_x or need_parameters):
         batch, channels, hidden = x.shape[0], x.shape[1], len(b1)
         flat = [_flat(x, x), _flat(grad, x)]
         size = tuple(flat[0].shape)
@@ -328,20 +319,11 @@ def channel_attention_backward(
                 partials, *(t.contiguous() for t in parameters), scale, shift, mean, grad_logits, hiddens[0],
                 hiddens[1], size, hidden, parts, **_blocks(x, hidden, parts),
             )  # fmt: skip
-            if need_params:
+            if need_parameters:
                 attention_parameters_kernel[(triton.cdiv(channels, 32), triton.cdiv(hidden, 32))](
-                    mean,
-                    grad_logits,
-                    hiddens[0],
-                    hiddens[1],
-                    *grads,
-                    batch,
-                    channels,
-                    hidden,
-                    BC=32,
-                    BR=32,
-                    enable_fp_fusion=True,
-                )
+                    mean, grad_logits, hiddens[0], hiddens[1], *grads, batch, channels, hidden,
+                    BLOCK_C=32, BLOCK_R=32, enable_fp_fusion=True,
+                )  # fmt: skip
             if need_x:
                 _apply(x, flat[1], scale, shift, out)
     return (out, *grads)

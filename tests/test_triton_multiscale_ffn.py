@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, value_and_grads, zero_kernel
 from torch import Tensor
 
 import swformer_fast as sf
@@ -15,8 +15,8 @@ from swformer_fast import functional, reference
 from swformer_fast.parameters import FfnParameters, unflatten
 
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
-ffn = pytest.importorskip("swformer_kernels.ffn")
-common = pytest.importorskip("swformer_kernels._common")
+multiscale_ffn = pytest.importorskip("swformer_kernels.multiscale_ffn")
+device = pytest.importorskip("swformer_kernels._device")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
@@ -79,13 +79,13 @@ def _check(x: Tensor, parameters: Parameters, grad: Tensor | None = None) -> Non
     inputs = tuple(t.double().contiguous().requires_grad_() for t in args)
     expected = _reference(*inputs)
     with poisoned_memory():
-        y = ffn.multiscale_ffn(*args)
+        y = multiscale_ffn.multiscale_ffn(*args)
     assert_close(y, expected, what="output")
     with poisoned_memory():
-        grads = ffn.multiscale_ffn_backward(grad, *args, True, True)
+        grads = multiscale_ffn.multiscale_ffn_backward(grad, *args, True, True)
     assert y.dtype == grads[0].dtype == x.dtype
     assert_close(grads, torch.autograd.grad(expected, inputs, grad.double()), x.dtype, what="gradient")
-    last = torch.channels_last if common.is_channels_last(x) else torch.contiguous_format
+    last = torch.channels_last if device.is_channels_last(x) else torch.contiguous_format
     assert y.is_contiguous(memory_format=last)
     assert grads[0].is_contiguous(memory_format=last)
 
@@ -113,7 +113,7 @@ def test_many_channels() -> None:
 
 
 def test_several_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn, "_PIXELS_A_PARTIAL", 64)
+    monkeypatch.setattr(multiscale_ffn, "_PIXELS_A_PARTIAL", 64)
     _check(_random((1, 2, 5, 34)), _parameters(2, 2, 3))
 
 
@@ -140,46 +140,46 @@ def test_gradient_of_another_layout(layout: str) -> None:
 def test_half_parameters_and_transposed_weight() -> None:
     x, parameters = _random((1, 4, 4, 8), dtype=torch.bfloat16), list(_parameters(4, 2, 3, torch.bfloat16))
     parameters[0] = torch.randn(4, 6, 1, 1, device=DEVICE).bfloat16().transpose(0, 1)
-    grads = ffn.multiscale_ffn_backward(_gradient(1, 3, 4, 8, dtype=x.dtype), x, *parameters, True, True)
+    grads = multiscale_ffn.multiscale_ffn_backward(_gradient(1, 3, 4, 8, dtype=x.dtype), x, *parameters, True, True)
     assert {g.dtype for g in grads} == {torch.bfloat16}
     _check(x, tuple(parameters))
 
 
 def test_empty_batch() -> None:
     x, parameters = _random((0, 3, 4, 5)), _parameters(3, 2, 5)
-    assert ffn.multiscale_ffn(x, *parameters).shape == (0, 5, 4, 5)
-    grads = ffn.multiscale_ffn_backward(_gradient(0, 5, 4, 5), x, *parameters, True, True)
+    assert multiscale_ffn.multiscale_ffn(x, *parameters).shape == (0, 5, 4, 5)
+    grads = multiscale_ffn.multiscale_ffn_backward(_gradient(0, 5, 4, 5), x, *parameters, True, True)
     assert grads[0].shape == x.shape
     assert_close(grads[1:], tuple(torch.zeros_like(p) for p in parameters))
 
 
 def test_only_what_is_needed_and_repeats_bitwise() -> None:
     x, parameters, grad = _random((1, 3, 5, 9)), _parameters(3, 2, 5), _gradient(1, 5, 5, 9)
-    full = ffn.multiscale_ffn_backward(grad, x, *parameters, True, True)
-    only_x = ffn.multiscale_ffn_backward(grad, x, *parameters, True, False)
-    only_parameters = ffn.multiscale_ffn_backward(grad, x, *parameters, False, True)
+    full = multiscale_ffn.multiscale_ffn_backward(grad, x, *parameters, True, True)
+    only_x = multiscale_ffn.multiscale_ffn_backward(grad, x, *parameters, True, False)
+    only_parameters = multiscale_ffn.multiscale_ffn_backward(grad, x, *parameters, False, True)
     assert torch.equal(only_x[0], full[0])
     assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
     assert [g.numel() for g in only_x[1:]] == [0] * 10
     assert only_parameters[0].numel() == 0
-    assert [g.numel() for g in ffn.multiscale_ffn_backward(grad, x, *parameters, False, False)] == [0] * 11
+    assert [g.numel() for g in multiscale_ffn.multiscale_ffn_backward(grad, x, *parameters, False, False)] == [0] * 11
 
 
 def test_nan_stays_where_it_belongs() -> None:
     """A NaN reaches what its pixel reaches through windows, convolutions and interpolation, and nothing else."""
     x, parameters = _random((2, 2, 17, 30)), _parameters(2, 2, 3)
     x[0, 1, 3, 4] = float("nan")
-    y, expected = ffn.multiscale_ffn(x, *parameters), _reference(x, *parameters)
+    y, expected = multiscale_ffn.multiscale_ffn(x, *parameters), _reference(x, *parameters)
     assert torch.equal(y.isnan(), expected.isnan())
 
 
 def test_what_is_refused() -> None:
     x, parameters = _random((1, 3, 4, 5)), list(_parameters(3, 2, 5))
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
-        ffn.multiscale_ffn(x.double(), *parameters)
+        multiscale_ffn.multiscale_ffn(x.double(), *parameters)
     parameters[2] = torch.randn(2, 1, 5, 5)
     with pytest.raises(ValueError, match="must be 3 x 3"):
-        ffn.multiscale_ffn(x, *parameters)
+        multiscale_ffn.multiscale_ffn(x, *parameters)
     with sf.use_backend("triton"), pytest.raises(RuntimeError, match="3 x 3"):
         torch.ops.swformer_fast.multiscale_ffn(x, *parameters, None)
 
@@ -190,7 +190,7 @@ def test_residual(layout: str, residual_layout: str) -> None:
     x, residual = _random((1, 3, 5, 9), layout), _random((1, 5, 5, 9), residual_layout)
     parameters = _parameters(3, 2, 5)
     with poisoned_memory():
-        y = ffn.multiscale_ffn(x, *parameters, residual)
+        y = multiscale_ffn.multiscale_ffn(x, *parameters, residual)
     assert_close(y, _reference(x.double(), *(p.double() for p in parameters)) + residual.double())
 
 
@@ -218,7 +218,7 @@ def test_through_the_op(layout: str) -> None:
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn, kernel, Zeroing(output, kernel=getattr(ffn, kernel)))
+    zero_kernel(monkeypatch, kernel, output)
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 3, 5)), _parameters(2, 2, 3))
 
@@ -256,7 +256,7 @@ class _Touched(Session):
 def test_traffic() -> None:
     x, parameters = _random((1, 4, 32, 64)), _parameters(4, 4, 4)
     with watch(touched := _Touched()):
-        y = ffn.multiscale_ffn(x, *parameters)
-        ffn.multiscale_ffn_backward(y, x, *parameters, True, True)
+        y = multiscale_ffn.multiscale_ffn(x, *parameters)
+        multiscale_ffn.multiscale_ffn_backward(y, x, *parameters, True, True)
     for kernel, (bytes_of_programs, once) in touched.bytes.items():
         assert bytes_of_programs <= 1.35 * once, kernel

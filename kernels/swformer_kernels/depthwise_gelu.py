@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_weights
+from ._device import check_dtype, empty, is_channels_last, parameter_gradients
+from ._math import gelu, gelu_derivative
 from ._stream import (
     add_pixels,
     convolve,
@@ -19,21 +20,14 @@ from ._stream import (
     load_weights,
     partial_sums,
     plan,
+    plane_offset,
     position,
     store_row,
     store_sums,
     zeros,
 )
-
-
-@triton.jit
-def gelu(z):
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-
-
-@triton.jit
-def gelu_derivative(z):
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+from ._sums import sum_weights
+from ._tiles import load, multiple
 
 
 @triton.jit
@@ -50,10 +44,10 @@ def depthwise_gelu_kernel(
     alive = image < batch
     first = strip * numbers[1]
     last = tl.minimum(first + numbers[1], height)
-    x += image * multiple(x_strides[0], ALIGN) + channel * multiple(x_strides[1], ALIGN)
-    y += image * multiple(y_strides[0], ALIGN) + channel * multiple(y_strides[1], ALIGN)
+    x += plane_offset(x_strides, image, channel, ALIGN)
+    y += plane_offset(y_strides, image, channel, ALIGN)
     weights = load_weights(weight, channel, alive, K * K)
-    offset = tl.load(bias + channel, mask=alive, other=0.0).to(tl.float32) + tl.zeros((P, L), tl.float32)
+    offset = load(bias + channel, alive) + tl.zeros((P, L), tl.float32)
     sums = zeros((K - 1) * V, P, L)
     total = tl.zeros((P, L), tl.float32)
     for step in range(0, numbers[1] + 2 * R):
@@ -98,13 +92,13 @@ def depthwise_gelu_backward_kernel(
     first = strip * numbers[1]
     last = tl.minimum(first + numbers[1], height)
     place = V * tl.arange(0, L)[None, :]
-    own = (place >= HALO) & (place < L * V - HALO)
-    grad += image * multiple(grad_strides[0], ALIGN) + channel * multiple(grad_strides[1], ALIGN)
-    x += image * multiple(x_strides[0], ALIGN) + channel * multiple(x_strides[1], ALIGN)
+    interior = (place >= HALO) & (place < L * V - HALO)
+    grad += plane_offset(grad_strides, image, channel, ALIGN)
+    x += plane_offset(x_strides, image, channel, ALIGN)
     if out is not None:
-        out += image * multiple(out_strides[0], ALIGN) + channel * multiple(out_strides[1], ALIGN)
+        out += plane_offset(out_strides, image, channel, ALIGN)
     weights = load_weights(weight, channel, alive, K * K)
-    offset = tl.load(bias + channel, mask=alive, other=0.0).to(tl.float32) + tl.zeros((P, L), tl.float32)
+    offset = load(bias + channel, alive) + tl.zeros((P, L), tl.float32)
     nothing = tl.zeros((P, L), tl.float32)
     of_sums = load_plane(grad_sums, image, channel, alive, channels, P)
     sums = zeros((K - 1) * V, P, L)
@@ -131,14 +125,14 @@ def depthwise_gelu_backward_kernel(
             inner = inner + (tl.where(inside, (g[q] + of_sums) * gelu_derivative(z[q]), 0.0),)
         around = extend(inner, R, V, P, L)
         if partials is not None:
-            held = held + keep(row, own & (i >= first) & (i < last), V)
+            held = held + keep(row, interior & (i >= first) & (i < last), V)
             added = ()
             for u in tl.static_range(K):
                 added = added + correlate(weight_grads[u * K : (u + 1) * K], held[u * V : (u + 1) * V], around, K, V)
             weight_grads = added
             held = held[V:]
             for q in tl.static_range(V):
-                bias_grad += tl.where(own & (r >= first) & (r < last), inner[q], 0.0)
+                bias_grad += tl.where(interior & (r >= first) & (r < last), inner[q], 0.0)
         if out is not None:
             done, transposed = convolve(transposed, around, weights, nothing, K, V, True)
             o = r - R
@@ -193,8 +187,8 @@ def depthwise_gelu_backward(
     weight: Tensor,
     bias: Tensor,
     need_x: bool,
-    need_params: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_parameters: bool,
+) -> tuple[Tensor, ...]:
     """Gradients of `depthwise_gelu` by x, weight, bias; those not needed are empty. Deterministic.
 
     The convolution is recomputed. `grad` may have any strides; the gradient of x has the layout that `depthwise_gelu`
@@ -203,12 +197,12 @@ def depthwise_gelu_backward(
     vector = _check(x, weight)
     nothing = x.new_empty(0)
     out = empty(x, *x.shape) if need_x else None
-    grads = parameter_gradients(x, (weight, bias), need_params)
-    if x.numel() and (need_x or need_params):
+    grads = parameter_gradients(x, (weight, bias), need_parameters)
+    if x.numel() and (need_x or need_parameters):
         tensors = [grad, x] if out is None else [grad, x, out]
         cut = plan(x, tensors, vector, halo=2)
         partials = None
-        if need_params:
+        if need_parameters:
             partials = torch.empty((cut.parts, len(bias), 10), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             depthwise_gelu_backward_kernel[(cut.programs,)](

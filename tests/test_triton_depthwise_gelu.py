@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, Zeroing, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, zero_kernel
 from torch import Tensor
 
 import swformer_fast as sf
 from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import functional, reference
 
-spatial = pytest.importorskip("swformer_kernels.spatial", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+depthwise_gelu = pytest.importorskip("swformer_kernels.depthwise_gelu", reason="triton is not installed")
 stream = pytest.importorskip("swformer_kernels._stream")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,8 +29,8 @@ def _check(x: Tensor, grad_layout: str = "contiguous", dtype: torch.dtype = torc
     parameters = _parameters(x.shape[1], dtype)
     grad, grad_sums = _random(tuple(x.shape), grad_layout, x.dtype), _random(tuple(x.shape[:2]))
     with poisoned_memory():
-        y, sums = spatial.depthwise_gelu(x, *parameters, True)
-        grads = spatial.depthwise_gelu_backward(grad, grad_sums, x, *parameters, True, True)
+        y, sums = depthwise_gelu.depthwise_gelu(x, *parameters, True)
+        grads = depthwise_gelu.depthwise_gelu_backward(grad, grad_sums, x, *parameters, True, True)
     assert y.dtype == grads[0].dtype == x.dtype
     assert sums.dtype == torch.float32
     inputs = tuple(t.double().contiguous().requires_grad_() for t in (x, *parameters))
@@ -73,23 +72,23 @@ def test_layouts_of_the_gradient(layout: str, grad_layout: str) -> None:
 def test_half_parameters() -> None:
     x = _random((1, 3, 5, 6), dtype=torch.bfloat16)
     parameters = _parameters(3, torch.bfloat16)
-    grads = spatial.depthwise_gelu_backward(x, None, x, *parameters, True, True)
+    grads = depthwise_gelu.depthwise_gelu_backward(x, None, x, *parameters, True, True)
     assert [g.dtype for g in grads] == [torch.bfloat16] * 3
     _check(x, dtype=torch.bfloat16)
 
 
 def test_transposed_weight() -> None:
     x, (weight, bias) = _random((1, 3, 4, 5)), _parameters(3)
-    expected = spatial.depthwise_gelu_backward(x, None, x, weight, bias, True, True)
+    expected = depthwise_gelu.depthwise_gelu_backward(x, None, x, weight, bias, True, True)
     strided = weight.transpose(-1, -2).contiguous().transpose(-1, -2)
-    actual = spatial.depthwise_gelu_backward(x, None, x, strided, bias, True, True)
+    actual = depthwise_gelu.depthwise_gelu_backward(x, None, x, strided, bias, True, True)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_empty_batch() -> None:
     x, parameters = _random((0, 3, 4, 5)), _parameters(3)
-    assert [t.shape for t in spatial.depthwise_gelu(x, *parameters, True)] == [x.shape, x.shape[:2]]
-    grads = spatial.depthwise_gelu_backward(x, None, x, *parameters, True, True)
+    assert [t.shape for t in depthwise_gelu.depthwise_gelu(x, *parameters, True)] == [x.shape, x.shape[:2]]
+    grads = depthwise_gelu.depthwise_gelu_backward(x, None, x, *parameters, True, True)
     assert grads[0].shape == x.shape
     assert_close(grads[1:], tuple(torch.zeros_like(p) for p in parameters))
 
@@ -98,20 +97,21 @@ def test_empty_batch() -> None:
 def test_only_what_is_needed(layout: str) -> None:
     x, parameters = _random((1, 4, 6, 9), layout), _parameters(4)
     given = _random((1, 4, 6, 9)), _random((1, 4))
-    full = spatial.depthwise_gelu_backward(*given, x, *parameters, True, True)
-    only_x = spatial.depthwise_gelu_backward(*given, x, *parameters, True, False)
-    only_parameters = spatial.depthwise_gelu_backward(*given, x, *parameters, False, True)
+    full = depthwise_gelu.depthwise_gelu_backward(*given, x, *parameters, True, True)
+    only_x = depthwise_gelu.depthwise_gelu_backward(*given, x, *parameters, True, False)
+    only_parameters = depthwise_gelu.depthwise_gelu_backward(*given, x, *parameters, False, True)
     assert [g.numel() for g in only_x[1:]] == [0, 0]
     assert only_parameters[0].numel() == 0
     assert torch.equal(only_x[0], full[0])
     assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
-    assert [g.numel() for g in spatial.depthwise_gelu_backward(*given, x, *parameters, False, False)] == [0, 0, 0]
+    nothing = depthwise_gelu.depthwise_gelu_backward(*given, x, *parameters, False, False)
+    assert [g.numel() for g in nothing] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bitwise(dtype: torch.dtype) -> None:
     x, grad, parameters = _random((2, 3, 18, 20), dtype=dtype), _random((2, 3, 18, 20), dtype=dtype), _parameters(3)
-    first, second = (spatial.depthwise_gelu_backward(grad, None, x, *parameters, True, True) for _ in range(2))
+    first, second = (depthwise_gelu.depthwise_gelu_backward(grad, None, x, *parameters, True, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -124,17 +124,17 @@ def test_nan_stays_where_it_belongs(place: tuple[int, int]) -> None:
     expected = reference.depthwise_gelu(leaf, *parameters)
     grad = torch.randn_like(x)
     (expected_grad,) = torch.autograd.grad(expected, leaf, grad)
-    assert torch.equal(spatial.depthwise_gelu(x, *parameters, False)[0].isnan(), expected.isnan())
-    actual = spatial.depthwise_gelu_backward(grad, None, x, *parameters, True, False)[0]
+    assert torch.equal(depthwise_gelu.depthwise_gelu(x, *parameters, False)[0].isnan(), expected.isnan())
+    actual = depthwise_gelu.depthwise_gelu_backward(grad, None, x, *parameters, True, False)[0]
     assert torch.equal(actual.isnan(), expected_grad.isnan())
 
 
 def test_what_is_refused() -> None:
     x, (weight, bias) = torch.randn(1, 2, 4, 4), _parameters(2)
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
-        spatial.depthwise_gelu(x.double(), weight, bias, False)
+        depthwise_gelu.depthwise_gelu(x.double(), weight, bias, False)
     with pytest.raises(ValueError, match="weight must be 3 x 3"):
-        spatial.depthwise_gelu(x, torch.randn(2, 1, 5, 5), bias, False)
+        depthwise_gelu.depthwise_gelu(x, torch.randn(2, 1, 5, 5), bias, False)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -155,8 +155,7 @@ def test_through_the_op(layout: str) -> None:
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = spatial if hasattr(spatial, kernel) else common
-    monkeypatch.setattr(module, kernel, Zeroing(*outputs, kernel=getattr(module, kernel)))
+    zero_kernel(monkeypatch, kernel, *outputs)
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 6, 8)))
 
@@ -167,9 +166,9 @@ def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch:
 def test_traffic(size: tuple[int, int], layout: str) -> None:
     x, parameters = _random((1, 2, *size), layout), _parameters(2)
     with count_traffic() as forward:
-        spatial.depthwise_gelu(x, *parameters, True)
+        depthwise_gelu.depthwise_gelu(x, *parameters, True)
     with count_traffic() as backward:
-        spatial.depthwise_gelu_backward(x.clone(), None, x, *parameters, True, True)
+        depthwise_gelu.depthwise_gelu_backward(x.clone(), None, x, *parameters, True, True)
     for traffic, tensors in ((forward, 2), (backward, 3)):
         assert traffic.total <= 1.35 * tensors * x.nbytes
         assert traffic.stored == traffic.distinct_stored >= x.nbytes

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, Zeroing, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, zero_kernel
 from torch import Tensor
 
 import swformer_fast as sf
 from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import functional, reference
 
-wavelet = pytest.importorskip("swformer_kernels.wavelet", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+wavelet_mix = pytest.importorskip("swformer_kernels.wavelet_mix", reason="triton is not installed")
 stream = pytest.importorskip("swformer_kernels._stream")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,8 +40,8 @@ def _check(
     parameters = _parameters(x.shape[1], size, dtype)
     grad, grad_sums = _random(tuple(x.shape), grad_layout, x.dtype), _random(tuple(x.shape[:2]))
     with poisoned_memory():
-        y, sums = wavelet.wavelet_mix(x, *parameters, True)
-        grads = wavelet.wavelet_mix_backward(grad, grad_sums, x, *parameters, True, True)
+        y, sums = wavelet_mix.wavelet_mix(x, *parameters, True)
+        grads = wavelet_mix.wavelet_mix_backward(grad, grad_sums, x, *parameters, True, True)
     assert y.dtype == grads[0].dtype == x.dtype
     assert sums.dtype == torch.float32
     inputs = tuple(t.double().contiguous().requires_grad_() for t in (x, *parameters))
@@ -102,8 +101,8 @@ def test_half_parameters() -> None:
 
 def test_empty_batch() -> None:
     x, parameters = _random((0, 3, 4, 5)), _parameters(3)
-    assert [t.shape for t in wavelet.wavelet_mix(x, *parameters, True)] == [x.shape, x.shape[:2]]
-    grads = wavelet.wavelet_mix_backward(x, None, x, *parameters, True, True)
+    assert [t.shape for t in wavelet_mix.wavelet_mix(x, *parameters, True)] == [x.shape, x.shape[:2]]
+    grads = wavelet_mix.wavelet_mix_backward(x, None, x, *parameters, True, True)
     assert grads[0].shape == x.shape
     assert_close(grads[1:], tuple(torch.zeros_like(p) for p in parameters))
 
@@ -113,20 +112,20 @@ def test_empty_batch() -> None:
 def test_only_what_is_needed(size: int, layout: str) -> None:
     x, parameters = _random((1, 2, 5, 7), layout), _parameters(2, size)
     given = _random((1, 2, 5, 7)), _random((1, 2))
-    full = wavelet.wavelet_mix_backward(*given, x, *parameters, True, True)
-    only_x = wavelet.wavelet_mix_backward(*given, x, *parameters, True, False)
-    only_parameters = wavelet.wavelet_mix_backward(*given, x, *parameters, False, True)
+    full = wavelet_mix.wavelet_mix_backward(*given, x, *parameters, True, True)
+    only_x = wavelet_mix.wavelet_mix_backward(*given, x, *parameters, True, False)
+    only_parameters = wavelet_mix.wavelet_mix_backward(*given, x, *parameters, False, True)
     assert [g.numel() for g in only_x[1:]] == [0] * 6
     assert only_parameters[0].numel() == 0
     assert_close(only_x[0], full[0])
     assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
-    assert [g.numel() for g in wavelet.wavelet_mix_backward(*given, x, *parameters, False, False)] == [0] * 7
+    assert [g.numel() for g in wavelet_mix.wavelet_mix_backward(*given, x, *parameters, False, False)] == [0] * 7
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bitwise(dtype: torch.dtype) -> None:
     x, grad, parameters = _random((2, 2, 5, 9), dtype=dtype), _random((2, 2, 5, 9), dtype=dtype), _parameters(2)
-    first, second = (wavelet.wavelet_mix_backward(grad, None, x, *parameters, True, True) for _ in range(2))
+    first, second = (wavelet_mix.wavelet_mix_backward(grad, None, x, *parameters, True, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -136,15 +135,15 @@ def test_nan_stays_where_it_belongs(place: tuple[int, int]) -> None:
     x, parameters = torch.randn(1, 2, 11, 13, device=DEVICE), _parameters(2)
     x[0, 0][place] = float("nan")
     expected = reference.wavelet_mix(x, *parameters)
-    assert torch.equal(wavelet.wavelet_mix(x, *parameters, False)[0].isnan(), expected.isnan())
+    assert torch.equal(wavelet_mix.wavelet_mix(x, *parameters, False)[0].isnan(), expected.isnan())
 
 
 def test_what_is_refused() -> None:
     x, (weight, *others) = torch.randn(1, 2, 4, 4), _parameters(2)
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
-        wavelet.wavelet_mix(x.double(), weight, *others, False)
+        wavelet_mix.wavelet_mix(x.double(), weight, *others, False)
     with pytest.raises(ValueError, match="weight must be 3 x 3 or 5 x 5"):
-        wavelet.wavelet_mix(x, torch.randn(8, 1, 7, 7), *others, False)
+        wavelet_mix.wavelet_mix(x, torch.randn(8, 1, 7, 7), *others, False)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -166,8 +165,7 @@ def test_through_the_op(layout: str) -> None:
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = wavelet if hasattr(wavelet, kernel) else common
-    monkeypatch.setattr(module, kernel, Zeroing(*outputs, kernel=getattr(module, kernel)))
+    zero_kernel(monkeypatch, kernel, *outputs)
     with pytest.raises(AssertionError):
         _check(_random((1, 1, 3, 4)))
 
@@ -177,9 +175,9 @@ def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch:
 def test_traffic(layout: str) -> None:
     x, parameters = _random((1, 1, 32, 136), layout), _parameters(1)
     with count_traffic() as forward:
-        wavelet.wavelet_mix(x, *parameters, True)
+        wavelet_mix.wavelet_mix(x, *parameters, True)
     with count_traffic() as backward:
-        wavelet.wavelet_mix_backward(x.clone(), None, x, *parameters, True, True)
+        wavelet_mix.wavelet_mix_backward(x.clone(), None, x, *parameters, True, True)
     for traffic, tensors in ((forward, 2), (backward, 3)):
         assert traffic.total <= 1.35 * tensors * x.nbytes
         assert traffic.stored == traffic.distinct_stored >= x.nbytes

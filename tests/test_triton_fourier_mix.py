@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads
+from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads, zero_kernel
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -15,8 +15,8 @@ import swformer_fast as sf
 from swformer_fast import _fourier, functional, reference
 from swformer_fast.parameters import Factor, FourierParameters, Norm, flatten, unflatten
 
-fourier = pytest.importorskip("swformer_kernels.fourier", reason="triton is not installed")
-common = pytest.importorskip("swformer_kernels._common")
+spectra = pytest.importorskip("swformer_kernels._spectrum", reason="triton is not installed")
+algebra = pytest.importorskip("swformer_kernels._algebra")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIMS = [(5, 4, 3), (1, 1, 1), (17, 33, 9), (40, 40, 40), (6, 19, 0)]
@@ -63,7 +63,7 @@ def _image_of(spectrum: Tensor, height: int, width: int) -> Tensor:
 def test_mix(dims: tuple[int, int, int], size: tuple[int, int]) -> None:
     spectrum, parameters = _spectrum(2, dims[0], *size), _parameters(*dims)
     with poisoned_memory():
-        actual = fourier.spectrum_mix(spectrum, *parameters, size[1], 0.3)
+        actual = spectra.spectrum_mix(spectrum, *parameters, size[1], 0.3)
     assert_close(actual, _mix(*fp64((spectrum, *parameters)), 0.3))
 
 
@@ -81,7 +81,7 @@ def test_error_of_tf32() -> None:
 
 def test_several_tiles() -> None:
     spectrum, parameters = _spectrum(2, 3, 9, 20), _parameters(3, 4, 5)
-    assert_close(fourier.spectrum_mix(spectrum, *parameters, 20), _mix(*fp64((spectrum, *parameters))))
+    assert_close(spectra.spectrum_mix(spectrum, *parameters, 20), _mix(*fp64((spectrum, *parameters))))
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -102,16 +102,16 @@ def test_mix_backward(dims: tuple[int, int, int], size: tuple[int, int]) -> None
     expected = torch.autograd.grad(whole(*inputs), leaves, grad.double())
     spectrum, grad_spectrum = (torch.view_as_real(torch.fft.rfft2(t, norm="ortho")).contiguous() for t in (x, grad))
     with poisoned_memory():
-        grads = fourier.spectrum_mix_backward(grad_spectrum, spectrum, *parameters, size[1], 0.3, True, True)
+        grads = spectra.spectrum_mix_backward(grad_spectrum, spectrum, *parameters, size[1], 0.3, True, True)
     assert_close((_image_of(grads[0], *size), *(g for g in grads[1:] if g.numel())), expected, torch.float32)
 
 
 def test_only_what_is_needed() -> None:
     spectrum, parameters = _spectrum(1, 3, 4, 6), _parameters(3, 4, 5)
     grad = _spectrum(1, 5, 4, 6)
-    full = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, True, True)
-    only_spectrum = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, True, False)
-    only_parameters = fourier.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, False, True)
+    full = spectra.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, True, True)
+    only_spectrum = spectra.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, True, False)
+    only_parameters = spectra.spectrum_mix_backward(grad, spectrum, *parameters, 6, 1.0, False, True)
     assert [g.numel() for g in only_spectrum[1:]] == [0, 0, 0]
     assert only_parameters[0].numel() == 0
     assert torch.equal(only_spectrum[0], full[0])
@@ -130,7 +130,7 @@ def test_moments(dim: int) -> None:
     spectrum = _spectrum(2, dim, 7, 9)
     spectrum[:, :, 0, 0] *= 1e4
     with poisoned_memory():
-        actual = fourier.spectrum_moments(spectrum, 0.3)
+        actual = spectra.spectrum_moments(spectrum, 0.3)
     assert actual.dtype == torch.float64
     assert_close(actual, _moments(0.3 * spectrum.double()), torch.float32)
 
@@ -151,7 +151,7 @@ def test_moments_backward(size: tuple[int, int]) -> None:
     (expected,) = torch.autograd.grad(linear, leaf)
     spectrum, grad_spectrum = (torch.view_as_real(torch.fft.rfft2(t, norm="ortho")).contiguous() for t in (x, grad))
     with poisoned_memory():
-        actual = fourier.spectrum_moments_backward(grad_spectrum, spectrum, product, size[1])
+        actual = spectra.spectrum_moments_backward(grad_spectrum, spectrum, product, size[1])
     assert_close(_image_of(actual, *size), grad.double() + expected, torch.float32)
 
 
@@ -204,12 +204,12 @@ def _check_compose(parameters: Given, spectrum: Tensor, moments: Tensor | None, 
     area, dim = math.prod(SIZE), spectrum.shape[1]
     expected, statistics, leaves = _defined(parameters, spectrum, moments)
     with poisoned_memory():
-        composed = fourier.compose(EPS, area, parameters, spectrum, moments, True)
+        composed = algebra.compose(EPS, area, parameters, spectrum, moments, True)
     assert_close(composed.matrix, expected)
     grad = torch.randn_like(composed.matrix)
     wanted = torch.autograd.grad(expected, leaves, grad.double())
     with poisoned_memory():
-        grads, product = fourier.compose_backward(grad, composed, EPS, area, parameters, spectrum, moments)
+        grads, product = algebra.compose_backward(grad, composed, EPS, area, parameters, spectrum, moments)
     assert [g.dtype for g in grads] == [p.dtype for i, p in enumerate(parameters) if i not in (2, 3, 8, 9)]
     assert_close(list(grads), list(wanted[:10]), dtype, "gradient")
     if moments is None:
@@ -250,7 +250,7 @@ def test_statistics_of_nearly_equal_channels() -> None:
     x = torch.randn(3, 1, *SIZE, device=DEVICE) + 1e-4 * torch.randn(3, 4, *SIZE, device=DEVICE) + 100
     spectrum = torch.view_as_real(torch.fft.rfft2(x)).contiguous()
     moments = _moments(spectrum.double() / math.prod(SIZE) ** 0.5)
-    statistics = fourier.compose(EPS, math.prod(SIZE), tuple(parameters), spectrum, moments).statistics
+    statistics = algebra.compose(EPS, math.prod(SIZE), tuple(parameters), spectrum, moments).statistics
     assert_close(statistics.unbind(), _defined(tuple(parameters), spectrum, moments)[1], torch.float32)
 
 
@@ -259,7 +259,7 @@ def test_more_frequencies_than_fp32_counts() -> None:
     parameters = tuple(p if i < 2 else p.double() for i, p in enumerate(_factors(1, 1)))
     spectrum = torch.zeros(1, device=DEVICE).expand(1, 1, 4097, 4097, 2)
     moments = torch.rand(2, 1, 2, dtype=torch.float64, device=DEVICE)
-    statistics = fourier.compose(EPS, 4096**2, parameters, spectrum, moments).statistics
+    statistics = algebra.compose(EPS, 4096**2, parameters, spectrum, moments).statistics
     weight, bias = (p.double().flatten() for p in parameters[:2])
     sums = torch.outer(weight, moments[:, 0, 1])
     sums[:, 0] += 4096 * bias
@@ -267,12 +267,12 @@ def test_more_frequencies_than_fp32_counts() -> None:
 
 
 def test_repeats_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fourier, "_FREQUENCIES_A_PARTIAL", 32)
+    monkeypatch.setattr(spectra, "_FREQUENCIES_A_PARTIAL", 32)
     spectrum, parameters, grad = _spectrum(2, 5, 8, 10), _parameters(5, 6, 7), _spectrum(2, 7, 8, 10)
     first, second = (
         (
-            *fourier.spectrum_mix_backward(grad, spectrum, *parameters, 10, 1.0, True, True),
-            fourier.spectrum_moments(spectrum),
+            *spectra.spectrum_mix_backward(grad, spectrum, *parameters, 10, 1.0, True, True),
+            spectra.spectrum_moments(spectrum),
         )
         for _ in range(2)
     )
@@ -283,7 +283,7 @@ def test_repeats_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_zero_frequency() -> None:
     spectrum, parameters = _spectrum(1, 4, 3, 4), _parameters(4, 4, 4)
     spectrum[:, :, 0, 0, 0] = torch.tensor([1e6, -1e6, 1e6, -1e6])
-    actual = fourier.spectrum_mix(spectrum, *parameters, 4)
+    actual = spectra.spectrum_mix(spectrum, *parameters, 4)
     assert actual.isfinite().all()
     assert_close(actual, _mix(*fp64((spectrum, *parameters))))
 
@@ -417,7 +417,6 @@ def test_opcheck(training: bool) -> None:
 def test_zeroed_kernel_fails(
     kernel: str, output: int, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = fourier if hasattr(fourier, kernel) else common
-    monkeypatch.setattr(module, kernel, Zeroing(output, kernel=getattr(module, kernel)))
+    zero_kernel(monkeypatch, kernel, output)
     with pytest.raises(AssertionError):
         check()

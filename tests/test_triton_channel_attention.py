@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LAYOUTS, Zeroing, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, value_and_grads, zero_kernel
 from torch import Tensor
 
 import swformer_fast as sf
@@ -10,7 +10,7 @@ from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import functional, reference
 from swformer_fast.parameters import AttentionParameters
 
-attention = pytest.importorskip("swformer_kernels.attention", reason="triton is not installed")
+channel_attention = pytest.importorskip("swformer_kernels.channel_attention", reason="triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
@@ -36,8 +36,8 @@ def _check(x: Tensor, hidden: int = 2, grad: Tensor | None = None, parameters: t
     args = (x, *(parameters or _parameters(x.shape[1], hidden)))
     grad = _random(tuple(x.shape), dtype=x.dtype) if grad is None else grad
     with poisoned_memory():
-        y = attention.channel_attention(*args)
-        grads = attention.channel_attention_backward(grad, *args, True, True)
+        y = channel_attention.channel_attention(*args)
+        grads = channel_attention.channel_attention_backward(grad, *args, True, True)
     assert y.dtype == grads[0].dtype == x.dtype
     inputs = tuple(t.double().contiguous().requires_grad_() for t in args)
     expected = _reference(*inputs)
@@ -57,10 +57,10 @@ def test_sizes(shape: tuple[int, ...], hidden: int) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_several_partial_sums(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_TILE", 64)
-    monkeypatch.setattr(attention, "_TILES_A_PARTIAL", 2)
-    monkeypatch.setattr(attention, "_CHANNELS_OF_CHANNELS_LAST", 4)
-    monkeypatch.setattr(attention, "_WEIGHTS", 8)
+    monkeypatch.setattr(channel_attention, "_TILE", 64)
+    monkeypatch.setattr(channel_attention, "_TILES_A_PARTIAL", 2)
+    monkeypatch.setattr(channel_attention, "_CHANNELS_OF_CHANNELS_LAST", 4)
+    monkeypatch.setattr(channel_attention, "_WEIGHTS", 8)
     _check(_random((2, 7, 9, 20), layout), 3)
 
 
@@ -74,7 +74,7 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
 
 def test_half_parameters() -> None:
     x, parameters = _random((2, 6, 7, 10), dtype=torch.bfloat16), _parameters(6, 2, torch.bfloat16)
-    grads = attention.channel_attention_backward(x, x, *parameters, True, True)
+    grads = channel_attention.channel_attention_backward(x, x, *parameters, True, True)
     assert {g.dtype for g in grads} == {torch.bfloat16}
     _check(x, parameters=parameters)
 
@@ -87,27 +87,28 @@ def test_transposed_weights() -> None:
 
 def test_empty_batch() -> None:
     x, parameters = _random((0, 6, 3, 4)), _parameters(6, 2)
-    assert attention.channel_attention(x, *parameters).shape == x.shape
-    grads = attention.channel_attention_backward(x, x, *parameters, True, True)
+    assert channel_attention.channel_attention(x, *parameters).shape == x.shape
+    grads = channel_attention.channel_attention_backward(x, x, *parameters, True, True)
     assert grads[0].shape == x.shape
     assert_close(grads[1:], tuple(torch.zeros_like(p) for p in parameters))
 
 
 def test_only_what_is_needed() -> None:
     x, grad, parameters = _random((2, 6, 3, 4)), _random((2, 6, 3, 4)), _parameters(6, 2)
-    full = attention.channel_attention_backward(grad, x, *parameters, True, True)
-    only_x = attention.channel_attention_backward(grad, x, *parameters, True, False)
-    only_parameters = attention.channel_attention_backward(grad, x, *parameters, False, True)
+    full = channel_attention.channel_attention_backward(grad, x, *parameters, True, True)
+    only_x = channel_attention.channel_attention_backward(grad, x, *parameters, True, False)
+    only_parameters = channel_attention.channel_attention_backward(grad, x, *parameters, False, True)
     assert [g.numel() for g in only_x[1:]] == [0] * 4
     assert only_parameters[0].numel() == 0
     assert torch.equal(only_x[0], full[0])
     assert all(torch.equal(a, b) for a, b in zip(only_parameters[1:], full[1:], strict=True))
-    assert [g.numel() for g in attention.channel_attention_backward(grad, x, *parameters, False, False)] == [0] * 5
+    nothing = channel_attention.channel_attention_backward(grad, x, *parameters, False, False)
+    assert [g.numel() for g in nothing] == [0] * 5
 
 
 def test_repeats_bitwise() -> None:
     x, grad, parameters = _random((2, 6, 9, 20)), _random((2, 6, 9, 20)), _parameters(6, 2)
-    first, second = (attention.channel_attention_backward(grad, x, *parameters, True, True) for _ in range(2))
+    first, second = (channel_attention.channel_attention_backward(grad, x, *parameters, True, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -115,7 +116,7 @@ def test_nan_stays_in_its_image() -> None:
     """A NaN reaches all of its image through the mean, and nothing else."""
     x, parameters = _random((2, 6, 3, 4)), _parameters(6, 2)
     x[0, 1, 2, 3] = float("nan")
-    y, expected = attention.channel_attention(x, *parameters), _reference(x, *parameters)
+    y, expected = channel_attention.channel_attention(x, *parameters), _reference(x, *parameters)
     assert torch.equal(y.isnan(), expected.isnan())
     assert y[0].isnan().all()
     assert_close(y[1], expected[1])
@@ -124,7 +125,7 @@ def test_nan_stays_in_its_image() -> None:
 def test_what_is_refused() -> None:
     x, parameters = _random((1, 6, 3, 4)).double(), _parameters(6, 2)
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
-        attention.channel_attention(x, *parameters)
+        channel_attention.channel_attention(x, *parameters)
     with sf.use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
         functional.channel_attention(x, AttentionParameters(*(p.double() for p in parameters)))
 
@@ -149,7 +150,7 @@ def test_through_the_op(layout: str) -> None:
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, kernel, Zeroing(output, kernel=getattr(attention, kernel)))
+    zero_kernel(monkeypatch, kernel, output)
     with pytest.raises(AssertionError):
         _check(_random((2, 6, 3, 4)), 4)
 
@@ -160,9 +161,9 @@ def test_traffic(layout: str) -> None:
     """The image is read twice, as its mean must be known before it is scaled; going back so is the gradient."""
     x, parameters = _random((1, 4, 32, 64), layout), _parameters(4, 1)
     with count_traffic() as forward:
-        attention.channel_attention(x, *parameters)
+        channel_attention.channel_attention(x, *parameters)
     with count_traffic() as backward:
-        attention.channel_attention_backward(x.clone(), x, *parameters, True, True)
+        channel_attention.channel_attention_backward(x.clone(), x, *parameters, True, True)
     for traffic, passes in ((forward, 3), (backward, 4)):
         assert traffic.total <= 1.1 * passes * x.nbytes
         assert traffic.stored == traffic.distinct_stored

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_dtype, empty, is_channels_last, multiple, parameter_gradients, sum_taps, sum_weights
+from ._device import check_dtype, empty, is_channels_last, parameter_gradients
+from ._haar import fold, load_taps, replicate
 from ._stream import (
     Plan,
     add_inside,
@@ -28,13 +29,15 @@ from ._stream import (
     pack,
     partial_sums,
     plan,
+    plane_offset,
     position,
     store_row,
     store_sums,
     unpack,
     zeros,
 )
-from .haar import fold, load_taps, replicate
+from ._sums import sum_taps, sum_weights
+from ._tiles import load, multiple
 
 
 @triton.jit
@@ -62,12 +65,6 @@ def _filters(low, high, P: tl.constexpr):
 def _double(value, P: tl.constexpr):
     """(P, 1) twice, for the upper and the lower rows of pixels: (2 P, 1)."""
     return tl.reshape(tl.broadcast_to(value[None, :, :], (2, P, 1)), (2 * P, 1))
-
-
-@triton.jit
-def _plane(strides, image, channel, ALIGN: tl.constexpr):
-    """Offset of each strip's plane, (P, 1)."""
-    return image * multiple(strides[0], ALIGN) + channel * multiple(strides[1], ALIGN)
 
 
 @triton.jit
@@ -109,15 +106,15 @@ def _load_pixels(
     if not EXTEND:
         upper = add_inside(upper, added, exists, start, width, L, V)
         lower = add_inside(lower, added, exists & below, start, width, L, V)
-    pa, pb, pc, pd = (), (), (), ()
+    a_row, b_row, c_row, d_row = (), (), (), ()
     for q in tl.static_range(V // 2):
         a, b = upper[2 * q].to(tl.float32), upper[2 * q + 1].to(tl.float32)
         c, d = lower[2 * q].to(tl.float32), lower[2 * q + 1].to(tl.float32)
         if EXTEND:
             right = start + V * tl.arange(0, L)[None, :] + 2 * q + 1 < width
             a, b, c, d = replicate(a, b, c, d, below, right)
-        pa, pb, pc, pd = pa + (a,), pb + (b,), pc + (c,), pd + (d,)
-    return pa + pb + pc + pd
+        a_row, b_row, c_row, d_row = a_row + (a,), b_row + (b,), c_row + (c,), d_row + (d,)
+    return a_row + b_row + c_row + d_row
 
 
 @triton.jit
@@ -179,11 +176,11 @@ def _add_blocks(
     r0, r1, c0, c1 = filters
     rows = r0 + tl.where(_spread(2 * i + 1 < height, P, 1), r1, 0.0)
     place = V * tl.arange(0, L)[None, :]
-    own = _spread(exists, P, 1) & (place >= HALO) & (place < L * V - HALO)
+    interior = _spread(exists, P, 1) & (place >= HALO) & (place < L * V - HALO)
     for q in tl.static_range(V // 2):
         column = start + place + 2 * q
         weight = rows * (c0 + tl.where(column + 1 < width, c1, 0.0))
-        total += tl.where(own & (column < width), weight * bands[q], 0.0)
+        total += tl.where(interior & (column < width), weight * bands[q], 0.0)
     return total
 
 
@@ -238,14 +235,15 @@ def wavelet_kernel(
     first = strip * numbers[1]
     last = tl.minimum(first + numbers[1], h)
     of_sums = load_plane(added, image, channel, alive, channels, P)
-    x_plane, y_plane = _plane(x_strides, image, channel, ALIGN), _plane(y_strides, image, channel, ALIGN)
+    x_plane = plane_offset(x_strides, image, channel, ALIGN)
+    y_plane = plane_offset(y_strides, image, channel, ALIGN)
     in_filters = _filters(in_low, in_high, P)
     out_filters = _filters(out_low, out_high, P)
     number = _spread(channel, P, 1) + (tl.arange(0, 4 * P) // P)[:, None] * channels
     weights = load_weights(weight, number, _spread(alive, P, 1), K * K)
     offset = tl.zeros((4 * P, L), tl.float32)
     if not ADJOINT:
-        offset += tl.load(bias + number, mask=_spread(alive, P, 1), other=0.0).to(tl.float32)
+        offset += load(bias + number, mask=_spread(alive, P, 1))
     sums = zeros((K - 1) * C, 4 * P, L)
     total = tl.zeros((4 * P, L), tl.float32)
     for step in range(0, numbers[1] + 2 * R):
@@ -281,7 +279,7 @@ def wavelet_backward_kernel(
     None) is a part of the gradient of every pixel of a plane.
 
     At a step row i of x and row r = i - R of the gradient arrive; row r of the convolution and row m = r - R of its
-    transpose are complete. The last 2 R rows of pixels of this program's own region are held for the latter.
+    transpose are complete. The last 2 R rows of pixels of this program's interior are held for the latter.
     """
     R: tl.constexpr = K // 2
     C: tl.constexpr = V // 2
@@ -293,17 +291,18 @@ def wavelet_backward_kernel(
     first = strip * numbers[1]
     last = tl.minimum(first + numbers[1], h)
     place = V * tl.arange(0, L)[None, :]
-    own = (place >= HALO) & (place < L * V - HALO)
-    grad_plane, x_plane = _plane(grad_strides, image, channel, ALIGN), _plane(x_strides, image, channel, ALIGN)
+    interior = (place >= HALO) & (place < L * V - HALO)
+    grad_plane = plane_offset(grad_strides, image, channel, ALIGN)
+    x_plane = plane_offset(x_strides, image, channel, ALIGN)
     if out is not None:
-        out_plane = _plane(out_strides, image, channel, ALIGN)
+        out_plane = plane_offset(out_strides, image, channel, ALIGN)
     dec = _filters(dec_lo, dec_hi, P)
     rec = _filters(rec_lo, rec_hi, P)
-    every = _spread(alive, P, 1)
+    alive_bands = _spread(alive, P, 1)
     number = _spread(channel, P, 1) + (tl.arange(0, 4 * P) // P)[:, None] * channels
-    weights = load_weights(weight, number, every, K * K)
+    weights = load_weights(weight, number, alive_bands, K * K)
     nothing = tl.zeros((4 * P, L), tl.float32)
-    offset = tl.load(bias + number, mask=every, other=0.0).to(tl.float32) + nothing
+    offset = load(bias + number, alive_bands) + nothing
     of_sums = load_plane(grad_sums, image, channel, alive, channels, P)
     sums = zeros((K - 1) * C, 4 * P, L)
     transposed_sums = zeros((K - 1) * C, 4 * P, L)
@@ -330,19 +329,19 @@ def wavelet_backward_kernel(
         around = extend(_analyse(grad_pixels, rec, P, L, C), R, C, 4 * P, L)
         transposed, transposed_sums = convolve(transposed_sums, around, weights, nothing, K, C, True)
 
-        own_pixels = keep(grad_pixels, own & (r >= first) & (r < last), 4 * C)
-        rec_grads = _add_products(rec_grads, convolved, own_pixels, P, L, C)
-        own_bands = _spread(own & (r >= first) & (r < last), P, L)
+        interior_pixels = keep(grad_pixels, interior & (r >= first) & (r < last), 4 * C)
+        rec_grads = _add_products(rec_grads, convolved, interior_pixels, P, L, C)
+        interior_bands = _spread(interior & (r >= first) & (r < last), P, L)
         for q in tl.static_range(C):
-            bias_grad += tl.where(own_bands, around[R + q], 0.0)
-        held = held + keep(pixels, own & (i >= first) & (i < last), 4 * C)
+            bias_grad += tl.where(interior_bands, around[R + q], 0.0)
+        held = held + keep(pixels, interior & (i >= first) & (i < last), 4 * C)
         added = ()
         for u in tl.static_range(K):
             row = _analyse(held[4 * C * u : 4 * C * (u + 1)], dec, P, L, C)
             added = added + correlate(weight_grads[u * K : (u + 1) * K], row, around, K, C)
         weight_grads = added
-        own_bands = _spread(own & (m >= first) & (m < last), P, L)
-        dec_grads = _add_products(dec_grads, keep(transposed, own_bands, C), held[: 4 * C], P, L, C)
+        interior_bands = _spread(interior & (m >= first) & (m < last), P, L)
+        dec_grads = _add_products(dec_grads, keep(transposed, interior_bands, C), held[: 4 * C], P, L, C)
         held = held[4 * C :]
         if out is not None:
             _store_pixels(
@@ -352,8 +351,8 @@ def wavelet_backward_kernel(
     part = (segment * batch + image) * numbers[0] + strip
     target = partials + (_spread(part, P, 1) * 4 * channels + number) * (K * K + 1)
     for t in tl.static_range(K * K):
-        tl.store(target + t, tl.sum(weight_grads[t], 1, keep_dims=True), mask=every)
-    tl.store(target + K * K, tl.sum(bias_grad, 1, keep_dims=True), mask=every)
+        tl.store(target + t, tl.sum(weight_grads[t], 1, keep_dims=True), mask=alive_bands)
+    tl.store(target + K * K, tl.sum(bias_grad, 1, keep_dims=True), mask=alive_bands)
     _store_tap_gradients(tap_partials, dec_grads, dec, P)
     _store_tap_gradients(tap_partials + 4 * tl.num_programs(0), rec_grads, rec, P)
 
@@ -432,7 +431,7 @@ def wavelet_mix_backward(
     rec_lo: Tensor,
     rec_hi: Tensor,
     need_x: bool,
-    need_params: bool,
+    need_parameters: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of `wavelet_mix` by x and its six parameters; those not needed are empty. Deterministic.
 
@@ -444,9 +443,9 @@ def wavelet_mix_backward(
     taps = (dec_lo, dec_hi, rec_lo, rec_hi)
     out = empty(x, *x.shape) if need_x else None
     parameters = (weight, bias, *taps)
-    grads = parameter_gradients(x, parameters, need_params)
+    grads = parameter_gradients(x, parameters, need_parameters)
     added = None if grad_sums is None else grad_sums.contiguous()
-    if x.numel() and need_params:
+    if x.numel() and need_parameters:
         cut = _plan(x, [grad, x] if out is None else [grad, x, out], radius)
         partials = torch.empty((cut.parts, len(bias), (2 * radius + 1) ** 2 + 1), dtype=torch.float32, device=x.device)
         tap_partials = torch.empty((8, cut.programs), dtype=torch.float32, device=x.device)

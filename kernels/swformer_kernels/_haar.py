@@ -11,16 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    alignment,
-    architecture,
-    check_dtype,
-    empty,
-    is_channels_last,
-    multiple,
-    split_index,
-    sum_taps,
-)
+from ._device import alignment, architecture, empty, is_channels_last, warp_size
+from ._sums import sum_taps
+from ._tiles import multiple, split_index
 
 # By architecture: (coefficients of one sub-band up to which the row holds, their bytes in a program, warps).
 _TILES = {
@@ -102,18 +95,18 @@ def fold(a, b, c, d, below, right):
 
 
 @triton.jit
-def _position(tile, size, ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """(image, channel, i, j) of each coefficient of a tile, broadcastable to (ROWS, COLS), and its first lane.
+def _position(tile, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """(image, channel, i, j) of each coefficient of a tile, broadcastable to (ROWS, COLUMNS), and its first lane.
 
-    A tile is ROWS of the flattened (image, channel, i) by COLS of j, or of (image, i, j) by COLS channels.
+    A tile is ROWS of the flattened (image, channel, i) by COLUMNS of j, or of (image, i, j) by COLUMNS channels.
     """
     _, channels, height, width = size
     h = (height + 1) // 2
     w = (width + 1) // 2
-    across = tl.cdiv(channels if CHANNELS_LAST else w, COLS)
+    across = tl.cdiv(channels if CHANNELS_LAST else w, COLUMNS)
     first_row = (tile // across).to(tl.int64) * ROWS
-    first_lane = (tile % across) * COLS
-    lane = (first_lane + tl.arange(0, COLS))[None, :]
+    first_lane = (tile % across) * COLUMNS
+    lane = (first_lane + tl.arange(0, COLUMNS))[None, :]
     if CHANNELS_LAST:
         image, i, j = split_index(first_row, ROWS, h, w)
         return image, lane, i, j, first_lane
@@ -136,29 +129,29 @@ def _inside(position, size, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexp
 
 @triton.jit
 def _pixel_pointers(
-    ptr, strides, position, size,
-    COLS: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    pointer, strides, position, size,
+    COLUMNS: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Pointers to the upper pixels of the blocks and their mask: a alone (channels last), else a and b interleaved."""
     image, channel, i, j, first_lane = position
     batch, channels, _, width = size
-    rows = ptr + image * multiple(strides[0], PIXEL_ALIGN) + 2 * i * multiple(strides[2], PIXEL_ALIGN)
+    rows = pointer + image * multiple(strides[0], PIXEL_ALIGN) + 2 * i * multiple(strides[2], PIXEL_ALIGN)
     if CHANNELS_LAST:
         pointers = rows + 2 * j * multiple(strides[3], PIXEL_ALIGN) + channel.to(tl.int64) * strides[1]
         return pointers, (image < batch) & (channel < multiple(channels, PIXEL_ALIGN))
     else:
-        column = (2 * first_lane + tl.arange(0, 2 * COLS))[None, :]
+        column = (2 * first_lane + tl.arange(0, 2 * COLUMNS))[None, :]
         pointers = rows + channel * multiple(strides[1], PIXEL_ALIGN) + column.to(tl.int64) * strides[3]
         return pointers, (image < batch) & (column < multiple(width, PIXEL_ALIGN))
 
 
 @triton.jit
 def _load_pixels(
-    ptr, strides, position, size, below, right,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    pointer, strides, position, size, below, right,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """The pixels a, b, c, d of a tile in fp32, zero beyond the image."""
-    upper, mask = _pixel_pointers(ptr, strides, position, size, COLS, PIXEL_ALIGN, CHANNELS_LAST)
+    upper, mask = _pixel_pointers(pointer, strides, position, size, COLUMNS, PIXEL_ALIGN, CHANNELS_LAST)
     lower = upper + multiple(strides[2], PIXEL_ALIGN)
     if CHANNELS_LAST:
         step = multiple(strides[3], PIXEL_ALIGN)
@@ -169,19 +162,19 @@ def _load_pixels(
     else:
         ab = tl.load(upper, mask=mask, other=0.0)
         cd = tl.load(lower, mask=mask & below, other=0.0)
-        a, b = tl.split(tl.reshape(ab, (ROWS, COLS, 2)))
-        c, d = tl.split(tl.reshape(cd, (ROWS, COLS, 2)))
+        a, b = tl.split(tl.reshape(ab, (ROWS, COLUMNS, 2)))
+        c, d = tl.split(tl.reshape(cd, (ROWS, COLUMNS, 2)))
     return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
 
 
 @triton.jit
 def _store_pixels(
-    ptr, strides, a, b, c, d, position, size, below, right,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    pointer, strides, a, b, c, d, position, size, below, right,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    upper, mask = _pixel_pointers(ptr, strides, position, size, COLS, PIXEL_ALIGN, CHANNELS_LAST)
+    upper, mask = _pixel_pointers(pointer, strides, position, size, COLUMNS, PIXEL_ALIGN, CHANNELS_LAST)
     lower = upper + multiple(strides[2], PIXEL_ALIGN)
-    dtype: tl.constexpr = ptr.dtype.element_ty
+    dtype: tl.constexpr = pointer.dtype.element_ty
     if CHANNELS_LAST:
         step = multiple(strides[3], PIXEL_ALIGN)
         tl.store(upper, a.to(dtype), mask=mask)
@@ -189,15 +182,15 @@ def _store_pixels(
         tl.store(lower, c.to(dtype), mask=mask & below)
         tl.store(lower + step, d.to(dtype), mask=mask & below & right)
     else:
-        tl.store(upper, tl.reshape(tl.join(a.to(dtype), b.to(dtype)), (ROWS, 2 * COLS)), mask=mask)
-        tl.store(lower, tl.reshape(tl.join(c.to(dtype), d.to(dtype)), (ROWS, 2 * COLS)), mask=mask & below)
+        tl.store(upper, tl.reshape(tl.join(a.to(dtype), b.to(dtype)), (ROWS, 2 * COLUMNS)), mask=mask)
+        tl.store(lower, tl.reshape(tl.join(c.to(dtype), d.to(dtype)), (ROWS, 2 * COLUMNS)), mask=mask & below)
 
 
 @triton.jit
-def _band_pointers(ptr, strides, position, size, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def _band_pointers(pointer, strides, position, size, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Pointers to the LL coefficients of a tile, and the step from one sub-band to the next."""
     image, channel, i, j, _ = position
-    pointers = ptr + image * multiple(strides[0], BAND_ALIGN) + i * multiple(strides[2], BAND_ALIGN)
+    pointers = pointer + image * multiple(strides[0], BAND_ALIGN) + i * multiple(strides[2], BAND_ALIGN)
     if CHANNELS_LAST:
         step = multiple(size[1], BAND_ALIGN) * tl.cast(strides[1], tl.int64)
         return pointers + j * multiple(strides[3], BAND_ALIGN) + channel.to(tl.int64) * strides[1], step
@@ -207,9 +200,9 @@ def _band_pointers(ptr, strides, position, size, BAND_ALIGN: tl.constexpr, CHANN
 
 
 @triton.jit
-def _load_bands(ptr, strides, position, size, exists, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def _load_bands(pointer, strides, position, size, exists, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """LL, LH, HL, HH of a tile in fp32, zero beyond the image."""
-    pointers, step = _band_pointers(ptr, strides, position, size, BAND_ALIGN, CHANNELS_LAST)
+    pointers, step = _band_pointers(pointer, strides, position, size, BAND_ALIGN, CHANNELS_LAST)
     ll = tl.load(pointers, mask=exists, other=0.0)
     lh = tl.load(pointers + step, mask=exists, other=0.0)
     hl = tl.load(pointers + 2 * step, mask=exists, other=0.0)
@@ -219,10 +212,10 @@ def _load_bands(ptr, strides, position, size, exists, BAND_ALIGN: tl.constexpr, 
 
 @triton.jit
 def _store_bands(
-    ptr, strides, ll, lh, hl, hh, position, size, exists, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    pointer, strides, ll, lh, hl, hh, position, size, exists, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    pointers, step = _band_pointers(ptr, strides, position, size, BAND_ALIGN, CHANNELS_LAST)
-    dtype: tl.constexpr = ptr.dtype.element_ty
+    pointers, step = _band_pointers(pointer, strides, position, size, BAND_ALIGN, CHANNELS_LAST)
+    dtype: tl.constexpr = pointer.dtype.element_ty
     tl.store(pointers, ll.to(dtype), mask=exists)
     tl.store(pointers + step, lh.to(dtype), mask=exists)
     tl.store(pointers + 2 * step, hl.to(dtype), mask=exists)
@@ -241,7 +234,7 @@ def _store_partials(partials, g0, g1, g2, g3):
 @triton.jit
 def analysis_kernel(
     pixels, pixel_strides, other, other_strides, out, out_strides, low, high, partials, size, tiles,
-    EXTEND: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    EXTEND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """`out` = analysis of `pixels`, extended by replication (EXTEND) or zeros; `partials` = the derivatives, in the
@@ -249,13 +242,13 @@ def analysis_kernel(
     """
     taps = load_taps(low, high)
     if partials is not None:
-        g0 = tl.zeros((ROWS, COLS), tl.float32)
+        g0 = tl.zeros((ROWS, COLUMNS), tl.float32)
         g1, g2, g3 = g0, g0, g0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        position = _position(tile, size, ROWS, COLS, CHANNELS_LAST)
+        position = _position(tile, size, ROWS, COLUMNS, CHANNELS_LAST)
         exists, below, right = _inside(position, size, BAND_ALIGN, CHANNELS_LAST)
         a, b, c, d = _load_pixels(
-            pixels, pixel_strides, position, size, below, right, ROWS, COLS, PIXEL_ALIGN, CHANNELS_LAST
+            pixels, pixel_strides, position, size, below, right, ROWS, COLUMNS, PIXEL_ALIGN, CHANNELS_LAST
         )
         if EXTEND:
             a, b, c, d = replicate(a, b, c, d, below, right)
@@ -273,7 +266,7 @@ def analysis_kernel(
 @triton.jit
 def synthesis_kernel(
     bands, band_strides, other, other_strides, out, out_strides, low, high, partials, size, tiles,
-    EXTEND: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    EXTEND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """`out` = synthesis of `bands`, folded at the edges (EXTEND) or cropped; `partials` = the derivatives, in the taps,
@@ -281,15 +274,15 @@ def synthesis_kernel(
     """
     taps = load_taps(low, high)
     if partials is not None:
-        g0 = tl.zeros((ROWS, COLS), tl.float32)
+        g0 = tl.zeros((ROWS, COLUMNS), tl.float32)
         g1, g2, g3 = g0, g0, g0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        position = _position(tile, size, ROWS, COLS, CHANNELS_LAST)
+        position = _position(tile, size, ROWS, COLUMNS, CHANNELS_LAST)
         exists, below, right = _inside(position, size, BAND_ALIGN, CHANNELS_LAST)
         ll, lh, hl, hh = _load_bands(bands, band_strides, position, size, exists, BAND_ALIGN, CHANNELS_LAST)
         if partials is not None:
             a, b, c, d = _load_pixels(
-                other, other_strides, position, size, below, right, ROWS, COLS, PIXEL_ALIGN, CHANNELS_LAST
+                other, other_strides, position, size, below, right, ROWS, COLUMNS, PIXEL_ALIGN, CHANNELS_LAST
             )
             if EXTEND:
                 a, b, c, d = replicate(a, b, c, d, below, right)
@@ -301,13 +294,13 @@ def synthesis_kernel(
                 a, b, c, d = fold(a, b, c, d, below, right)
             _store_pixels(
                 out, out_strides, a, b, c, d, position, size, below, right,
-                ROWS, COLS, PIXEL_ALIGN, CHANNELS_LAST,
+                ROWS, COLUMNS, PIXEL_ALIGN, CHANNELS_LAST,
             )  # fmt: skip
     if partials is not None:
         _store_partials(partials, g0, g1, g2, g3)
 
 
-def _launch(
+def launch(
     kernel: triton.runtime.JITFunction,
     size: tuple[int, ...],
     source: Tensor,
@@ -329,14 +322,13 @@ def _launch(
     coefficients = batch * channels * h * w
     table = _TILES.get(architecture(source.device), _TILES["default"])
     _, tile_bytes, warps = next(row for row in table if coefficients <= row[0])
-    cols = max(8, min(128, triton.next_power_of_2(lanes)))
+    columns = max(8, min(128, triton.next_power_of_2(lanes)))
     if other is not None:
         # Half the elements for the sums' registers, but no less than 16 bytes a thread.
         tile_bytes //= 2
-        wave = 64 if architecture(source.device).startswith("gfx") else 32
-        warps = max(1, min(warps, tile_bytes // (16 * wave)))
-    rows = max(1, tile_bytes // source.element_size() // cols)
-    tiles = triton.cdiv(coefficients // lanes, rows) * triton.cdiv(lanes, cols)
+        warps = max(1, min(warps, tile_bytes // (16 * warp_size(source.device))))
+    rows = max(1, tile_bytes // source.element_size() // columns)
+    tiles = triton.cdiv(coefficients // lanes, rows) * triton.cdiv(lanes, columns)
     programs = tiles if other is None else min(tiles, _MAX_PARTIALS)
     pixel_tensors = [t for t in (source, other, out) if t is not None and t.shape[1] == channels]
     band_tensors = [t for t in (source, other, out) if t is not None and t.shape[1] == 4 * channels]
@@ -350,7 +342,7 @@ def _launch(
             other, () if other is None else other.stride(),
             out, () if out is None else out.stride(),
             low.contiguous(), high.contiguous(), partials, size, tiles,
-            EXTEND=extend, ROWS=rows, COLS=cols,
+            EXTEND=extend, ROWS=rows, COLUMNS=columns,
             PIXEL_ALIGN=alignment(channels if channels_last else width, lane_dim, pixel_tensors),
             BAND_ALIGN=alignment(lanes, lane_dim, band_tensors),
             CHANNELS_LAST=channels_last, num_warps=warps, enable_fp_fusion=True,
@@ -360,57 +352,7 @@ def _launch(
     return low_grad, high_grad
 
 
-def haar_dwt2d(x: Tensor, dec_lo: Tensor, dec_hi: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 4C, ceil(H/2), ceil(W/2)): `reference.haar_dwt2d`.
-
-    `x` is float32, float16 or bfloat16 of any strides, the taps of any of these dtypes; arithmetic is fp32. A
-    channels_last `x` gives a channels_last result, any other a contiguous one.
-
-    Raises:
-        TypeError: `x` has another dtype.
-    """
-    check_dtype("x", x)
-    batch, channels, height, width = x.shape
-    y = empty(x, batch, 4 * channels, (height + 1) // 2, (width + 1) // 2)
-    if y.numel():
-        _launch(analysis_kernel, tuple(x.shape), x, None, y, x, dec_lo, dec_hi, extend=True)
-    return y
-
-
-def haar_dwt2d_backward(
-    grad: Tensor, x: Tensor, dec_lo: Tensor, dec_hi: Tensor, need_x: bool, need_filters: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `haar_dwt2d` by x, dec_lo, dec_hi; those not needed are empty. Deterministic.
-
-    `grad` may have any strides. The gradient of x has the layout that `haar_dwt2d` gives its result.
-    """
-    check_dtype("x", x)
-    return _backward(synthesis_kernel, tuple(x.shape), grad, x, dec_lo, dec_hi, need_x, need_filters, extend=True)
-
-
-def haar_idwt2d(y: Tensor, rec_lo: Tensor, rec_hi: Tensor, height: int, width: int) -> Tensor:
-    """(B, 4C, ceil(height/2), ceil(width/2)) -> (B, C, height, width): `reference.haar_idwt2d`.
-
-    Dtypes, strides and layouts as in `haar_dwt2d`.
-    """
-    check_dtype("y", y)
-    size = (y.shape[0], y.shape[1] // 4, height, width)
-    x = empty(y, *size)
-    if x.numel():
-        _launch(synthesis_kernel, size, y, None, x, y, rec_lo, rec_hi, extend=False)
-    return x
-
-
-def haar_idwt2d_backward(
-    grad: Tensor, y: Tensor, rec_lo: Tensor, rec_hi: Tensor, height: int, width: int, need_y: bool, need_filters: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `haar_idwt2d` by y, rec_lo, rec_hi; those not needed are empty. Deterministic."""
-    check_dtype("y", y)
-    size = (y.shape[0], y.shape[1] // 4, height, width)
-    return _backward(analysis_kernel, size, grad, y, rec_lo, rec_hi, need_y, need_filters, extend=False)
-
-
-def _backward(
+def gradients(
     kernel: triton.runtime.JITFunction,
     size: tuple[int, ...],
     grad: Tensor,
@@ -425,6 +367,6 @@ def _backward(
     if primal.numel() == 0:
         taps = (torch.zeros_like(low), torch.zeros_like(high))
     elif need_primal or need_filters:
-        taps = _launch(kernel, size, grad, primal if need_filters else None, out, primal, low, high, extend)
+        taps = launch(kernel, size, grad, primal if need_filters else None, out, primal, low, high, extend)
     nothing = primal.new_empty(0)
     return nothing if out is None else out, *(taps if need_filters else (nothing, nothing))

@@ -1,0 +1,93 @@
+"""What launchers ask of the device and their tensors: architecture, precision, options; dtypes, layouts, alignment."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+# Triton 3.6 multiplies in plain tf32, for the matrix units of sm_100 and its kin, what it should multiply in "ieee".
+_EXACT_ON_BLACKWELL = "ieee" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else "tf32x3"
+
+
+def architecture(device: torch.device) -> str:
+    """The key of the launchers' tables: "sm_80", "gfx942", ...; "interpreter" for a CPU tensor."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp (AMD: a wavefront)."""
+    return 64 if architecture(device).startswith("gfx") else 32
+
+
+def matrix_options(x: Tensor) -> dict[str, int | bool]:
+    """Launch options of kernels of matrix products on 256 threads."""
+    options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+    target = architecture(x.device)
+    if target.startswith("gfx"):
+        options["num_warps"] = 4
+    elif target.startswith("sm_"):
+        # Left alone, ptxas spills a few registers to fit one more program on a multiprocessor.
+        options["maxnreg"] = 255
+    return options
+
+
+def input_precision(x: Tensor, asked: str | None = None, exact: str = "ieee") -> str:
+    """How a matrix product takes the numbers of `x` and fp32 numbers: "ieee", "tf32x3" or "tf32".
+
+    As asked, else `exact` or tf32 as `torch.set_float32_matmul_precision` says. Half-precision numbers are exact in
+    tf32. "tf32x3" rounds no worse than fp32 sums do, and stands for "ieee" where the compiler gets that wrong.
+    """
+    target = architecture(x.device)
+    if target.startswith("gfx"):
+        return "ieee"
+    highest = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    precision = asked or (exact if highest else "tf32")
+    return _EXACT_ON_BLACKWELL if precision == "ieee" and target.startswith(("sm_10", "sm_11")) else precision
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is float32, float16 or bfloat16."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name} must be float32, float16 or bfloat16 for the Triton kernels, got {x.dtype}")
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether outputs for input `x` are channels_last."""
+    return x.shape[1] > 1 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty(like: Tensor, *size: int) -> Tensor:
+    """An uninitialised 4-D tensor: channels_last if `like` is, else contiguous."""
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def planes(x: Tensor) -> Tensor:
+    """`x` (B, C, H, W) as (B, C, H * W) with neighbouring pixels next to each other, copied only if it must be."""
+    x = x.flatten(2)
+    return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
+
+
+def parameter_gradients(x: Tensor, parameters: tuple[Tensor, ...], needed: bool) -> tuple[Tensor, ...]:
+    """What kernels write the parameters' gradients to: zero for an image `x` of no elements, empty if not needed."""
+    make = torch.empty if x.numel() else torch.zeros
+    return tuple(make(p.shape, dtype=p.dtype, device=p.device) if needed else x.new_empty(0) for p in parameters)
+
+
+def alignment(lanes: int, lane_dim: int, tensors: list[Tensor]) -> int:
+    """The largest power of two up to 16 that divides the extent of dimension `lane_dim` and all strides but its own."""
+    strides = (s for t in tensors for d, s in enumerate(t.stride()) if d != lane_dim and t.shape[d] > 1)
+    return math.gcd(16, lanes, *strides)
+
+
+def channel_block(channels: int, most: int) -> int:
+    """Channels that a program takes: a power of two that a matrix product can have, `most` at most."""
+    return max(16, min(most, triton.next_power_of_2(channels)))

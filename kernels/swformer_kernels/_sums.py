@@ -1,0 +1,91 @@
+"""The last stages of reductions: sums over the programs' partial sums, in a fixed order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tiles import store
+
+
+@triton.jit
+def sum_taps_kernel(partials, taps, count, BLOCK: tl.constexpr):
+    """Row `program_id` of the partials (2 * len(taps), count), summed into element program_id % 2 of its taps."""
+    row = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        total += tl.load(partials + row * count + start + lanes, mask=start + lanes < count, other=0.0)
+    tap = tl.sum(total, 0)
+    for i in tl.static_range(len(taps)):
+        if row // 2 == i:
+            tl.store(taps[i] + row % 2, tap)
+
+
+def sum_taps(partials: Tensor, *taps: Tensor) -> None:
+    """Each of `taps`, two numbers, = the sums of two rows of `partials` (2 * len(taps), n), in a fixed order."""
+    rows, count = partials.shape
+    sum_taps_kernel[(rows,)](partials, taps, count, BLOCK=min(1024, triton.next_power_of_2(count)))
+
+
+@triton.jit
+def sum_weights_kernel(
+    partials, weight, bias, parts, count, TAPS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Sums over the first dimension of the partials (parts, channels, TAPS + 1): TAPS weights and a bias a channel."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.arange(0, PARTS)[:, None]
+    total = tl.zeros((PARTS, COLUMNS), tl.float32)
+    for start in range(0, parts, PARTS):
+        mask = (start + part < parts) & (column < count)[None, :]
+        total += tl.load(partials + (start + part).to(tl.int64) * count + column[None, :], mask=mask, other=0.0)
+    total = tl.sum(total, 0)
+    channel = column // (TAPS + 1)
+    tap = column % (TAPS + 1)
+    tl.store(weight + channel * TAPS + tap, total, mask=(column < count) & (tap < TAPS))
+    tl.store(bias + channel, total, mask=(column < count) & (tap == TAPS))
+
+
+def sum_weights(partials: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """`weight` (channels, 1, k, k) and `bias` = sums of `partials` (parts, channels, k * k + 1), in a fixed order."""
+    parts, channels, numbers = partials.shape
+    count = channels * numbers
+    columns = 64
+    sum_weights_kernel[(triton.cdiv(count, columns),)](
+        partials, weight, bias, parts, count,
+        TAPS=numbers - 1, PARTS=min(32, triton.next_power_of_2(parts)), COLUMNS=columns,
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_partials_kernel(partials, outputs, sizes, parts, total, count, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums over the rows of the partials (parts, total), in fp64 and in a fixed order. Of every `count` of them the
+    first sizes[0] go to outs[0], the next sizes[1] to outs[1] and so on.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.arange(0, PARTS)[:, None]
+    sums = tl.zeros((PARTS, COLUMNS), tl.float64)
+    for start in range(0, parts, PARTS):
+        mask = (start + part < parts) & (column < total)[None, :]
+        pointers = partials + (start + part).to(tl.int64) * total + column[None, :]
+        sums += tl.load(pointers, mask=mask, other=0.0).to(tl.float64)
+    value = tl.sum(sums, 0)
+    group, place = column // count, column % count
+    first = 0
+    for i in tl.static_range(len(outputs)):
+        inside = (column < total) & (place >= first) & (place < first + sizes[i])
+        store(outputs[i] + group * sizes[i] + place - first, value, inside)
+        first += sizes[i]
+
+
+def sum_partials(partials: Tensor, *outputs: Tensor) -> None:
+    """The sum over the first dimension of `partials` (parts, groups, count), written to the outputs one after the
+    other: a group of each has so many numbers that together they are `count`. In fp64, rounded to the outputs' dtypes.
+    """
+    parts, groups, count = partials.shape
+    total, columns = groups * count, 32
+    sum_partials_kernel[(triton.cdiv(total, columns),)](
+        partials, outputs, tuple(output.numel() // groups for output in outputs), parts, total, count,
+        PARTS=min(32, triton.next_power_of_2(parts)), COLUMNS=columns,
+    )  # fmt: skip

@@ -1,0 +1,234 @@
+"""Multi-scale feed-forward network, forward and backward.
+
+Average pooling commutes with the first 1x1 convolution, so the pooled image is convolved. Maps of all three scales that
+are kept between kernels make a pyramid: one buffer with the levels (B, M, ceil(H / s), ceil(W / s)) for s = 1, 2, 4. A
+program takes a tile of some rows and columns of an image or a level; pixels that it needs from its neighbours' tiles it
+reads or computes again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ._device import (
+    alignment,
+    channel_block,
+    check_dtype,
+    empty,
+    input_precision,
+    is_channels_last,
+    matrix_options,
+    parameter_gradients,
+)
+from ._ffn_backward import (
+    ffn_depthwise_backward_kernel,
+    ffn_downsample_kernel,
+    ffn_in_backward_kernel,
+    ffn_in_parameters_kernel,
+    ffn_out_backward_kernel,
+)
+from ._ffn_forward import ffn_in_kernel, ffn_low_kernel, ffn_out_kernel
+from ._sums import sum_partials
+
+_COLUMNS = 32
+# Rows of a tile: of the 1x1 convolutions around the pyramid (those of a sample of the last level), of the planes' part
+# forward and backward, and of the kernels of single levels.
+_BAND = 4
+_OUT_ROWS, _OUT_COLUMNS = 8, 16
+_OUT_BACKWARD_ROWS = 1
+_LEVEL_ROWS = 8
+# Channels that a program takes: of the first convolution and its gradients, after and before the last one, of a level.
+_HIDDEN_CHANNELS = 64
+_INPUT_CHANNELS = 64
+_PARAMETER_CHANNELS = 32
+_OUT_CHANNELS = 64
+_OUT_BACKWARD_CHANNELS = 32
+_LEVEL_CHANNELS = 4
+# Pixels a program of a reduction adds up in fp32 before the second stage goes on in fp64.
+_PIXELS_A_PARTIAL = 1024
+
+
+class _Net(NamedTuple):
+    """Sizes and parameters."""
+
+    size: tuple[int, int, int, int]
+    mid: int
+    levels: tuple[tuple[int, int], ...]
+    in_weight: Tensor
+    in_bias: Tensor
+    dw_weights: tuple[Tensor, ...]
+    dw_biases: tuple[Tensor, ...]
+    out_weight: Tensor
+    out_bias: Tensor
+
+    @property
+    def outputs(self) -> int:
+        return len(self.out_bias)
+
+    @property
+    def align(self) -> int:
+        return math.gcd(16, *(width for _, width in self.levels))
+
+    def tiles(self, rows: int, columns: int = _COLUMNS) -> int:
+        """Tiles of the images."""
+        batch, _, height, width = self.size
+        return batch * triton.cdiv(height, rows) * triton.cdiv(width, columns)
+
+    def low_tiles(self) -> int:
+        """Programs over the levels 1 and 2."""
+        tiles = sum(triton.cdiv(h, _LEVEL_ROWS) * triton.cdiv(w, _COLUMNS) for h, w in self.levels[1:])
+        return self.size[0] * triton.cdiv(self.mid, _LEVEL_CHANNELS) * tiles
+
+    def pyramid(self, like: Tensor, first: int = 0) -> tuple[Tensor, tuple[int, ...]]:
+        """An uninitialised pyramid without the levels before `first`, and where each level starts."""
+        starts, end = [0] * first, 0
+        for height, width in self.levels[first:]:
+            starts.append(end)
+            end += self.size[0] * self.mid * height * width
+        return like.new_empty(end), tuple(starts)
+
+
+def _net(x: Tensor, *parameters: Tensor) -> _Net:
+    check_dtype("x", x)
+    in_weight, in_bias, *depthwise, out_weight, out_bias = parameters
+    if any(weight.shape[-2:] != (3, 3) for weight in depthwise[::2]):
+        raise ValueError("the depthwise kernels must be 3 x 3 for the Triton kernels")
+    batch, dim, height, width = x.shape
+    levels = tuple((triton.cdiv(height, s), triton.cdiv(width, s)) for s in (1, 2, 4))
+    in_weight, in_bias, out_weight, out_bias = (p.contiguous() for p in (in_weight, in_bias, out_weight, out_bias))
+    dw_weights, dw_biases = (
+        # A program takes one of the three.
+        tuple(p.contiguous() if len({q.dtype for q in three}) == 1 else p.float().contiguous() for p in three)
+        for three in (depthwise[::2], depthwise[1::2])
+    )
+    size = (batch, dim, height, width)
+    return _Net(size, len(in_bias) // 3, levels, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias)
+
+
+def _layout(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
+    """Constants of the access to images (B, C, H, W) that are laid out like `x`."""
+    last = is_channels_last(x)
+    lane = 1 if last else 3
+    return {"ALIGN": alignment(tensors[0].shape[lane], lane, tensors), "CHANNELS_LAST": last}
+
+
+def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
+    """The pyramids before and (without its first level) after the depthwise convolutions, and their levels' starts."""
+    hidden, starts = net.pyramid(x)
+    mixed, mixed_starts = net.pyramid(x, first=1)
+    block = channel_block(net.mid, _HIDDEN_CHANNELS)
+    ffn_in_kernel[(net.tiles(_BAND), triton.cdiv(net.mid, block))](
+        x, x.stride(), net.in_weight, net.in_bias, hidden, starts, net.size, net.levels, net.mid,
+        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=_COLUMNS, LEVEL_ALIGN=net.align,
+        PRECISION=input_precision(x, exact="tf32x3"), **_layout(x, [x]), **matrix_options(x),
+    )  # fmt: skip
+    ffn_low_kernel[(net.low_tiles(),)](
+        hidden, mixed, starts, mixed_starts, net.dw_weights, net.dw_biases, net.size[0], net.mid, net.levels,
+        BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, LEVEL_ALIGN=net.align, enable_fp_fusion=True,
+    )  # fmt: skip
+    return hidden, starts, mixed, mixed_starts
+
+
+def multiscale_ffn(x: Tensor, *arguments: Any) -> Tensor:
+    """`reference.multiscale_ffn`; `arguments` are weight and bias of the first, the three depthwise and the last
+    convolution, and what is added to the result, which may be None or missing.
+
+    `x` is float32, float16 or bfloat16 of any strides, the parameters of any of these dtypes; sums are fp32, products
+    as `torch.set_float32_matmul_precision` says, for a half-precision `x` tf32. Maps between kernels have the dtype of
+    `x`. A channels_last `x` gives a channels_last result, any other a contiguous one.
+
+    Raises:
+        TypeError: `x` has another dtype.
+        ValueError: a depthwise kernel is not 3 x 3.
+    """
+    parameters, residual = arguments[:10], arguments[10] if arguments[10:] else None
+    net = _net(x, *parameters)
+    size = (x.shape[0], net.outputs, *x.shape[2:])
+    y = empty(x, *size)
+    if residual is not None:
+        layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+        residual = residual.contiguous(memory_format=layout)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            hidden, _, mixed, mixed_starts = _forward_pyramids(net, x)
+            block = channel_block(net.outputs, _OUT_CHANNELS)
+            ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), triton.cdiv(net.outputs, block))](
+                hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias,
+                residual, None if residual is None else residual.stride(), y, y.stride(), size, net.levels, net.mid,
+                BLOCK_C=16, BLOCK_E=block, ROWS=_OUT_ROWS, COLUMNS=_OUT_COLUMNS, LEVEL_ALIGN=net.align,
+                PRECISION=input_precision(x, exact="tf32x3"),
+                **_layout(y, [y] if residual is None else [y, residual]), **matrix_options(x),
+            )  # fmt: skip
+    return y
+
+
+def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of `multiscale_ffn` by x and the ten parameters; those not needed are empty. Deterministic.
+
+    `arguments` are the parameters, need_x and need_parameters. Everything is recomputed from `x`. `grad` may have any
+    strides; the gradient of x has the layout that `multiscale_ffn` gives its result.
+    """
+    *parameters, need_x, need_parameters = arguments
+    net = _net(x, *parameters)
+    batch, dim, height, width = net.size
+    mid, outputs = net.mid, net.outputs
+    out = empty(x, *x.shape) if need_x else x.new_empty(0)
+    grads = parameter_gradients(x, tuple(parameters), need_parameters)
+    if not x.numel() or not (need_x or need_parameters):
+        return out, *grads
+
+    def partials(parts: int, count: int) -> Tensor | None:
+        return torch.empty((parts, 1, count), dtype=torch.float32, device=x.device) if need_parameters else None
+
+    options = {"LEVEL_ALIGN": net.align}
+    matrix = {"PRECISION": input_precision(x, exact="tf32x3"), **matrix_options(x)}
+    with torch.cuda.device_of(x):
+        hidden, starts, mixed, mixed_starts = _forward_pyramids(net, x)
+        mixed_grads, _ = net.pyramid(x)
+        first_grads, low_grads = mixed_grads[: starts[1]], mixed_grads[starts[1] :]
+        other_grads = x.new_empty(2, batch, mid, height, width)
+        tiles, each = net.tiles(_OUT_BACKWARD_ROWS), max(1, _PIXELS_A_PARTIAL // (_OUT_BACKWARD_ROWS * _COLUMNS))
+        block, parts = channel_block(outputs, _OUT_CHANNELS), triton.cdiv(tiles, each)
+        of_out = partials(parts, outputs * (3 * mid + 1))
+        blocks = triton.cdiv(outputs, block) if need_parameters else 1
+        channels = channel_block(mid, _OUT_BACKWARD_CHANNELS)
+        ffn_out_backward_kernel[(parts, triton.cdiv(mid, channels), blocks)](
+            grad, grad.stride(), hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight,
+            first_grads, other_grads, of_out, (batch, outputs, height, width), net.levels, mid, tiles, each,
+            BLOCK_K=16, BLOCK_C=channels, BLOCK_E=block, ROWS=_OUT_BACKWARD_ROWS, COLUMNS=_COLUMNS,
+            **options, **_layout(grad, [grad]), **matrix,
+        )  # fmt: skip
+        ffn_downsample_kernel[(net.low_tiles(),)](
+            other_grads, low_grads, mixed_starts, net.size, mid, net.levels,
+            BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, **options, enable_fp_fusion=True,
+        )  # fmt: skip
+        hidden_grads, _ = net.pyramid(x)
+        parts = triton.cdiv(net.tiles(_LEVEL_ROWS), max(1, _PIXELS_A_PARTIAL // (_LEVEL_ROWS * _COLUMNS)))
+        of_depthwise = partials(parts, 3 * mid * 10)
+        ffn_depthwise_backward_kernel[(parts, 3, triton.cdiv(mid, _LEVEL_CHANNELS))](
+            mixed_grads, hidden, hidden_grads, starts, net.dw_weights, of_depthwise, batch, mid, net.levels,
+            BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, **options, enable_fp_fusion=True,
+        )  # fmt: skip
+        if need_x:
+            block = channel_block(dim, _INPUT_CHANNELS)
+            ffn_in_backward_kernel[(net.tiles(_BAND), triton.cdiv(dim, block))](
+                hidden_grads, starts, net.in_weight, out, out.stride(), net.size, net.levels, mid,
+                BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=_COLUMNS, **options, **_layout(x, [out]), **matrix,
+            )  # fmt: skip
+        if need_parameters:
+            tiles, each = net.tiles(1), max(1, _PIXELS_A_PARTIAL // _COLUMNS)
+            block, parts = channel_block(dim, _INPUT_CHANNELS), triton.cdiv(tiles, each)
+            of_in = partials(parts, 3 * mid * (dim + 1))
+            ffn_in_parameters_kernel[(parts, triton.cdiv(mid, _PARAMETER_CHANNELS), triton.cdiv(dim, block))](
+                hidden_grads, starts, x, x.stride(), of_in, net.size, net.levels, mid, tiles, each,
+                BLOCK_M=_PARAMETER_CHANNELS, BLOCK_D=block, COLUMNS=_COLUMNS, **_layout(x, [x]), **matrix,
+            )  # fmt: skip
+            for sums, places in ((of_in, (0, 1)), (of_depthwise, range(2, 8)), (of_out, (8, 9))):
+                if sums is not None:
+                    sum_partials(sums, *(grads[i] for i in places))
+    return out, *grads
