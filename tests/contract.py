@@ -24,6 +24,7 @@ KERNELS = [
 ]
 """The backends that can run here beside the reference."""
 Arguments = list[Any]
+GPU = torch.cuda.is_available()
 
 
 def kernels(*names: str) -> list[tuple[str, str]]:
@@ -32,7 +33,7 @@ def kernels(*names: str) -> list[tuple[str, str]]:
     return [
         (name, backend)
         for name, backend in pairs
-        if "has no" not in (refusal(name, backend, arguments(name, 1, 2, 2, 2)) or "")
+        if "has no" not in (refusal(name, backend, arguments(name, 1, 2, 2, 2, device=device_of(backend))) or "")
     ]
 
 
@@ -46,6 +47,11 @@ def refusal(name: str, backend: str, args: Sequence[Any]) -> str | None:
     return None
 
 
+def device_of(backend: str) -> str:
+    """Where that backend's tensors are in tests: Triton's kernels are interpreted where there is no GPU."""
+    return "cuda" if backend == "triton" and GPU else "cpu"
+
+
 def op_of(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.swformer_fast, name)
 
@@ -53,18 +59,18 @@ def op_of(name: str) -> Callable[..., Any]:
 # arguments ------------------------------------------------------------------------------------------------------------
 
 
-def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def parameter(name: str, shape: tuple[int, ...]) -> Tensor:
     """Weights as a trained network's, so that every GELU sees both sides, of a mean that keeps gradients' sums from
     cancelling, and so filters; small biases, so that nothing saturates."""
     if name.endswith(("_lo", "_hi")):
-        return (0.5 + torch.rand(shape, dtype=torch.float64)).to(dtype)
+        return 0.5 + torch.rand(shape, dtype=torch.float64)
     scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
-    return ((torch.randn(shape, dtype=torch.float64) + 0.3) * scale).to(dtype)
+    return (torch.randn(shape, dtype=torch.float64) + 0.3) * scale
 
 
-def image(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", mean: float = 0.5) -> Tensor:
+def image(shape: tuple[int, ...], mean: float = 0.5) -> Tensor:
     """Random pixels whose mean is not 0, so that it matters."""
-    return LAYOUTS[layout]((torch.randn(shape, dtype=torch.float64) + mean).to(dtype))
+    return torch.randn(shape, dtype=torch.float64) + mean
 
 
 def arguments(
@@ -76,6 +82,7 @@ def arguments(
     parameter_dtype: torch.dtype | None = None,
     mean: float = 0.5,
     kernel: int = 3,
+    device: str = "cpu",
 ) -> Arguments:
     """Random arguments for op `name` on an image (B, C, H, W): all that can have a gradient requires one. Depthwise
     convolutions have kernels of side `kernel`."""
@@ -86,17 +93,18 @@ def arguments(
         if size is None or isinstance(given, Number):
             return size
         if isinstance(given, Statistic):
-            return 0.5 + torch.rand(size, dtype=torch.float64).to(wide)
+            return (0.5 + torch.rand(size, dtype=torch.float64)).to(device, wide)
         is_image = given.need == Image.need
         if not is_image and size[2:] == (3, 3):
             size = (*size[:2], kernel, kernel)
-        tensor = image(size, dtype, layout, mean) if is_image else parameter(given.name, size, wide)
+        tensor = LAYOUTS[layout](image(size, mean).to(device, dtype)) if is_image else parameter(given.name, size)
+        tensor = tensor if is_image else tensor.to(device, wide)
         return tensor.requires_grad_(operator.differentiable)
 
     args = [one(i, size) for i, size in zip(operator.inputs, operator.example(*shape, optional), strict=True)]
     if operator.residual:
         size = operator.fake(*args).shape
-        args.append(image(size, dtype, layout).requires_grad_() if optional else None)
+        args.append(LAYOUTS[layout](image(size).to(device, dtype)).requires_grad_() if optional else None)
     return [*args, optional] if operator.sums else args
 
 

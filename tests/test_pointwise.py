@@ -13,9 +13,14 @@ def arguments(
     dtype: torch.dtype, batch: int, widths: tuple[int, ...], out: int, size: tuple[int, int], weights: int = 1
 ) -> list:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    maps = [image((batch, c, *size), dtype).requires_grad_() for c in widths] + [None] * (3 - len(widths))
-    weight, bias = parameter("weight", (weights, out, sum(widths)), wide), parameter("bias", (out,), wide)
-    return [*maps, weight.requires_grad_(), bias.requires_grad_(), image((batch, out, *size), dtype).requires_grad_()]
+    maps = [image((batch, c, *size)).to(dtype).requires_grad_() for c in widths] + [None] * (3 - len(widths))
+    weight, bias = parameter("weight", (weights, out, sum(widths))).to(wide), parameter("bias", (out,)).to(wide)
+    return [
+        *maps,
+        weight.requires_grad_(),
+        bias.requires_grad_(),
+        image((batch, out, *size)).to(dtype).requires_grad_(),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -33,6 +38,6 @@ def test_a_weight_for_each_image() -> None:
 
 def test_a_bias_for_each_image() -> None:
     args = arguments(torch.float32, 3, (6, 5), 10, (7, 30), weights=3)
-    args[4] = parameter("weight", (3, 10), torch.float32).requires_grad_()
+    args[4] = parameter("weight", (3, 10)).float().requires_grad_()
     with sf.use_backend("cpp"):
         check("pointwise", args)

@@ -1,15 +1,13 @@
 """The Triton kernels of the Fourier branch against plain PyTorch in fp64, interpreted unless there is a GPU."""
 
 import math
-import operator
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LAYOUTS, assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads, zero_kernel
+from helpers import assert_close, fp64, poisoned_memory, rel_rms, tf32, value_and_grads, zero_kernel
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 import swformer_fast as sf
 from swformer_fast import _fourier, functional, reference
@@ -323,21 +321,6 @@ def test_whole_branch(dtype: torch.dtype, training: bool, outputs: int) -> None:
     _check_branch(x, _branch(5, 4, outputs), training)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str) -> None:
-    x = LAYOUTS[layout](torch.randn(3, 5, 6, 9, device=DEVICE)).requires_grad_()
-    _check_branch(x, _branch(5, 4, 3), True)
-    with sf.use_backend("triton"):
-        y = functional.fourier_mix(x, _branch(5, 4, 3))
-    last = layout == "channels_last"
-    assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def test_parameters_of_half_precision() -> None:
-    x = torch.randn(3, 5, 6, 9, device=DEVICE).bfloat16().requires_grad_()
-    _check_branch(x, _branch(5, 4, 3, torch.bfloat16), False)
-
-
 def test_backward_under_autocast() -> None:
     """Autocast reaches none of the sums that the gradients are made of."""
     x, parameters = torch.randn(2, 5, 6, 9, device=DEVICE, requires_grad=True), _branch(5, 4, 3)
@@ -353,47 +336,6 @@ def test_backward_under_autocast() -> None:
 def test_images_of_positive_mean() -> None:
     """The zero frequency holds nearly all of such an image; moments that include it lose the rest."""
     _check_branch((torch.rand(1, 4, 24, 24, device=DEVICE) + 0.5).requires_grad_(), _branch(4, 4, 4), True)
-
-
-@pytest.mark.parametrize("needs", [("x",), ("in_weight",), ("x", "gate.weight"), ("out_bias",)])
-@pytest.mark.parametrize("training", [False, True])
-def test_partial_gradients(needs: tuple[str, ...], training: bool) -> None:
-    arguments = tree_map(torch.detach, (torch.randn(2, 3, 5, 6, device=DEVICE), _branch(3, 3, 3)))
-    for name in needs:
-        (arguments[0] if name == "x" else operator.attrgetter(name)(arguments[1])).requires_grad_()
-    with sf.use_backend("triton"), poisoned_memory():
-        actual = value_and_grads(functional.fourier_mix, arguments, training=training, momentum=0.0)
-    expected = value_and_grads(reference.fourier_mix, fp64(arguments), training=training, momentum=0.0)
-    assert_close(actual, expected, torch.float32)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_empty_batch(training: bool) -> None:
-    x, parameters = torch.randn(0, 3, 7, 8, device=DEVICE, requires_grad=True), _branch(3, 3, 4)
-    with sf.use_backend("triton"):
-        y, grads = value_and_grads(functional.fourier_mix, (x, parameters), training=training)
-    assert y.shape == (0, 4, 7, 8)
-    assert not any(g.any() for g in grads)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_opcheck(training: bool) -> None:
-    """Schema and fake kernels of the op on this backend."""
-    given = tree_map(torch.detach, _branch(2, 2, 2))
-    if training:
-        gate, value = (f._replace(norm=f.norm._replace(running_mean=None, running_var=None)) for f in given.factors)
-        given = given._replace(gate=gate, value=value)
-    flat = flatten(given)
-    arguments = (torch.randn(2, 2, 4, 5, device=DEVICE), *flat, 1e-5)
-    tests = ("test_schema", "test_faketensor")
-    with sf.use_backend("triton"):
-        for need_sums in (False, True):
-            torch.library.opcheck(torch.ops.swformer_fast.fourier_mix, (*arguments, need_sums), test_utils=tests)
-        y, sums, moments, _ = torch.ops.swformer_fast.fourier_mix(*arguments, True)
-        for flags in ((True, True), (True, False), (False, True)):
-            grads = torch.randn_like(y), torch.randn_like(sums) if all(flags) else None
-            backward = (*grads, moments, *arguments, *flags)
-            torch.library.opcheck(torch.ops.swformer_fast.fourier_mix_backward, backward, test_utils=tests)
 
 
 @pytest.mark.parametrize(

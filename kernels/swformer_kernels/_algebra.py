@@ -3,8 +3,6 @@
 The matrix and the spectrum that it mixes are described in `fourier_mix`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

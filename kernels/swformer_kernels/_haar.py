@@ -368,5 +368,6 @@ def gradients(
         taps = (torch.zeros_like(low), torch.zeros_like(high))
     elif need_primal or need_filters:
         taps = launch(kernel, size, grad, primal if need_filters else None, out, primal, low, high, extend)
-    nothing = primal.new_empty(0)
-    return nothing if out is None else out, *(taps if need_filters else (nothing, nothing))
+    # A tensor each: results of an op share no memory.
+    low_grad, high_grad = taps if need_filters else (low.new_empty(0), high.new_empty(0))
+    return primal.new_empty(0) if out is None else out, low_grad, high_grad

@@ -6,8 +6,6 @@ of a column are other tensors of the tuple, and only those of a lane's ends come
 each arriving row to the K rows of output that it reaches, so that a row is read once.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

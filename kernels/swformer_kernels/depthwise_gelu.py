@@ -195,7 +195,6 @@ def depthwise_gelu_backward(
     gives its result.
     """
     vector = _check(x, weight)
-    nothing = x.new_empty(0)
     out = empty(x, *x.shape) if need_x else None
     grads = parameter_gradients(x, (weight, bias), need_parameters)
     if x.numel() and (need_x or need_parameters):
@@ -212,4 +211,4 @@ def depthwise_gelu_backward(
             )  # fmt: skip
             if partials is not None:
                 sum_weights(partials, *grads)
-    return nothing if out is None else out, *grads
+    return x.new_empty(0) if out is None else out, *grads

@@ -6,8 +6,6 @@ program takes a tile of some rows and columns of an image or a level; pixels tha
 reads or computes again.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -180,10 +180,10 @@ def pointwise_backward(
     need_parameters: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of `pointwise` by x0, x1, x2, weight and bias; those not needed are empty. Deterministic."""
-    maps, nothing = _check((x0, x1, x2)), grad.new_empty(0)
+    maps = _check((x0, x1, x2))
     batch, outputs, inputs = x0.shape[0], weight.shape[1], weight.shape[2]
     flat, pixels = planes(grad), x0.shape[2] * x0.shape[3]
-    grads = [nothing if x is None or not need_x else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grads = [grad.new_empty(0) if x is None or not need_x else torch.empty(x.shape, dtype=x.dtype, device=x.device)
              for x in (x0, x1, x2)]  # fmt: skip
     if need_x and batch * pixels:
         _multiply([flat], weight.mT, None, None, [g.flatten(2) for g in grads if g.dim() == 4])

@@ -439,7 +439,6 @@ def wavelet_mix_backward(
     gives its result.
     """
     radius = _check(x, weight)
-    nothing = x.new_empty(0)
     taps = (dec_lo, dec_hi, rec_lo, rec_hi)
     out = empty(x, *x.shape) if need_x else None
     parameters = (weight, bias, *taps)
@@ -460,4 +459,4 @@ def wavelet_mix_backward(
     elif x.numel() and out is not None:
         cut = _plan(out, [grad, out], radius)
         _stream(cut, grad, added, out, (weight, bias, rec_lo, rec_hi, dec_lo, dec_hi), None, adjoint=True)
-    return (nothing if out is None else out, *grads)
+    return (x.new_empty(0) if out is None else out, *grads)
