@@ -14,7 +14,7 @@ from ._tiles import image_pointers, load, load_matrix, multiple, store, tile_pix
 
 @triton.jit
 def level_pointers(level, image, channel, channels, row, column, height, width, ALIGN: tl.constexpr):
-    """The same of a level (B, channels, height, width); rows and columns may be outside."""
+    """`image_pointers` to a level (B, channels, height, width) of a pyramid; rows and columns may be outside."""
     width = multiple(width, ALIGN)
     start = (image * channels + channel.to(tl.int64)) * height * width
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)

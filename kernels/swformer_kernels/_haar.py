@@ -363,6 +363,7 @@ def gradients(
     need_filters: bool,
     extend: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a transform by its input `primal` and its two filters; `kernel` is its transpose."""
     out = empty(primal, *primal.shape) if need_primal else None
     if primal.numel() == 0:
         taps = (torch.zeros_like(low), torch.zeros_like(high))
