@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(CURDIR)/$(VENV)/bin:$(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: bench bench-all test test-all lint build clean
+.PHONY: bench bench-all test test-all lint build docs compdb wheel clean
 
 # The main job, a few minutes; bench-all runs every suite.
 bench: build
@@ -18,12 +18,18 @@ bench: build
 bench-all: build
 	$(PY) -m benchmarks
 
-# One process a core and one thread a process. T names files or tests. Lint is of the default versions.
+# One process a core and one thread a process. Lint is of the default versions.
+# `make test T=tests/test_haar.py`, or T="tests -k haar", runs those alone, in one process, without lint.
+ifdef T
+test: build $(VENV)/installed
+	$(VENV)/bin/python -m pytest $(T)
+else
 test: $(if $(filter .venv,$(VENV)),lint,build) $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not slow" $(T)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not slow"
+endif
 
 test-all: $(if $(filter .venv,$(VENV)),lint,build) $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(T)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: build
 	ruff check .
@@ -46,6 +52,20 @@ endef
 
 .venvs/torch%/installed: requirements/torch%.txt requirements/tools.txt pyproject.toml setup.py
 	$(install)
+
+# HTML in build/docs; a warning is an error.
+docs: build
+	$(PY) -W error -m pdoc --docformat google -o build/docs docs/guide.py swformer_fast sdo_fast swformer_kernels
+
+# What clangd and clang-tidy read.
+compdb: build
+	ninja -C build/temp.* -t compdb compile compile_cuda > build/compile_commands.json
+	ln -sf build/compile_commands.json compile_commands.json
+
+# The wheel for this machine, as `.github/workflows/wheels.yml` builds it, and the oldest system that it can run on.
+wheel: build
+	$(PY) -m build --no-isolation --wheel
+	auditwheel show dist/*.whl
 
 clean:
 	rm -rf build dist *.egg-info */_C_*.so

@@ -189,10 +189,15 @@ class NinjaBuild(build_ext):
 PACKAGES = ["sdo_fast", "sdo_fast.reference", "swformer_kernels"]
 PACKAGES += ["swformer_fast", "swformer_fast.ops", "swformer_fast.reference"]
 
+extensions = find_extensions()
+# They link no Python: one wheel serves every Python that torch's stable ABI does.
+wheel = {"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {}
+
 setup(
     packages=PACKAGES,
     package_dir={"swformer_kernels": "kernels/swformer_kernels"},
     package_data={"sdo_fast": ["py.typed"], "swformer_fast": ["py.typed"], "swformer_kernels": ["py.typed"]},
-    ext_modules=find_extensions(),
+    ext_modules=extensions,
+    options=wheel,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -123,7 +123,7 @@ def suite(name: str, folder: Path, dry: bool, *arguments: str) -> list[str]:
 def is_it_right(dry: bool, scratch: Path) -> list[Step]:
     from .inspection.launches import LAUNCHES
 
-    kernels = "tests/test_triton_{}.py"
+    kernels, contract = "tests/test_triton_{}.py", "tests/test_contract.py"
     launches = ["-m", "benchmarks.inspection.launches"]
     if dry:
         return [
@@ -132,15 +132,21 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
                 "launches", 60, [[*launches, "--dry-run", "haar_dwt2d"], [*launches, "--dry-run", "channel_attention"]]
             ),
             Step("block", 90, [pytest("tests/test_gpu.py", "-k", "(block or graph) and not suites", workers=2)]),
-            Step("products", 60, [pytest(kernels.format("pointwise"), "-k", "wide or layouts", workers=2)]),
-            Step("others", 60, [pytest(kernels.format("haar"), "-k", "half_filters", workers=2)]),
+            Step("products", 60, [pytest(contract, "-k", "triton and pointwise and layouts", workers=2)]),
+            Step("others", 60, [pytest(contract, "-k", "triton and haar and half", workers=2)]),
             Step("sdo", 30, [pytest("tests/test_step.py", "-k", "names", workers=1)]),
             Step("repeat", 60, [pytest("tests/test_gpu.py", "-k", "launches and haar", workers=1)]),
             Step("baselines", 60, [suite("block", scratch, dry)]),
         ]
     products = ("multiscale_ffn", "fourier_mix", "pointwise")
     others = ("haar", "depthwise_gelu", "wavelet_mix", "channel_attention")
-    tests = [pytest(*(kernels.format(f) for f in group), "-m", "not slow") for group in (products, others)]
+    tests = [
+        [
+            pytest(contract, "-k", f"triton and ({' or '.join(group)})"),
+            pytest(*(kernels.format(op) for op in group), "-m", "not slow"),
+        ]
+        for group in (products, others)
+    ]
     baselines = [
         suite(name, scratch / name / precision, dry, "--compile", "--precision", precision)
         for name in ("block", "network")
@@ -150,8 +156,8 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
         Step("correct", 70, [["-m", "benchmarks.inspection.correct"]]),
         Step("launches", 60, [[*launches, "--real", family] for family in LAUNCHES]),
         Step("block", 70, [pytest("tests/test_gpu.py", "-m", "gpu", "-k", "not suites and not launches")]),
-        Step("products", 110, [tests[0]]),
-        Step("others", 80, [tests[1]]),
+        Step("products", 110, tests[0]),
+        Step("others", 80, tests[1]),
         Step(
             "sdo", 45, [pytest("tests/test_step.py", "tests/test_shortcut.py", "tests/test_sdo_graphs.py", "-m", "gpu")]
         ),

@@ -1,0 +1,7 @@
+"""
+.. include:: ../README.md
+.. include:: support.md
+.. include:: sdo.md
+.. include:: gpu.md
+.. include:: ../CONTRIBUTING.md
+"""
