@@ -1,6 +1,5 @@
 """What holds for every op of the catalogue: its arguments, and the check against its definition in fp64."""
 
-import importlib.util
 import inspect
 import math
 import typing
@@ -18,10 +17,7 @@ from swformer_fast.ops._operator import Image, Number, Statistic
 from swformer_fast.parameters import unflatten
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-KERNELS = [
-    *["cpp"] * (sf.backends()["cpp"] == "available"),
-    *["triton"] * (importlib.util.find_spec("triton") is not None),
-]
+KERNELS = [name for name, state in sf.backends().items() if name != "reference" and state.startswith("available")]
 """The backends that can run here beside the reference."""
 Arguments = list[Any]
 GPU = torch.cuda.is_available()

@@ -59,6 +59,12 @@ def test_top_level_names_of_the_wheel(pure_wheel: Path) -> None:
     assert not any(name.endswith(".so") for name in files)
 
 
+def test_every_module_is_in_the_wheel(pure_wheel: Path) -> None:
+    roots = {package: ROOT for package in PACKAGES} | {"swformer_kernels": ROOT / "kernels"}
+    modules = {str(f.relative_to(root)) for package, root in roots.items() for f in (root / package).rglob("*.py")}
+    assert modules == {name for name in zipfile.ZipFile(pure_wheel).namelist() if name.endswith(".py")}
+
+
 def test_kernels_is_a_source_root_and_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
