@@ -121,7 +121,7 @@ def test_command_keeps_main_launches_and_shows_all(
     ]
     assert "bf16" not in (tmp_path / "static.csv").read_text()
     assert not (tmp_path / "results").exists()
-    assert re.search(r"haar +2 +90 +0 +44 %", capsys.readouterr().out)
+    assert re.search(r"haar_dwt2d +2 +90 +0 +44 %", capsys.readouterr().out)
     text = (tmp_path / "static.md").read_text()
     assert "72, 44" in text
     assert "90, 44" in text
