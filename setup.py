@@ -74,12 +74,12 @@ def find_nvcc() -> str | None:
 
 
 def cuda_target_flags(nvcc: str) -> list[str]:
-    known = set(re.findall(r"compute_(\d+)", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
+    supported = set(re.findall(r"compute_(\d+)", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     flags = []
     for target in re.split(r"[;, ]+", asked) if asked else CUDA_TARGETS:
         number = target.removesuffix("+PTX").replace(".", "")
-        if not asked and number not in known:
+        if not asked and number not in supported:
             continue
         code = f"[sm_{number},compute_{number}]" if target.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")

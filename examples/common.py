@@ -18,7 +18,7 @@ from digits_model import NULL_LABEL, ThicknessScore, load_digits_classifier, loa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
-from runs import OUTPUT, write_whole
+from runs import OUTPUT, write_atomically
 from torch import Tensor, nn
 
 from sdo_fast import from_pipeline, optimize_latents
@@ -301,5 +301,5 @@ def show_curves(
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=120))
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=120))
     print(f"picture: {path}")

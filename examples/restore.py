@@ -20,7 +20,7 @@ import torch
 from degradations import DEGRADATIONS, degrade
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-from runs import OUTPUT, write_whole
+from runs import OUTPUT, write_atomically
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
@@ -56,7 +56,7 @@ def read_image(path: Path) -> Tensor:
 def write_image(image: Tensor, path: Path) -> None:
     """Rounded to 8 bits, in the format of the path's suffix."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    write_whole(path, lambda partial: Image.fromarray(pixels).save(partial))
+    write_atomically(path, lambda partial: Image.fromarray(pixels).save(partial))
 
 
 def quality(image: Tensor, clean: Tensor) -> tuple[float, float]:
@@ -76,7 +76,7 @@ def draw(images: dict[str, Tensor], clean: Tensor | None, path: Path) -> None:
         axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
         axes.set_title(title if clean is None or image is clean else f"{title}, {quality(image, clean)[0]:.2f} dB")
         axes.set_axis_off()
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=120))
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=120))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 OUTPUT = Path(__file__).resolve().parent / "output"
 
 
-def write_whole(path: Path, save: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
     """Save under a temporary name, then rename: an interrupted write leaves the old file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")

@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
     with torch.no_grad():
         first = studio.decode(studio.sampler(studio.latents))
         logits = studio.critic(first)
-    own, second = logits.topk(2).indices.T
-    target = second if args.target is None else torch.full_like(own, args.target)
+    predicted, second = logits.topk(2).indices.T
+    target = second if args.target is None else torch.full_like(predicted, args.target)
     at_target = torch.nn.functional.one_hot(target, logits.shape[1]).bool()
 
     def shortfall(images: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from common import (
     sdo_parser,
     show,
     show_curves,
-    write_whole,
+    write_atomically,
 )
 from digits_model import digits, stroke_thickness
 from matplotlib.figure import Figure
@@ -158,7 +158,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"  measured stroke thickness: {before:.2f} -> {after:.2f} pixels")
         if args.save:
             weights = {name: parameter.detach().cpu().contiguous() for name, parameter in tuned.items()}
-            write_whole(args.save / f"{method}.safetensors", lambda path, weights=weights: save_file(weights, path))
+            write_atomically(
+                args.save / f"{method}.safetensors", lambda path, weights=weights: save_file(weights, path)
+            )
     draw(reports, reward_name, args.out)
 
 

@@ -53,9 +53,9 @@ def inverted(path: Path, studio: Studio) -> Tensor:
         size = studio.decode(studio.latents).shape[-2:]
         picture = nn.functional.interpolate(load_picture(path, studio), size, mode="bicubic", antialias=True)
         x0 = sampler.encode(picture.clamp(-1, 1) / 2 + 0.5).expand_as(studio.latents)
-        found = invert(sampler, x0, sampler.start, iterations=5)
-    print(f"inversion up to step {sampler.start}: {found.error:.1%} away from the picture after the round trip")
-    return found.latents
+        inversion = invert(sampler, x0, sampler.start, iterations=5)
+    print(f"inversion up to step {sampler.start}: {inversion.error:.1%} away from the picture after the round trip")
+    return inversion.latents
 
 
 def run(args: argparse.Namespace) -> None:

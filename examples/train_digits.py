@@ -27,7 +27,7 @@ from digits_model import (
     sample,
     scheduler,
 )
-from runs import OUTPUT, delayed_interrupt, write_whole
+from runs import OUTPUT, delayed_interrupt, write_atomically
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -88,7 +88,7 @@ def train(
 
     def save(step: int) -> None:
         state = {"settings": settings, "step": step, **{key: part.state_dict() for key, part in parts.items()}}
-        write_whole(checkpoint, lambda path: torch.save(state, path))
+        write_atomically(checkpoint, lambda path: torch.save(state, path))
 
     images, labels = digits("train")
     generator = torch.Generator()
@@ -114,7 +114,7 @@ def train(
 
 def export(model: nn.Module, path: Path) -> None:
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    write_whole(path, lambda partial: save_file(half, partial))
+    write_atomically(path, lambda partial: save_file(half, partial))
 
 
 def classifier_accuracy(classifier: nn.Module) -> float:

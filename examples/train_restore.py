@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from degradations import DEGRADATIONS, degrade
 from restore import PRESET, load_model, quality, weights_file
-from runs import OUTPUT, delayed_interrupt, write_whole
+from runs import OUTPUT, delayed_interrupt, write_atomically
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from torch import Generator, Tensor, nn
@@ -141,7 +141,7 @@ def train(
     def save(step: int) -> None:
         state = {"settings": settings, "step": step, "seconds": seconds + time.perf_counter() - begin}
         state |= {key: part.state_dict() for key, part in parts.items()}
-        write_whole(checkpoint, lambda path: torch.save(state, path))
+        write_atomically(checkpoint, lambda path: torch.save(state, path))
 
     begin = time.perf_counter()
     views: list[Tensor] = []
@@ -169,7 +169,7 @@ def train(
 def export(model: nn.Module, path: Path) -> None:
     """Write the weights in half precision."""
     state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    write_whole(path, lambda partial: save_file(state, partial))
+    write_atomically(path, lambda partial: save_file(state, partial))
 
 
 def measure(model: nn.Module, task: str) -> dict[str, np.ndarray]:

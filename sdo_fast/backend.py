@@ -97,8 +97,8 @@ def default_backend() -> str:
     """The backend asked for by `use_backend`, else by the environment variable, else "auto"."""
     chosen = _chosen  # one look, for other threads replace it
     if len(chosen) > 1:
-        own = threading.get_ident()
-        return next((choice for choice in reversed(chosen) if choice.thread == own), chosen[-1]).name
+        thread = threading.get_ident()
+        return next((choice for choice in reversed(chosen) if choice.thread == thread), chosen[-1]).name
     if chosen:
         return chosen[0].name
     name = os.environ.get(_ENVIRONMENT, "auto")

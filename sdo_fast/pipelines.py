@@ -113,9 +113,9 @@ def from_pipeline(
             "network to ShortcutSampler in a function model(x, t, **kwargs)"
         )
     factor = getattr(pipe, "vae_scale_factor", 8) if getattr(pipe, "vae", None) is not None else 1
-    own = network.config.sample_size
-    own = (own, own) if isinstance(own, int) else own
-    size = (height // factor if height else own[0], width // factor if width else own[1])
+    sides = network.config.sample_size
+    sides = (sides, sides) if isinstance(sides, int) else sides
+    size = (height // factor if height else sides[0], width // factor if width else sides[1])
 
     if not hasattr(pipe, "encode_prompt"):
         if prompt is not None or guidance_scale is not None:

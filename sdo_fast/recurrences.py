@@ -59,13 +59,13 @@ def measured(solver: Solver) -> dict[int, Recurrence]:
             way than the predicted sample of a step without history, or draws its noise otherwise than by `torch.randn`
             for one step.
     """
-    found = clipped_recurrences(solver) if clips(solver) else recurrences(solver)
-    terms = max(len(rule.scales) for rule in found.values())
+    rules = clipped_recurrences(solver) if clips(solver) else recurrences(solver)
+    terms = max(len(rule.scales) for rule in rules.values())
     if terms > MAX_TERMS:
         raise NotAffineError(
             f"scheduler must need no more than {MAX_TERMS} terms for a step, got {solver.name}: {terms}"
         )
-    return found
+    return rules
 
 
 class ReplacedNoise(TorchDispatchMode):
@@ -118,7 +118,7 @@ def drawn_noise(solver: Solver) -> dict[int, list[Draw]]:
 
 
 @contextmanager
-def given_noise(solver: Solver, values: Iterable[Tensor] | None) -> Iterator[Solver]:
+def pass_with_noise(solver: Solver, values: Iterable[Tensor] | None) -> Iterator[Solver]:
     """A pass of the solver, inside which its draws are the values; None for a solver that draws nothing."""
     if values is None:
         yield solver.begin()
@@ -135,20 +135,20 @@ def recurrences(solver: Solver) -> dict[int, Recurrence]:
     eps_start, eps_{start+1}, ..., and all noise) each element becomes the coefficient of its input.
     """
     affine_sensitivities(solver)
-    drawn, known = drawn_noise(solver), 1 + len(solver)
-    units = torch.eye(known + sum(map(len, drawn.values())), dtype=torch.float64)[:, None, None, None, :]
+    drawn, first = drawn_noise(solver), 1 + len(solver)
+    units = torch.eye(first + sum(map(len, drawn.values())), dtype=torch.float64)[:, None, None, None, :]
     x, tolerance = units[0], _tolerance(solver)
     states: dict[int, Tensor] = {}
-    found = {}
-    with given_noise(solver, units[1 + len(solver) :] if len(units) > known else None) as run:
+    rules = {}
+    with pass_with_noise(solver, units[1 + len(solver) :] if len(units) > first else None) as run:
         for i in run.steps:
             states[i] = x
             scale = _input_scale(run, x, i, tolerance)
             following = run.step(units[1 + i], i, x)
-            own = slice(known, known + len(drawn[i]))
-            found[i] = _recurrence(solver, i, states, units, following, scale, tolerance, own, drawn[i])
-            x, known = following, own.stop
-    return found
+            of_noise = slice(first, first + len(drawn[i]))
+            rules[i] = _recurrence(solver, i, states, units, following, scale, tolerance, of_noise, drawn[i])
+            x, first = following, of_noise.stop
+    return rules
 
 
 def _recurrence(
@@ -159,12 +159,12 @@ def _recurrence(
     following: Tensor,
     scale: float,
     tolerance: float,
-    own: slice,
+    of_noise: slice,
     draws: Sequence[Draw],
 ) -> Recurrence:
     target = following.flatten().clone()
-    b, noise = target[1 + i].item(), tuple(target[own].tolist())
-    target[1 + i] = target[own] = 0
+    b, noise = target[1 + i].item(), tuple(target[of_noise].tolist())
+    target[1 + i] = target[of_noise] = 0
     for depth in range(LONGEST_HISTORY + 1):
         back = [j for j in range(1, depth + 1) if i - j in states]
         columns = [states[i], *(states[i - j] for j in back), *(units[1 + i - j] for j in back)]
@@ -173,8 +173,8 @@ def _recurrence(
         solution = torch.linalg.lstsq(basis / norms, target[:, None], driver="gelsd").solution[:, 0]
         if (basis / norms @ solution - target).norm() <= tolerance * (target.norm() + abs(b)):
             solution[solution.abs() <= 1e-2 * tolerance * solution.abs().max()] = 0
-            a, *rest = (solution / norms).tolist()
-            of_states, of_outputs = rest[: len(back)], rest[len(back) :]
+            a, *factors = (solution / norms).tolist()
+            of_states, of_outputs = factors[: len(back)], factors[len(back) :]
             return Recurrence(
                 a,
                 b,
@@ -184,7 +184,7 @@ def _recurrence(
                 tuple(draws),
                 noise,
             )
-    more = " or the noise of one" if own.start > 1 + len(solver) else ""
+    more = " or the noise of one" if of_noise.start > 1 + len(solver) else ""
     raise NotAffineError(
         f"scheduler must use at most {LONGEST_HISTORY} earlier steps, got {solver.name}, which uses more than "
         f"{LONGEST_HISTORY} earlier steps{more}"
@@ -199,11 +199,11 @@ def clipped_recurrences(solver: Solver) -> dict[int, Recurrence]:
     """
     refuse_by_config(solver, clipped=True)
     clip, tolerance = float(config(solver.scheduler, "clip_sample_range", 1.0)), _tolerance(solver)
-    drawn, found = drawn_noise(solver), {}
+    drawn, rules = drawn_noise(solver), {}
     count, probes = sum(map(len, drawn.values())), len(FAR_OUT[0])
     # The last of a probe's elements stands for the noise of a step.
-    units = [torch.eye(probes + len(own), dtype=torch.float64)[:, None, None, None] for own in drawn.values()]
-    with given_noise(solver, (unit for of_step in units for unit in of_step[probes:]) if count else None) as run:
+    units = [torch.eye(probes + len(draws), dtype=torch.float64)[:, None, None, None] for draws in drawn.values()]
+    with pass_with_noise(solver, (unit for of_step in units for unit in of_step[probes:]) if count else None) as run:
         for i in run.steps:
             rows = (torch.tensor([*row, *(0.0 for _ in drawn[i])], dtype=torch.float64) for row in FAR_OUT)
             x, eps = (row[None, None, None].requires_grad_() for row in rows)
@@ -219,12 +219,12 @@ def clipped_recurrences(solver: Solver) -> dict[int, Recurrence]:
             c = abs(values[1 + probe] - a * FAR_OUT[0][1 + probe] - b * FAR_OUT[1][1 + probe]) / clip
             pred_x, pred_eps = (by_clamp[:, probe] / c).tolist() if c else (0.0, 0.0)
             noise = tuple(values[probes:])
-            found[i] = Recurrence(a, b, {}, {}, scale, tuple(drawn[i]), noise, c, pred_x, pred_eps, clip)
-    _verify(solver, found, tolerance)
-    return found
+            rules[i] = Recurrence(a, b, {}, {}, scale, tuple(drawn[i]), noise, c, pred_x, pred_eps, clip)
+    _verify(solver, rules, tolerance)
+    return rules
 
 
-def _verify(solver: Solver, found: dict[int, Recurrence], tolerance: float) -> None:
+def _verify(solver: Solver, rules: dict[int, Recurrence], tolerance: float) -> None:
     """NotAffineError unless the recurrences do as the scheduler does, on states of every size."""
     draw = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-2, 2, 64, dtype=torch.float64)
@@ -232,13 +232,13 @@ def _verify(solver: Solver, found: dict[int, Recurrence], tolerance: float) -> N
     def random() -> Tensor:
         return torch.randn(1, 1, 1, 64, generator=draw, dtype=torch.float64)
 
-    noises = [[random() for _ in rule.draws] for rule in found.values()]
-    given = [noise for of_step in noises for noise in of_step]
+    noises = [[random() for _ in rule.draws] for rule in rules.values()]
+    flat = [noise for of_step in noises for noise in of_step]
     x = sizes * random()
-    eps = [sizes * random() for _ in found]
-    with given_noise(solver, given or None) as run:
+    eps = [sizes * random() for _ in rules]
+    with pass_with_noise(solver, flat or None) as run:
         for i, output, noise in zip(run.steps, eps, noises, strict=True):
-            rule = found[i]
+            rule = rules[i]
             clamped = (rule.pred_x * x + rule.pred_eps * output).clamp(-clip, clip) if (clip := rule.clip) else 0.0
             following, expected = rule.a * x + rule.b * output + rule.c * clamped, run.step(output, i, x)
             following += sum(k * value for k, value in zip(rule.noise, noise, strict=True))
@@ -271,7 +271,7 @@ def _tolerance(solver: Solver) -> float:
     factor = 1 + 2.0**-30
     results = []
     for k in (1.0, factor):
-        with given_noise(solver, repeat(torch.zeros_like(x))) as run:
+        with pass_with_noise(solver, repeat(torch.zeros_like(x))) as run:
             run.scale_input(k * x, solver.start)
             results.append(run.step(k * output, solver.start, k * x))
     atol = 1e-12 * results[0].abs().max().item()

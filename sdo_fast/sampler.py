@@ -103,8 +103,8 @@ def _show_options(sampler: type[Sampler]) -> type[Sampler]:
         if not hasattr(sampler, option.name):
             setattr(sampler, option.name, property(attrgetter(f"config.{option.name}")))
     constructor: Any = sampler.__init__
-    own, options = (list(inspect.signature(call).parameters.values()) for call in (constructor, SamplerConfig))
-    constructor.__signature__ = inspect.Signature([*own[:3], *options])
+    parameters, options = (list(inspect.signature(call).parameters.values()) for call in (constructor, SamplerConfig))
+    constructor.__signature__ = inspect.Signature([*parameters[:3], *options])
     return sampler
 
 
@@ -277,9 +277,9 @@ class ShortcutSampler:
         """The state after `steps`; with a cache, only the planned ones call the model."""
         times, latents = self.timesteps.to(x.device), x
         kept: tuple[Tensor, ...] = ()
-        # A tensor's guidance needs the graph of every step, however well the steps are known.
-        known = torch.is_grad_enabled() and not eps.learns_guidance
-        slopes = stepper.slopes(grad_step) if known else None
+        # A tensor's guidance needs the graph of every step, even of an affine scheduler.
+        by_slopes = torch.is_grad_enabled() and not eps.learns_guidance
+        slopes = stepper.slopes(grad_step) if by_slopes else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and slopes is None):
             for i in steps:
                 if reuse is not None and i not in planned:

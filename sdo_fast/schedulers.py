@@ -119,8 +119,8 @@ def step_coefficients(solver: Solver) -> tuple[Tensor, Tensor]:
             rows = torch.autograd.grad(
                 following.sum(), (inputs, outputs), retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            for own, row in zip(coefficients, rows, strict=True):
-                own[i] = row[i]
+            for values, row in zip(coefficients, rows, strict=True):
+                values[i] = row[i]
                 if row.count_nonzero() > (row[i] != 0):
                     raise NotAffineError(
                         f"scheduler must keep no history, got {solver.name}, which uses that of earlier steps"

@@ -90,7 +90,7 @@ class FusedStepper:
         self.recurrences: dict[int, Recurrence] = measured(solver)
         self.depth = max((j for r in self.recurrences.values() for j in (*r.states, *r.outputs)), default=0)
         self._start, self._steps = solver.start, solver.steps
-        self._own_generator = solver.step_kwargs.get("generator")
+        self._step_generator = solver.step_kwargs.get("generator")
         self._scales = {i: rule.scales for i, rule in self.recurrences.items()}
         self._clips = any(rule.clip is not None for rule in self.recurrences.values())
 
@@ -110,7 +110,7 @@ class FusedStepper:
     def begin(self, generator: torch.Generator | None = None) -> FusedStepper:
         stepper = copy.copy(self)
         stepper._states, stepper._outputs, stepper._kernel = {}, {}, None
-        stepper._generator = self._own_generator if generator is None else generator
+        stepper._generator = self._step_generator if generator is None else generator
         return stepper
 
     def scale_input(self, x: Tensor, i: int) -> Tensor:

@@ -22,8 +22,6 @@ from .network import PRESETS, SWFormer
 from .replace import accelerate
 from .tiling import restore_tiled
 
-__version__ = "0.1.0"
-
 __all__ = [
     "PRESETS",
     "ChannelAttention",

@@ -38,7 +38,7 @@ class _Spread(torch.autograd.Function):
         return (2 * grad * product).sum(0), weight.T @ (grad * weight)
 
 
-def batch_statistics(
+def mean_and_variance(
     in_weight: Tensor, in_bias: Tensor, moments: Tensor, zero: Tensor, side: float, count: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of both factors' inputs, (4 * C,) each.
@@ -89,10 +89,10 @@ def compose(
     """
     in_weight, in_bias, factors = parameters.in_weight, parameters.in_bias, list(parameters.factors)
     if moments is not None and zero is not None:
-        found = batch_statistics(in_weight.double(), in_bias.double(), moments, zero, side, count)
+        batch = mean_and_variance(in_weight.double(), in_bias.double(), moments, zero, side, count)
         factors = [
             factor._replace(norm=factor.norm._replace(running_mean=mean, running_var=variance))
-            for factor, mean, variance in zip(factors, *(t.chunk(2) for t in found), strict=True)
+            for factor, mean, variance in zip(factors, *(t.chunk(2) for t in batch), strict=True)
         ]
     halves = zip(in_weight.chunk(2), in_bias.chunk(2), factors, strict=True)
     matrix = torch.cat([_factor(eps, side, *half) for half in halves])
@@ -134,15 +134,15 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     *flat, eps, need_sums = arguments
     parameters = unflatten(FourierParameters, flat)
     batch, _, height, width = x.shape
-    own_statistics = parameters.gate.norm.running_mean is None
+    batch_statistics = parameters.gate.norm.running_mean is None
     channels = output_channels(parameters)
     sums = x.new_empty((0, channels) if need_sums else 0, dtype=torch.float32)
     if batch == 0:
         return x.new_empty(0, channels, height, width), sums, *no_statistics(x, parameters)
     z = kernels.rfft2(x.contiguous())
     count, side = batch * height * (width // 2 + 1), math.sqrt(height * width)
-    moments = kernels.spectrum_moments(z, height, width) if own_statistics else None
-    zero = z[:, :, 0, 0, 0].double() if own_statistics else None
+    moments = kernels.spectrum_moments(z, height, width) if batch_statistics else None
+    zero = z[:, :, 0, 0, 0].double() if batch_statistics else None
     matrix, statistics = compose(eps, side, count, in_fp32(parameters), moments, zero)
     weight = _last_weight(x, parameters.out_weight)
     mixed = kernels.spectrum_mix(z, matrix.contiguous(), weight, height, width)
@@ -162,9 +162,9 @@ def mix(kernels: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
 def no_statistics(x: Tensor, parameters: FourierParameters) -> tuple[Tensor, Tensor]:
     """The moments and statistics that `fourier_mix` returns where there are none: empty, or 0 for an empty batch."""
     norm, dim = parameters.gate.norm, x.shape[1]
-    own, scale = norm.running_mean is None, norm.weight
-    moments = torch.zeros((2, dim, dim + 1) if own else (0,), dtype=torch.float64, device=x.device)
-    return moments, torch.zeros((4, scale.shape[0]) if own else (0,), dtype=scale.dtype, device=x.device)
+    batch_statistics, scale = norm.running_mean is None, norm.weight
+    moments = torch.zeros((2, dim, dim + 1) if batch_statistics else (0,), dtype=torch.float64, device=x.device)
+    return moments, torch.zeros((4, scale.shape[0]) if batch_statistics else (0,), dtype=scale.dtype, device=x.device)
 
 
 def mix_backward(
@@ -176,9 +176,9 @@ def mix_backward(
     """
     *flat, eps, need_images, need_parameters = arguments
     parameters = unflatten(FourierParameters, flat)
-    own_statistics, given = parameters.gate.norm.running_mean is None, learnable(parameters)
+    batch_statistics, tensors = parameters.gate.norm.running_mean is None, learnable(parameters)
     if x.shape[0] == 0:
-        zeros = (x.new_empty(0) if p is None or not need_parameters else torch.zeros_like(p) for p in given)
+        zeros = (x.new_empty(0) if p is None or not need_parameters else torch.zeros_like(p) for p in tensors)
         return x.new_empty(x.shape if need_images else (0,)), *zeros
     x, grad = x.detach(), grad.detach()
     batch, _, height, width = x.shape
@@ -188,25 +188,25 @@ def mix_backward(
         grad_mixed[:, :, 0, 0, 0] += grad_sums.detach() * side
     terms = in_fp32(parameters._replace(out_weight=None, out_bias=None))
     leaves = [t for t in learnable(terms) if t is not None]
-    statistics = [moments.detach(), z[:, :, 0, 0, 0].double()] if own_statistics else []
+    statistics = [moments.detach(), z[:, :, 0, 0, 0].double()] if batch_statistics else []
     for leaf in (*leaves, *statistics):
         leaf.requires_grad_()
     matrix, _ = compose(eps, side, count, terms, *statistics)
     weight = _last_weight(x, parameters.out_weight)
-    through = need_parameters or own_statistics
+    through = need_parameters or batch_statistics
     grad_z, grad_matrix, grad_weight = kernels.spectrum_mix_backward(
         grad_mixed, z, matrix.detach().contiguous(), weight, height, width, need_images, through
     )
     grads: list[Tensor] = []
     if through:
         grads = list(torch.autograd.grad(matrix, [*leaves, *statistics], grad_matrix.to(matrix.dtype)))
-    if need_images and own_statistics:
+    if need_images and batch_statistics:
         of_moments, of_zero = grads[len(leaves) :]
         grad_z[:, :, 0, 0, 0] += of_zero
         grad_z = kernels.spectrum_moments_backward(grad_z, z, of_moments, height, width)
     grad_x = kernels.irfft2(grad_z, None, x) if need_images else x.new_empty(0)
     if not need_parameters:
-        return grad_x, *(x.new_empty(0) for _ in given)
+        return grad_x, *(x.new_empty(0) for _ in tensors)
     grad_bias = grad_mixed[:, :, 0, 0, 0].double().sum(0) * side
-    found = zip(given, (*grads[: len(leaves)], grad_weight, grad_bias), strict=True)
-    return grad_x, *(x.new_empty(0) if p is None else g.to(p.dtype).reshape(p.shape).contiguous() for p, g in found)
+    gradients = zip(tensors, (*grads[: len(leaves)], grad_weight, grad_bias), strict=True)
+    return grad_x, *(x.new_empty(0) if p is None else g.to(p.dtype).reshape(p.shape).contiguous() for p, g in gradients)

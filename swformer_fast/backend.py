@@ -316,8 +316,8 @@ def why_not(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> st
 
     name: Any = getattr(function, "__name__", function)
     public = getattr(functional, name) if name in functional.__all__ else None
-    known = name in OPS if isinstance(function, str) else public is not None and function is public
-    if not known:
+    exists = name in OPS if isinstance(function, str) else public is not None and function is public
+    if not exists:
         names = ", ".join(sorted({*functional.__all__, *OPS}))
         raise ValueError(f"function must be one of swformer_fast.functional's or a name of {names}, got {name!r}")
     if public is None:

@@ -305,8 +305,8 @@ def fourier_mix_and_sums(
     norms = gate.norm, value.norm
     if batch_statistics:
         gate, value = (f._replace(norm=f.norm._replace(running_mean=None, running_var=None)) for f in (gate, value))
-    given = flatten(parameters._replace(gate=gate, value=value))
-    y, sums, _, statistics = torch.ops.swformer_fast.fourier_mix(x, *given, eps, need_sums)
+    tensors = flatten(parameters._replace(gate=gate, value=value))
+    y, sums, _, statistics = torch.ops.swformer_fast.fourier_mix(x, *tensors, eps, need_sums)
     if training and x.shape[0]:
         running = (t for norm in norms for t in (norm.running_mean, norm.running_var))
         update_running(running, statistics.unbind(), momentum)

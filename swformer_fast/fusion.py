@@ -26,8 +26,8 @@ from .parameters import (
 
 def foldable(x: Tensor) -> bool:
     """Whether folding constants into weights keeps this input's accuracy and layout."""
-    wide = x.dtype in (torch.float32, torch.float64)
-    return x.dim() == 4 and wide and not channels_last(x) and not autocasts(x)
+    full_precision = x.dtype in (torch.float32, torch.float64)
+    return x.dim() == 4 and full_precision and not channels_last(x) and not autocasts(x)
 
 
 def merge(a: Tensor, b: Tensor, conv: Convolution) -> Tensor:
@@ -48,7 +48,7 @@ def fold(mean: Tensor, variance: Tensor, norm: nn.BatchNorm2d, conv: Convolution
     return Convolution(weight * scale[:, None, None], bias + weight.flatten(1) @ shift)
 
 
-def batch_statistics(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def mean_and_variance(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the batch; in training the running statistics take them in, as in `norm(x)`."""
     mean, variance = torch.ops.swformer_fast.channel_statistics(x)[0].unbind()
     if norm.training and norm.running_mean is not None:
@@ -73,7 +73,7 @@ def normalised(x: Tensor, norm: nn.BatchNorm2d, conv: Convolution) -> tuple[Tens
     if norm.training or mean is None or variance is None:
         if not has_cpp(x.device.type) or x.numel() <= x.shape[1]:
             return norm(x), conv  # which refuses a single value
-        mean, variance = batch_statistics(x, norm)
+        mean, variance = mean_and_variance(x, norm)
     return x, fold(mean, variance, norm, conv)
 
 

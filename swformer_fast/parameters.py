@@ -133,7 +133,7 @@ def _builder(kind: Any) -> tuple[int, Callable[[Iterator[Any]], Any]]:
     else:
         return 1, next
     counts, builds = zip(*map(_builder, parts), strict=True)
-    return sum(counts), lambda rest: make([build(rest) for build in builds])
+    return sum(counts), lambda tensors: make([build(tensors) for build in builds])
 
 
 _FIELDS: dict[Any, tuple[Any, ...]] = {

@@ -37,11 +37,11 @@ def accelerate(model: _MODULE) -> _MODULE:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    found = []
+    replaceable = []
     for name, module in model.named_modules():
         base = type(module).__mro__[1]
         if type(module) in FAST_TYPES:
-            found.append(module)
+            replaceable.append(module)
         elif nn.utils.parametrize.is_parametrized(module) and base in FAST_TYPES:
             raise ValueError(
                 f"module {name or '(root)'!r} ({base.__name__}) has parametrised parameters: accelerate the model "
@@ -51,6 +51,6 @@ def accelerate(model: _MODULE) -> _MODULE:
             raise ValueError(f"module {name or '(root)'!r} is compiled: call accelerate before torch.compile")
         elif isinstance(module, torch.jit.ScriptModule) and module.original_name in FAST_NAMES:
             raise ValueError(f"module {name or '(root)'!r} is scripted or traced: call accelerate before torch.jit")
-    for module in found:
+    for module in replaceable:
         module.__class__ = FAST_TYPES[type(module)]
     return model

@@ -82,11 +82,11 @@ def _error(op: Implementations, args: tuple[Any, ...], kernels: _Kernels) -> flo
         torch.autocast(device, enabled=False),
         torch.autocast("cpu", enabled=False),
     ):
-        wide = op.sample(torch.Generator().manual_seed(0), args)
-        given = [_like(a, like) for a, like in zip(wide, args, strict=True)]
+        in_fp64 = op.sample(torch.Generator().manual_seed(0), args)
+        rounded = [_like(a, like) for a, like in zip(in_fp64, args, strict=True)]
         # The reference gets what the kernels get, rounded to their dtypes.
-        expected = op.reference(*(a.double().cpu() if isinstance(a, Tensor) else a for a in given))
-        results = kernels(op)(*given)
+        expected = op.reference(*(a.double().cpu() if isinstance(a, Tensor) else a for a in rounded))
+        results = kernels(op)(*rounded)
         pairs = [(r.double().cpu(), e) for r, e in zip(as_tuple(results), as_tuple(expected), strict=True) if r.numel()]
     scale = max(e.norm().item() for _, e in pairs)
     # Gradients that cancel are judged by the others' size.

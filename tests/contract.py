@@ -83,18 +83,18 @@ def arguments(
     """Random arguments for op `name` on an image (B, C, H, W): all that can have a gradient requires one. Depthwise
     convolutions have kernels of side `kernel`."""
     operator = CATALOGUE[name]
-    wide = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+    parameter_dtype = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
 
-    def one(given: Any, size: Any) -> Any:
-        if size is None or isinstance(given, Number):
+    def one(spec: Any, size: Any) -> Any:
+        if size is None or isinstance(spec, Number):
             return size
-        if isinstance(given, Statistic):
-            return (0.5 + torch.rand(size, dtype=torch.float64)).to(device, wide)
-        is_image = given.need == Image.need
+        if isinstance(spec, Statistic):
+            return (0.5 + torch.rand(size, dtype=torch.float64)).to(device, parameter_dtype)
+        is_image = spec.need == Image.need
         if not is_image and size[2:] == (3, 3):
             size = (*size[:2], kernel, kernel)
-        tensor = LAYOUTS[layout](image(size, mean).to(device, dtype)) if is_image else parameter(given.name, size)
-        tensor = tensor if is_image else tensor.to(device, wide)
+        tensor = LAYOUTS[layout](image(size, mean).to(device, dtype)) if is_image else parameter(spec.name, size)
+        tensor = tensor if is_image else tensor.to(device, parameter_dtype)
         return tensor.requires_grad_(operator.differentiable)
 
     args = [one(i, size) for i, size in zip(operator.inputs, operator.example(*shape, optional), strict=True)]
@@ -117,7 +117,7 @@ def public(name: str, args: Sequence[Any]) -> list[Any]:
     """The op's arguments as the public function takes them: in a bundle where it takes one, and without options."""
     function = getattr(sf.functional, name)
     pairs = zip(args[1:], CATALOGUE[name].inputs[1:], strict=False)
-    tensors = [a for a, given in pairs if not isinstance(given, Number)]
+    tensors = [a for a, spec in pairs if not isinstance(spec, Number)]
     hints = typing.get_type_hints(function)
     kind = hints[list(inspect.signature(function).parameters)[1]]
     return [args[0], unflatten(kind, tensors)] if hasattr(kind, "_fields") else [args[0], *tensors]
@@ -164,23 +164,23 @@ def check(name: str, args: Sequence[Any], grad: Tensor | None = None) -> list[Te
     """Assert that the op's results, and the gradients through each of them and through all, are within TOLERANCE of
     the definition's on fp64 copies. `grad` is the first result's gradient. Returns the results."""
     operator, dtype = CATALOGUE[name], args[0].dtype
-    wide = fp64(list(args))
-    expected = as_list(operator.forward(*wide))
+    in_fp64 = fp64(list(args))
+    expected = as_list(operator.forward(*in_fp64))
     places = differentiable(operator, args)
     grads = random_grads([expected[i] for i in places])
     if grad is not None:
         grads[0] = grad
     with poisoned_memory():
         outputs = as_list(op_of(name)(*args))
-        found = [gradients(outputs, grads, args, chosen) for chosen in subsets(places)]
+        through_subsets = [gradients(outputs, grads, args, chosen) for chosen in subsets(places)]
     fakes = as_list(operator.fake_forward(*args))
     assert [(t.dtype, t.shape) for t in outputs] == [(t.dtype, t.shape) for t in fakes]
-    wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulation_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for i, (a, e) in enumerate(zip(outputs, expected, strict=True)):
         of_pixels = a.dtype == dtype or (operator.sums and i == 1)
-        assert_close(a, e, dtype if of_pixels else wide_dtype, f"output {i}")
-    for chosen, actual in zip(subsets(places), found, strict=True):
-        assert_close(actual, gradients(expected, grads, wide, chosen), dtype, f"gradient through {chosen}")
+        assert_close(a, e, dtype if of_pixels else accumulation_dtype, f"output {i}")
+    for chosen, actual in zip(subsets(places), through_subsets, strict=True):
+        assert_close(actual, gradients(expected, grads, in_fp64, chosen), dtype, f"gradient through {chosen}")
     return outputs
 
 

@@ -172,8 +172,8 @@ def tf32(x: Tensor) -> Tensor:
 
 def with_field(bundle: Any, name: str, value: Any) -> Any:
     """`bundle` with another value in the field `name`, which may be one of a bundle within: "gate.norm"."""
-    first, _, rest = name.partition(".")
-    return bundle._replace(**{first: with_field(getattr(bundle, first), rest, value) if rest else value})
+    first, _, path = name.partition(".")
+    return bundle._replace(**{first: with_field(getattr(bundle, first), path, value) if path else value})
 
 
 def zero_kernel(monkeypatch: pytest.MonkeyPatch, name: str, *outputs: int) -> None:

@@ -122,11 +122,11 @@ def test_entries_of_one_name_are_told_apart() -> None:
 def test_fallbacks_are_logged_once_for_each_op_and_reason(caplog: pytest.LogCaptureFixture) -> None:
     sf.backend._log_fallback.cache_clear()
     caplog.set_level(logging.INFO, "swformer_fast")
-    wide = tuple(t.double() for t in (X, LOW, HIGH))
+    in_fp64 = tuple(t.double() for t in (X, LOW, HIGH))
     with sf.backend.as_on_gpu(), sf.use_backend("auto"):
         for _ in range(2):
-            y = sf.functional.haar_dwt2d(*wide)
-            sf.functional.haar_idwt2d(y, *wide[1:])
+            y = sf.functional.haar_dwt2d(*in_fp64)
+            sf.functional.haar_idwt2d(y, *in_fp64[1:])
         sf.functional.depthwise_gelu(X.double(), torch.ones(1, 1, 5, 5).double(), torch.ones(1).double())
         sf.functional.depthwise_gelu(X.double(), torch.ones(1, 1, 3, 3).double(), torch.ones(1).double())
     assert [(r.name, r.levelname) for r in caplog.records] == [("swformer_fast", "INFO")] * 4
@@ -206,9 +206,9 @@ def test_why_not_raises_as_the_function_does(
     with pytest.raises((TypeError, ValueError)) as expected:
         function(*args, **keywords)
     for asked in (function, name):
-        with pytest.raises(type(expected.value)) as found:
+        with pytest.raises(type(expected.value)) as error:
             sf.why_not(asked, *args, **keywords)
-        assert str(found.value) == str(expected.value)
+        assert str(error.value) == str(expected.value)
     # and what is asked next is answered
     assert sf.why_not("haar_dwt2d", X, LOW, HIGH)
 

@@ -28,11 +28,11 @@ def check(x: Tensor) -> None:
     with poisoned_memory():
         actual, mean = value_and_grads(statistics, (x,)), torch.ops.swformer_fast.channel_statistics(x)[1]
     expected = value_and_grads(lambda x: reference.channel_statistics(x)[0], fp64((x,)))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    assert actual[0].dtype == wide
+    dtype_of_sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    assert actual[0].dtype == dtype_of_sums
     assert mean.dtype == torch.float64
     for row, wanted in zip((*actual[0], mean), (*expected[0], expected[0][0]), strict=True):
-        assert_close(row, wanted, wide)
+        assert_close(row, wanted, dtype_of_sums)
     assert_close(actual[1], expected[1], x.dtype)
 
 
@@ -80,12 +80,12 @@ def test_blocks_fold_the_statistics(norm: dict[str, object]) -> None:
     expected, fast = blocks(8, **norm)
     for _ in range(2):
         x = torch.randn(2, 8, 12, 10, requires_grad=True)
-        wide = x.detach().double().requires_grad_()
+        in_fp64 = x.detach().double().requires_grad_()
         grad = torch.randn(2, 8, 12, 10)
-        y, wanted = fast(x), expected(wide)
+        y, wanted = fast(x), expected(in_fp64)
         assert_close(y, wanted)
         grads = torch.autograd.grad(y, [x, *fast.parameters()], grad)
-        assert_close(grads, torch.autograd.grad(wanted, [wide, *expected.parameters()], grad.double()))
+        assert_close(grads, torch.autograd.grad(wanted, [in_fp64, *expected.parameters()], grad.double()))
     for (name, a), b in zip(fast.named_buffers(), expected.buffers(), strict=True):
         assert_close(a, b, torch.float32, name)
 

@@ -177,8 +177,8 @@ def test_layouts_of_parameters(name: str, backend: str, layout: str) -> None:
         return LAYOUTS["strided" if t.dim() == 1 and layout == "transposed" else layout](t)
 
     args = of(backend, name, 2, 3, 9, 12)
-    for i, given in enumerate(CATALOGUE[name].inputs):
-        if isinstance(args[i], Tensor) and given.need != Image.need:
+    for i, spec in enumerate(CATALOGUE[name].inputs):
+        if isinstance(args[i], Tensor) and spec.need != Image.need:
             args[i] = laid_out(args[i].detach()).requires_grad_(args[i].requires_grad)
     run_check(name, backend, args)
 
@@ -200,8 +200,8 @@ def test_each_gradient_alone(name: str, backend: str) -> None:
         for place in places_alone:
             alone = detached(args, lambda i, place=place: i == place)
             with poisoned_memory():
-                (found,) = gradients(as_list(op_of(name)(*alone)), grads, alone, places)
-            assert_close(found, everything[place], torch.float32, f"gradient {place}")
+                (actual,) = gradients(as_list(op_of(name)(*alone)), grads, alone, places)
+            assert_close(actual, everything[place], torch.float32, f"gradient {place}")
 
 
 @pytest.mark.parametrize(("name", "backend"), [(n, b) for n, b in BACKENDS if n in DIFFERENTIABLE])
@@ -243,8 +243,8 @@ def test_empty_batch(name: str, backend: str, optional: bool) -> None:
         fakes = as_list(operator.fake_forward(*args))
         assert [t.shape for t in outputs] == [t.shape for t in fakes]
         if name in DIFFERENTIABLE:
-            found = gradients(outputs, random_grads(outputs), args, differentiable(operator, args))
-            assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(found, leaves(args), strict=True))
+            grads = gradients(outputs, random_grads(outputs), args, differentiable(operator, args))
+            assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(grads, leaves(args), strict=True))
 
 
 # kinds of numbers -----------------------------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ def test_same_bits_in_every_run_and_for_every_number_of_threads(name: str, backe
 
     def run() -> list[Tensor]:
         outputs = as_list(op_of(name)(*args))
-        found = gradients(outputs, random_grads(outputs), args, places) if places else []
-        return [*outputs, *found]
+        grads = gradients(outputs, random_grads(outputs), args, places) if places else []
+        return [*outputs, *grads]
 
     with sf.use_backend(backend):
         first = run()
@@ -327,9 +327,9 @@ def test_opcheck(name: str, backend: str, optional: bool) -> None:
         of_sums = [torch.randn(outputs[0].shape[:2], device=outputs[0].device) if optional else None] * operator.sums
         inputs = detached(args[: len(operator.inputs)])
         for flags in ((True, True), (True, False), (False, True)):
-            given = (torch.randn_like(outputs[0]), *of_sums, *(named[k] for k in operator.kept), *inputs)
+            tensors = (torch.randn_like(outputs[0]), *of_sums, *(named[k] for k in operator.kept), *inputs)
             torch.library.opcheck(
-                op_of(operator.backward_name), (*given, *flags[: len(operator.flags)]), test_utils=partly
+                op_of(operator.backward_name), (*tensors, *flags[: len(operator.flags)]), test_utils=partly
             )
 
 
@@ -490,7 +490,7 @@ def test_errors_of_each_parameter(name: str, change: str) -> None:
         "type": lambda t: 3,
         "device": lambda t: t.detach().to("meta"),
     }
-    places = [i for i, given in enumerate(operator.inputs) if isinstance(given, Parameter)]
+    places = [i for i, spec in enumerate(operator.inputs) if isinstance(spec, Parameter)]
     assert places
     for place in places:
         args = arguments(name, 1, 4, 4, 4)

@@ -73,10 +73,10 @@ def test_any_size_stays_in_range(task: str, size: tuple[int, int], dtype: torch.
 
 @pytest.mark.parametrize("task", DEGRADATIONS)
 def test_does_harm_but_no_more_than_a_network_can_undo(task: str, photograph: Tensor) -> None:
-    found = [psnr(degrade(photograph, task, seed), photograph) for seed in range(8)]
-    assert max(found) < 36
-    assert min(found) > 5
-    assert sum(found) / len(found) < 30
+    ratios = [psnr(degrade(photograph, task, seed), photograph) for seed in range(8)]
+    assert max(ratios) < 36
+    assert min(ratios) > 5
+    assert sum(ratios) / len(ratios) < 30
 
 
 @pytest.mark.parametrize("task", DEGRADATIONS)
@@ -152,8 +152,8 @@ def test_water_takes_red_first(seed: int) -> None:
     assert t[0] < t[2]
     absorption = -(apply("underwater", grey(1), seed) - veil).log()
     beta = (absorption / absorption[:1]).mean((1, 2))  # relative to red, the same at every distance
-    known = torch.tensor([*degradations.JERLOV.values()])
-    assert (known / known[:, :1] - beta).abs().amax(1).min() < 1e-3
+    absorptions = torch.tensor([*degradations.JERLOV.values()])
+    assert (absorptions / absorptions[:, :1] - beta).abs().amax(1).min() < 1e-3
 
 
 @pytest.mark.parametrize("task", ["motion_blur", "defocus_blur"])

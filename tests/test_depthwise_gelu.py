@@ -15,15 +15,15 @@ def test_gelu_is_exact_to_a_millionth() -> None:
     x = torch.linspace(-12, 12, 1 << 18).view(1, 1, 1, -1).requires_grad_()
     weight = torch.zeros(1, 1, 3, 3)
     weight[0, 0, 1, 1] = 1
-    wide = x.detach().double().requires_grad_()
+    in_fp64 = x.detach().double().requires_grad_()
     with sf.use_backend("cpp"):
         y = functional.depthwise_gelu(x, weight, torch.zeros(1))
         y.sum().backward()
-    expected = torch.nn.functional.gelu(wide)
+    expected = torch.nn.functional.gelu(in_fp64)
     expected.sum().backward()
     assert (y - expected).abs().max() < 1e-6
-    assert (x.grad - wide.grad).abs().max() < 1e-6
-    small = (wide.abs() < 1e-2) & (wide != 0)
+    assert (x.grad - in_fp64.grad).abs().max() < 1e-6
+    small = (in_fp64.abs() < 1e-2) & (in_fp64 != 0)
     assert ((y - expected)[small] / expected[small]).abs().max() < 1e-6
 
 

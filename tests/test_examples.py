@@ -100,17 +100,18 @@ def test_interrupted_training_resumes_bit_for_bit(make: Callable[[], nn.Module],
         signal.raise_signal(signal.SIGINT)
         return loss_fn(*args)
 
-    whole = run(tmp_path / "whole")
+    uninterrupted = run(tmp_path / "whole")
     for step in (1, 2):
         assert run(tmp_path / "resumed", interrupted) is None
         assert torch.load(tmp_path / "resumed")["step"] == step
     resumed = run(tmp_path / "resumed")
 
-    for name, value in whole.state_dict().items():
+    for name, value in uninterrupted.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     torch.manual_seed(5)
     initial = make().state_dict()
-    assert not any(torch.equal(value, initial[name]) for name, value in whole.state_dict().items() if value.ndim > 1)
+    weights = {name: value for name, value in uninterrupted.state_dict().items() if value.ndim > 1}
+    assert not any(torch.equal(value, initial[name]) for name, value in weights.items())
     states = (tree_leaves(torch.load(tmp_path / name)) for name in ("whole", "resumed"))
     for left, right in zip(*states, strict=True):
         assert torch.equal(left, right) if isinstance(left, Tensor) else left == right
@@ -158,9 +159,9 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         path.write_text("half of the n")
         raise KeyboardInterrupt
 
-    common.write_whole(tmp_path / "a.txt", lambda path: path.write_text("old"))
+    common.write_atomically(tmp_path / "a.txt", lambda path: path.write_text("old"))
     with pytest.raises(KeyboardInterrupt):
-        common.write_whole(tmp_path / "a.txt", fail)
+        common.write_atomically(tmp_path / "a.txt", fail)
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
@@ -189,9 +190,9 @@ def test_script_on_digits(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "picture.png"
     assert script.main(["--quick", *options, "--out", str(out)]) == 0
     output = capsys.readouterr().out
-    found = losses(output)
-    assert len(found) == (3 if name == "guidance" else 1)
-    assert all(after < before for before, after in found), found
+    pairs = losses(output)
+    assert len(pairs) == (3 if name == "guidance" else 1)
+    assert all(after < before for before, after in pairs), pairs
     if name == "guidance":  # 5 evaluations of 5 steps; the shortcut recomputes one step in each of 4 backward passes
         assert re.findall(r"(\w+): 4 steps, (\d+) model calls", output) == [
             ("shortcut", "29"),
@@ -233,7 +234,7 @@ def test_finetune_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = tmp_path / "picture.png"
     assert sdo_finetune.main(["--quick", "--out", str(out), "--save", str(tmp_path)]) == 0
     before_all, after_all, before_lora, after_lora = (
-        tuple(map(float, found)) for found in REPORT.findall(capsys.readouterr().out)
+        tuple(map(float, numbers)) for numbers in REPORT.findall(capsys.readouterr().out)
     )
     assert before_all == before_lora
     assert after_all[0] > before_all[0]
@@ -287,7 +288,7 @@ def test_script_on_a_pipeline(
 ) -> None:
     script = sdo_finetune if name == "finetune" else SCRIPTS[name][0]
     folder = Path(saved_models[1]).parent
-    own = {
+    options = {
         "style": ["--style", str(folder / "picture.png")],
         "guidance": ["--target", "1"],
         "score": ["--score-index", "2"],
@@ -296,7 +297,7 @@ def test_script_on_a_pipeline(
     }
     out = tmp_path / "picture.png"
     prompts = ["--prompt", "a cat", "dog"]
-    assert script.main(["--quick", *prompts, *saved_models, "--lr", "0.1", *own[name], "--out", str(out)]) == 0
+    assert script.main(["--quick", *prompts, *saved_models, "--lr", "0.1", *options[name], "--out", str(out)]) == 0
     output = capsys.readouterr().out
     if name == "finetune":
         rewards = [float(reward) for reward, _, _ in REPORT.findall(output)]
@@ -360,9 +361,9 @@ def test_sdo_digits(grad_step: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         )
         == 0
     )
-    found = losses(capsys.readouterr().out)
-    assert len(found) == 2
-    assert all(after < 0.9 * before for before, after in found), found
+    pairs = losses(capsys.readouterr().out)
+    assert len(pairs) == 2
+    assert all(after < 0.9 * before for before, after in pairs), pairs
     assert_picture(out)
     assert [file.name for file in out.parent.iterdir()] == ["sdo.png"]
 

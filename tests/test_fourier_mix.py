@@ -67,15 +67,15 @@ def image(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contig
     return LAYOUTS[layout]((torch.randn(shape) + mean).to(dtype)).requires_grad_()
 
 
-def check(x: Tensor, given: FourierParameters, grad: Tensor | None = None, **options: Any) -> None:
+def check(x: Tensor, bundle: FourierParameters, grad: Tensor | None = None, **options: Any) -> None:
     """Output, gradients and running statistics; the reference's are in fp64."""
-    mine, theirs = (x, given), fp64((x, given))
+    mine, theirs = (x, bundle), fp64((x, bundle))
     with poisoned_memory():
         actual = value_and_grads(functional.fourier_mix, mine, grad, **options)
     expected = value_and_grads(reference.fourier_mix, theirs, grad, **options)
     assert actual[0].dtype == x.dtype
     assert_close(actual, expected, x.dtype)
-    for ours, expected_factor in zip(given.factors, theirs[1].factors, strict=True):
+    for ours, expected_factor in zip(bundle.factors, theirs[1].factors, strict=True):
         assert_close(ours.norm[:2], expected_factor.norm[:2], what="running statistics")
 
 
@@ -188,28 +188,28 @@ def test_images_of_positive_mean(kernels: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_a_large_mean_stays_finite(kernels: str, training: bool) -> None:
     x = image(1, 4, 1024, 1024, mean=1e3)
-    given = parameters(4, 4, 4)
-    y, grads = value_and_grads(functional.fourier_mix, (x, given), training=training)
+    bundle = parameters(4, 4, 4)
+    y, grads = value_and_grads(functional.fourier_mix, (x, bundle), training=training)
     assert y.isfinite().all()
     assert all(g.isfinite().all() for g in grads)
-    expected = reference.fourier_mix(*fp64((x, given)), training).detach()
-    eager = reference.fourier_mix(x, given, training).detach()
+    expected = reference.fourier_mix(*fp64((x, bundle)), training).detach()
+    eager = reference.fourier_mix(x, bundle, training).detach()
     assert rel_rms(y, expected) < max(5e-6, 2 * rel_rms(eager, expected))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("training", [False, True])
 def test_inf_and_nan_propagate(backend: str, value: float, training: bool) -> None:
-    given = parameters(3, 3, 3)
+    bundle = parameters(3, 3, 3)
     x = torch.randn(2, 3, 6, 7)
     x[0, 1, 2, 3] = value
-    y = functional.fourier_mix(x, given, training)
-    expected = reference.fourier_mix(x, given, training)
+    y = functional.fourier_mix(x, bundle, training)
+    expected = reference.fourier_mix(x, bundle, training)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.allclose(y, expected, equal_nan=True, atol=1e-4)
-    given = parameters(3, 3, 3)
-    given.out_bias.detach()[1] = value
-    y = functional.fourier_mix(torch.randn(1, 3, 6, 7), given)
+    bundle = parameters(3, 3, 3)
+    bundle.out_bias.detach()[1] = value
+    y = functional.fourier_mix(torch.randn(1, 3, 6, 7), bundle)
     assert torch.equal(y.isfinite()[0, :, 0, 0], torch.tensor([True, False, True]))
 
 
@@ -311,9 +311,9 @@ def test_double_backward(kernels: str, training: bool) -> None:
         return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
 
     arguments = (image(2, 3, 7, 8), parameters(3, 3, 3))
-    wide = fp64(arguments)
+    in_fp64 = fp64(arguments)
     for actual, expected in zip(
-        penalty(functional.fourier_mix, arguments), penalty(reference.fourier_mix, wide), strict=True
+        penalty(functional.fourier_mix, arguments), penalty(reference.fourier_mix, in_fp64), strict=True
     ):
         assert rel_rms(actual, expected) < 1e-4
 
@@ -361,8 +361,8 @@ def test_backward_keeps_the_inputs_only() -> None:
         lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t
     ):
         branch(x)
-    known = [x, *branch.parameters()]
-    assert sum(sizes) <= sum(t.numel() * t.element_size() for t in known) + 2 * 8 * 9 * 8
+    inputs = [x, *branch.parameters()]
+    assert sum(sizes) <= sum(t.numel() * t.element_size() for t in inputs) + 2 * 8 * 9 * 8
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -79,12 +79,12 @@ def test_block(train: bool) -> None:
     size = _size()
     fast, reference = _block(size[1], train)
     x, grad = _make(*size), _make(*size)
-    leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
-    output, expected = fast(leaf), reference(wide)
+    leaf, in_fp64 = x.clone().requires_grad_(), x.double().requires_grad_()
+    output, expected = fast(leaf), reference(in_fp64)
     assert_close(output, expected, what="output")
     names, parameters = zip(*fast.named_parameters(), strict=True)
     grads = torch.autograd.grad(output, (leaf, *parameters), grad)
-    wanted = torch.autograd.grad(expected, (wide, *reference.parameters()), grad.double())
+    wanted = torch.autograd.grad(expected, (in_fp64, *reference.parameters()), grad.double())
     scale = max(w.norm().item() for w in wanted[1:])
     for name, ours, theirs in zip(("x", *names), grads, wanted, strict=True):
         # A bias before a normalisation has a gradient of rounding errors alone.

@@ -104,8 +104,8 @@ def test_the_steps_find_their_tests(dry: bool) -> None:
     for step in gpu_day.is_it_right(dry, ROOT):
         for command in step.commands:
             if "pytest" in command:
-                whole = [sys.executable, *command, "--collect-only", "-q", "-n", "0"]
-                run = subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+                collect = [sys.executable, *command, "--collect-only", "-q", "-n", "0"]
+                run = subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
                 assert run.returncode == 0, (step.name, run.stdout[-2000:])
 
 
@@ -113,10 +113,10 @@ def test_the_steps_name_modules_and_suites_that_exist() -> None:
     suites = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     for dry in (False, True):
         for step in (*gpu_day.is_it_right(dry, ROOT), *gpu_day.how_fast(dry, ROOT)):
-            for flag, module, *rest in step.commands:
+            for flag, module, *options in step.commands:
                 assert flag == "-m"
                 if module == "benchmarks":
-                    assert rest[0] in suites
+                    assert options[0] in suites
                 elif module != "pytest":
                     assert (ROOT / f"{module.replace('.', '/')}.py").exists()
 

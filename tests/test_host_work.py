@@ -24,10 +24,10 @@ SHAPE = (2, 8, 30, 34)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_functions(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    x, *rest = moved(tuple(ARGUMENTS[name](SHAPE)), "meta")
+    x, *arguments = moved(tuple(ARGUMENTS[name](SHAPE)), "meta")
     x = x.detach().to(dtype).contiguous(memory_format=layout).requires_grad_()
     with NoHostWork() as spy:
-        y = getattr(sf.functional, name)(x, *rest)
+        y = getattr(sf.functional, name)(x, *arguments)
         torch.autograd.grad(y, x, torch.empty_like(y))
     assert spy.kernels
 

@@ -184,11 +184,11 @@ def test_order_is_checked() -> None:
 
 def test_sampled_traffic_is_scaled() -> None:
     x = torch.randn(1 << 11)
-    with count_traffic() as whole:
+    with count_traffic() as unsampled:
         _run(copy_kernel, x, **COPY)
-    with count_traffic(sample=4) as part:
+    with count_traffic(sample=4) as sampled:
         _run(copy_kernel, x, **COPY)
-    (all_programs,), (some,) = whole.kernels, part.kernels
+    (all_programs,), (some,) = unsampled.kernels, sampled.kernels
     assert (all_programs.programs, all_programs.counted) == (1 << 7, 1 << 7)
     assert (some.programs, some.counted) == (1 << 7, 4)
     assert all_programs.loaded == some.loaded == some.program_loaded == x.nbytes

@@ -18,12 +18,15 @@ def arguments(
     *shape: int, channels: int = 0, kernels: tuple[int, int] = (3, 3), dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """An image and the parameters: of the convolution, the spatial branch and the wavelet branch."""
-    dim, wide = shape[1], torch.float64 if dtype == torch.float64 else torch.float32
+    dim, parameter_dtype = shape[1], torch.float64 if dtype == torch.float64 else torch.float32
     channels = channels or dim
     sizes = ((2 * channels, dim), (2 * channels,), (channels, 1, *2 * kernels[:1]), (channels,))
     sizes = (*sizes, (4 * channels, 1, *2 * kernels[1:]), (4 * channels,), *4 * ((2,),))
     # Means that are not 0: the sums must hold more than rounding errors.
-    return [torch.randn(shape, dtype=wide).add(0.5).to(dtype), *(torch.randn(s, dtype=wide) + 0.2 for s in sizes)]
+    return [
+        torch.randn(shape, dtype=parameter_dtype).add(0.5).to(dtype),
+        *(torch.randn(s, dtype=parameter_dtype) + 0.2 for s in sizes),
+    ]
 
 
 def check(args: list[Tensor]) -> None:

@@ -33,11 +33,11 @@ def arguments(
     parameter_dtype: torch.dtype | None = None,
 ) -> Arguments:
     """Weights scaled as a trained network's, so that every GELU sees both sides; an image whose mean is not 0."""
-    wide = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+    parameter_dtype = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
     dim = shape[1]
 
     def parameter(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(size, dtype=torch.float64)).to(wide).requires_grad_()
+        return (scale * torch.randn(size, dtype=torch.float64)).to(parameter_dtype).requires_grad_()
 
     def depthwise() -> Convolution:
         return Convolution(parameter(mid, 1, kernel, kernel, scale=1 / kernel), parameter(mid))
@@ -103,9 +103,9 @@ def test_no_channels_between_the_convolutions() -> None:
 def test_why_not() -> None:
     assert sf.why_not(OP, *arguments((1, 4, 8, 8))) == "cpp runs"
     assert "float64" in sf.why_not(OP, *arguments((1, 4, 8, 8), torch.float64))
-    wide = arguments((1, 4, 8, 8), kernel=5)
-    assert "3 x 3" in sf.why_not(OP, *wide)
-    assert_close(functional.multiscale_ffn(*wide), reference.multiscale_ffn(*wide))
+    five_by_five = arguments((1, 4, 8, 8), kernel=5)
+    assert "3 x 3" in sf.why_not(OP, *five_by_five)
+    assert_close(functional.multiscale_ffn(*five_by_five), reference.multiscale_ffn(*five_by_five))
 
 
 def test_nan_stays_where_it_belongs(cpp: object) -> None:

@@ -45,7 +45,7 @@ SCALED = Operator(
     "scaled",
     (Image("x"), Statistic("mean", optional=True), Parameter("weight"), Number("power", "float")),
     scaled,
-    lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)),
+    lambda x, *others: (torch.empty_like(x), torch.empty_like(x)),
     no_limits,
     no_example,
     outputs=("y", "squares"),
@@ -103,11 +103,11 @@ def test_places_and_flags(operator: Operator, places: tuple[int, ...], flags: tu
 
 
 def test_backward_arguments() -> None:
-    found = SCALED.backward_arguments(("grad", "of sums", "squares", "x", "mean", "weight", 2.0, True, False))
-    assert found.grads == ("grad", "of sums")
-    assert found.kept == ("squares",)
-    assert found.inputs == ("x", "mean", "weight", 2.0)
-    assert found.flags == {"need_images": True, "need_parameters": False}
+    split = SCALED.backward_arguments(("grad", "of sums", "squares", "x", "mean", "weight", 2.0, True, False))
+    assert split.grads == ("grad", "of sums")
+    assert split.kept == ("squares",)
+    assert split.inputs == ("x", "mean", "weight", 2.0)
+    assert split.flags == {"need_images": True, "need_parameters": False}
     with pytest.raises(ValueError, match="zip"):
         SCALED.backward_arguments(("grad", "of sums", "squares", "x", "mean", "weight", 2.0, True))
 
@@ -122,13 +122,13 @@ def test_wanted() -> None:
 def test_forward_by_the_definition() -> None:
     x, mean, weight, residual = torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(3), torch.randn(2, 3, 4, 5)
     y, squares = scaled(x, mean, weight, 2.0)
-    found = SCALED.forward(x, mean, weight, 2.0, residual, True)
-    assert_close(found, (y + residual, (y + residual).sum((2, 3)), squares))
-    found = SCALED.forward(x, mean, weight, 2.0, None, False)
-    assert_close(found, (y, x.new_empty(0), squares))
+    results = SCALED.forward(x, mean, weight, 2.0, residual, True)
+    assert_close(results, (y + residual, (y + residual).sum((2, 3)), squares))
+    results = SCALED.forward(x, mean, weight, 2.0, None, False)
+    assert_close(results, (y, x.new_empty(0), squares))
     assert torch.equal(PLAIN.forward(x), x.sin())
-    wide = SCALED.forward(x.double(), mean.double(), weight.double(), 2.0, None, True)
-    assert {t.dtype for t in wide} == {torch.float64}
+    in_fp64 = SCALED.forward(x.double(), mean.double(), weight.double(), 2.0, None, True)
+    assert {t.dtype for t in in_fp64} == {torch.float64}
     half = SCALED.forward(x.half(), mean.half(), weight.half(), 2.0, None, True)
     assert [t.dtype for t in half] == [torch.float16, torch.float32, torch.float16]
 
@@ -138,14 +138,14 @@ def test_forward_by_the_definition() -> None:
 def test_backward_by_the_definition(flags: tuple[bool, bool], of_sums: bool) -> None:
     x, mean, weight = torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(3)
     grad, grad_sums = torch.randn_like(x), torch.randn(2, 3) if of_sums else None
-    found = SCALED.backward(grad, grad_sums, x, x, mean, weight, 3.0, *flags)
+    gradients = SCALED.backward(grad, grad_sums, x, x, mean, weight, 3.0, *flags)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     y = scaled(leaves[0], mean, leaves[1], 3.0)[0]
     loss = (y * grad).sum() if grad_sums is None else (y * grad).sum() + (y.sum((2, 3)) * grad_sums).sum()
     expected = torch.autograd.grad(loss, leaves)
-    assert_close(found, tuple(e if flag else x.new_empty(0) for e, flag in zip(expected, flags, strict=True)))
+    assert_close(gradients, tuple(e if flag else x.new_empty(0) for e, flag in zip(expected, flags, strict=True)))
     fake = SCALED.fake_backward(grad, grad_sums, x, x, mean, weight, 3.0, *flags)
-    assert [t.shape for t in fake] == [t.shape for t in found]
+    assert [t.shape for t in fake] == [t.shape for t in gradients]
 
 
 def test_what_is_not_needed_is_a_tensor_of_its_own() -> None:
@@ -156,9 +156,9 @@ def test_what_is_not_needed_is_a_tensor_of_its_own() -> None:
 
 def test_backward_gives_nothing_for_an_absent_input() -> None:
     a, shift = torch.randn(1, 2, 3, 3), torch.randn(3)
-    found = JOINED.backward(a, a, None, shift, True, True)
-    assert [tuple(t.shape) for t in found] == [(1, 2, 3, 3), (0,), (3,)]
-    assert [t.shape for t in JOINED.fake_backward(a, a, None, shift, True, True)] == [t.shape for t in found]
+    gradients = JOINED.backward(a, a, None, shift, True, True)
+    assert [tuple(t.shape) for t in gradients] == [(1, 2, 3, 3), (0,), (3,)]
+    assert [t.shape for t in JOINED.fake_backward(a, a, None, shift, True, True)] == [t.shape for t in gradients]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -194,11 +194,11 @@ def test_samples_are_small_and_of_the_same_kinds() -> None:
         (2, 3, 36, 38),
         True,
     ]
-    grad, grad_sums, squares, *rest = SCALED.backward_sample(generator, (x, x[..., 0, 0], x, *args, False, True))
+    grad, grad_sums, squares, *others = SCALED.backward_sample(generator, (x, x[..., 0, 0], x, *args, False, True))
     assert grad.shape == squares.shape == (2, 3, 36, 38)
     assert_close(grad_sums, grad.mean((2, 3)))
-    assert torch.equal(squares, rest[0].square())
-    assert rest[-2:] == [True, True]
+    assert torch.equal(squares, others[0].square())
+    assert others[-2:] == [True, True]
 
 
 # the catalogue --------------------------------------------------------------------------------------------------------
@@ -227,11 +227,11 @@ def schemas(operator: Operator) -> dict[str, str]:
 def test_every_op_is_registered_under_its_schemas(operator: Operator) -> None:
     assert CATALOGUE[operator.name] is operator
     for name, schema in schemas(operator).items():
-        found = getattr(torch.ops.swformer_fast, name).default._schema
+        registered = getattr(torch.ops.swformer_fast, name).default._schema
         parsed = torch._C.parse_schema(schema)
         assert parsed.name == name
-        assert signature(found) == signature(parsed)
-        assert names(found) == names(parsed)
+        assert signature(registered) == signature(parsed)
+        assert names(registered) == names(parsed)
         assert sf.backend.OPS[name].name == name
     assert operator.differentiable == (operator.backward_name in sf.backend.OPS)
 
@@ -249,10 +249,10 @@ def test_kernels_take_what_their_ops_take(operator: Operator) -> None:
             assert operator.composed is not None
             assert hasattr(kernels, operator.composed.kernel)
             continue
-        found, declared = getattr(kernels, name).default._schema, torch._C.parse_schema(schema)
-        assert signature(found) == signature(declared)
+        registered, declared = getattr(kernels, name).default._schema, torch._C.parse_schema(schema)
+        assert signature(registered) == signature(declared)
         flags = len(operator.flags) if name == operator.backward_name else 0
-        assert names(found)[: len(names(found)) - flags] == names(declared)[: len(names(declared)) - flags]
+        assert names(registered)[: len(names(registered)) - flags] == names(declared)[: len(names(declared)) - flags]
 
 
 def test_every_op_has_a_definition_of_its_name(operator: Operator) -> None:
@@ -265,22 +265,22 @@ def test_every_public_function_is_an_op() -> None:
 
 
 def test_places_are_of_images_and_parameters(operator: Operator) -> None:
-    kinds = [type(given) for given in operator.inputs]
+    kinds = [type(spec) for spec in operator.inputs]
     assert list(operator.places) == [i for i, kind in enumerate(kinds) if kind in (Image, Parameter)]
     assert kinds[0] is Image
     expected = ("need_images", "need_parameters") if Parameter in kinds else ("need_images",)
     assert operator.flags == expected
-    assert len({given.name for given in operator.inputs}) == len(operator.inputs)
+    assert len({spec.name for spec in operator.inputs}) == len(operator.inputs)
 
 
 def test_backward_arguments_of_the_catalogue(operator: Operator) -> None:
     """Each argument of the backward op comes back under the part that its name belongs to."""
     declared = names(torch._C.parse_schema(operator.backward_schema))
-    found = operator.backward_arguments(declared)
-    assert found.grads == ("grad", "grad_sums")[: 1 + operator.sums]
-    assert found.kept == operator.kept
-    assert found.inputs == tuple(given.name for given in operator.inputs)
-    assert tuple(found.flags) == tuple(found.flags.values()) == operator.flags
+    split = operator.backward_arguments(declared)
+    assert split.grads == ("grad", "grad_sums")[: 1 + operator.sums]
+    assert split.kept == operator.kept
+    assert split.inputs == tuple(spec.name for spec in operator.inputs)
+    assert tuple(split.flags) == tuple(split.flags.values()) == operator.flags
 
 
 def test_kept_outputs_are_outputs(operator: Operator) -> None:
@@ -324,18 +324,18 @@ def test_sizes_of_bundles(kind: Any, size: int) -> None:
 
 
 def test_a_bundle_keeps_none() -> None:
-    given = list(range(16))
-    given[2] = given[3] = None  # no running statistics
-    bundle = unflatten(parameters.FourierParameters, given)
+    tensors = list(range(16))
+    tensors[2] = tensors[3] = None  # no running statistics
+    bundle = unflatten(parameters.FourierParameters, tensors)
     assert bundle.gate.norm.running_mean is None
-    assert flatten(bundle) == tuple(given)
+    assert flatten(bundle) == tuple(tensors)
 
 
 @pytest.mark.parametrize("name", BUNDLE_OF)
 def test_bundles_fit_their_ops(name: str) -> None:
     """The tensors of a bundle are the op's inputs between the image and the numbers."""
-    tensors = [given for given in CATALOGUE[name].inputs[1:] if not isinstance(given, Number)]
-    bundle = unflatten(BUNDLE_OF[name], [given.name for given in tensors])
+    tensors = [spec for spec in CATALOGUE[name].inputs[1:] if not isinstance(spec, Number)]
+    bundle = unflatten(BUNDLE_OF[name], [spec.name for spec in tensors])
     if name == "fourier_mix":
         assert bundle.gate.norm == ("gate_mean", "gate_variance", "gate_scale", "gate_shift")
         assert (bundle.value.weight, bundle.out_bias) == ("value_weight", "out_bias")

@@ -136,7 +136,7 @@ def test_packages_do_not_import_each_other() -> None:
 
 def test_transformers_and_diffusers_still_import_beside_us() -> None:
     """Both import the PyPI project `kernels`; the checkout's folder of that name must not stand in its way."""
-    missing = {"diffusers", "kernels", "transformers"} - {found.name for found in metadata.distributions()}
+    missing = {"diffusers", "kernels", "transformers"} - {d.name for d in metadata.distributions()}
     if missing:
         pytest.skip(f"not installed: {missing}")
     code = (

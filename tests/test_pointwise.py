@@ -12,9 +12,10 @@ pytestmark = pytest.mark.skipif("cpp" not in KERNELS, reason="the extension is n
 def arguments(
     dtype: torch.dtype, batch: int, widths: tuple[int, ...], out: int, size: tuple[int, int], weights: int = 1
 ) -> list:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     maps = [image((batch, c, *size)).to(dtype).requires_grad_() for c in widths] + [None] * (3 - len(widths))
-    weight, bias = parameter("weight", (weights, out, sum(widths))).to(wide), parameter("bias", (out,)).to(wide)
+    weight = parameter("weight", (weights, out, sum(widths))).to(parameter_dtype)
+    bias = parameter("bias", (out,)).to(parameter_dtype)
     return [
         *maps,
         weight.requires_grad_(),

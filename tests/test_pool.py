@@ -107,10 +107,10 @@ print(resident() - before)
 def test_memory_is_bounded_and_given_back() -> None:
     """In a process of its own, whose allocator has no free memory yet."""
     output = subprocess.run([sys.executable, "-c", BOUNDED], check=True, capture_output=True, text=True).stdout
-    used, kept, given_back = map(int, output.split())
+    used, kept, after_emptying = map(int, output.split())
     assert used > 450
     assert 100 < kept < 140 if KEEPS else kept < 20
-    assert given_back < 20
+    assert after_emptying < 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")

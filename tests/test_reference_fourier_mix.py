@@ -146,9 +146,9 @@ def test_gradients(size, training, layout):
     x, parameters = arguments(size, dim=1)
     leaves = [leaf for leaf in flatten(parameters) if leaf.requires_grad]
 
-    def function(x, *given):
-        rest = iter(given)
-        tensors = [next(rest) if t.requires_grad else t for t in flatten(parameters)]
+    def function(x, *inputs):
+        following = iter(inputs)
+        tensors = [next(following) if t.requires_grad else t for t in flatten(parameters)]
         return fourier_mix(x, unflatten(FourierParameters, tensors), training=training, layout=layout)
 
     assert torch.autograd.gradcheck(function, (x, *leaves))

@@ -31,11 +31,11 @@ def network(**options) -> SWFormer:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_presets_have_the_documented_size_and_cost(name):
-    params, gmac = COUNTS[name]
+    millions, gmac = COUNTS[name]
     size = (480, 720) if name.startswith("defocus") else (256, 256)
     with torch.device("meta"):
         model, image = SWFormer.from_preset(name).eval(), torch.empty(1, 3, *size)
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == params
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == millions
     assert f"{count_macs(model, image, all_scales=True) / 1e9:.{len(gmac.split('.')[1])}f}" == gmac
 
 

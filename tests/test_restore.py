@@ -111,7 +111,7 @@ def test_interrupted_training_resumes_bit_for_bit(
     small: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Ctrl-C in every step, and by an end without warning in the third, after the save of the second."""
-    whole = run(tmp_path / "whole")
+    uninterrupted = run(tmp_path / "whole")
     loss_fn = train_restore.loss_fn
 
     def interrupted(*args: object) -> Tensor:
@@ -140,14 +140,15 @@ def test_interrupted_training_resumes_bit_for_bit(
     assert torch.load(tmp_path / "killed")["step"] == 2
     again = run(tmp_path / "killed")
 
-    for name, value in whole.state_dict().items():
+    for name, value in uninterrupted.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
         assert torch.equal(again.state_dict()[name], value), name
     assert_equal_states(tmp_path / "whole", tmp_path / "resumed")
     assert_equal_states(tmp_path / "whole", tmp_path / "killed")
     torch.manual_seed(5)
     initial = sf.SWFormer.from_preset(restore.PRESET).state_dict()
-    assert not any(torch.equal(value, initial[name]) for name, value in whole.state_dict().items() if value.ndim > 1)
+    weights = {name: value for name, value in uninterrupted.state_dict().items() if value.ndim > 1}
+    assert not any(torch.equal(value, initial[name]) for name, value in weights.items())
 
 
 def test_training_refuses_a_checkpoint_of_other_settings(small: dict[str, Tensor], tmp_path: Path) -> None:
@@ -278,11 +279,11 @@ def test_restore_against_a_clean_picture_in_tiles(
     assert restore.main([*argv, str(tmp_path / "whole.jpg")]) == 0
     assert restore.main([*argv, str(tmp_path / "tiles.png"), "--tile", "48"]) == 0
     assert capsys.readouterr().out.count("before: PSNR") == 2
-    whole, tiles = (restore.read_image(tmp_path / name) for name in ("whole.jpg", "tiles.png"))
-    assert whole.shape == tiles.shape == clean.shape
+    at_once, tiles = (restore.read_image(tmp_path / name) for name in ("whole.jpg", "tiles.png"))
+    assert at_once.shape == tiles.shape == clean.shape
     expected = sf.restore_tiled(restore.load_model(weights), restore.read_image(hazy), tile=48, overlap=12).clamp(0, 1)
     assert (tiles - expected).abs().max() <= 0.5 / 255 + 1e-6
-    assert not torch.allclose(tiles, whole, atol=0.01)
+    assert not torch.allclose(tiles, at_once, atol=0.01)
 
 
 def test_pictures_of_every_kind_are_read_upright(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_coefficients_of_a_late_start(name):
     x0.sum().backward()
     torch.testing.assert_close(inputs[0].grad, a[4].expand_as(x), rtol=1e-6, atol=0)
     torch.testing.assert_close(outputs.grad[4:, 0, 0, 0, 0], b[4:], rtol=1e-6, atol=1e-9)
-    whole = coefficients(scheduler, 10, step_kwargs=step_kwargs)[1][4]
-    assert torch.isclose(b[4], whole, rtol=1e-3) == (name not in ("dpm++ 2m", "unipc"))
+    from_the_start = coefficients(scheduler, 10, step_kwargs=step_kwargs)[1][4]
+    assert torch.isclose(b[4], from_the_start, rtol=1e-3) == (name not in ("dpm++ 2m", "unipc"))
 
 
 def test_ddim_by_its_formula():

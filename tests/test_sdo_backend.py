@@ -33,8 +33,8 @@ def test_why_not_says_what_runs(op: str) -> None:
     assert answer == "cpp runs" if EXTENSION else answer.startswith("reference runs (not cpp: ")
     with sdo_fast.use_backend("reference"):
         assert sdo_fast.why_not(op, X, X) == "reference runs (backend 'reference' was asked for)"
-    wide = torch.ones((1,) * 7)
-    assert sdo_fast.why_not(op, wide, wide).startswith("reference runs (not cpp: ")
+    seven_dimensional = torch.ones((1,) * 7)
+    assert sdo_fast.why_not(op, seven_dimensional, seven_dimensional).startswith("reference runs (not cpp: ")
 
 
 def test_use_backend_nests_and_restores() -> None:

@@ -66,10 +66,10 @@ def test_guidance_and_arguments():
     model = ConvModel(scale=0.1)
     sampler = ShortcutSampler(model, SCHEDULERS["ddim"](), 10, guidance_scale=2.0, start=4)
     image, kwargs = torch.randn(1, 3, 4, 4), ({"cond": torch.ones(1, 5)}, {"cond": torch.zeros(1, 5)})
-    found = invert(sampler, image, 4, *kwargs, iterations=5)
-    assert torch.equal(sampler(found.latents, *kwargs), found.reconstruction)
-    assert found.error < 0.05
-    assert not found.latents.requires_grad
+    inversion = invert(sampler, image, 4, *kwargs, iterations=5)
+    assert torch.equal(sampler(inversion.latents, *kwargs), inversion.reconstruction)
+    assert inversion.error < 0.05
+    assert not inversion.latents.requires_grad
     assert sampler.model_calls == 2 * (6 * 5 + 6 + 6)
 
 

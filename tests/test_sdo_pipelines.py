@@ -58,9 +58,9 @@ def test_inversion_of_an_image(stable_diffusion):
     sampler = from_pipeline(stable_diffusion, "a cat", 20, start=10)
     with torch.no_grad():
         x0 = sampler.encode(torch.rand(1, 3, 16, 16))
-    found = invert(sampler, x0, 10, iterations=15)
-    assert found.error < 0.3 * invert(sampler, x0, 10).error
-    assert torch.equal(sampler(found.latents).detach(), found.reconstruction)
+    inversion = invert(sampler, x0, 10, iterations=15)
+    assert inversion.error < 0.3 * invert(sampler, x0, 10).error
+    assert torch.equal(sampler(inversion.latents).detach(), inversion.reconstruction)
 
 
 def test_stable_diffusion_xl():

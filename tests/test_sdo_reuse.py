@@ -27,7 +27,7 @@ SCHEDULERS = {
 }
 
 
-class Known:
+class Exact:
     """The exact model of Gaussian data of variance s^2 around a mean, or of constant noise, for one scheduler."""
 
     def __init__(self, name, scheduler, n, kind):
@@ -78,7 +78,7 @@ def test_the_estimate_is_exact_where_its_assumption_holds(name, kind, batched):
         with pytest.raises(ValueError, match="pure noise"):
             ShortcutSampler(ConvModel(), scheduler, 20, grad_step="identity", reuse=TrajectoryCache(cache=kind))
         return
-    model = Known(name, SCHEDULERS[name](), 20, kind)
+    model = Exact(name, SCHEDULERS[name](), 20, kind)
     cache = TrajectoryCache(refresh=0.1, cache=kind, batched=batched)
     grad_step = "last" if "sample" in name else "identity"
     sampler = ShortcutSampler(model, scheduler, 20, grad_step=grad_step, reuse=cache)

@@ -194,10 +194,10 @@ def test_noise_of_other_dtypes_and_layouts(name: str, dtype: torch.dtype) -> Non
 
 def test_noise_from_a_generator_among_the_step_kwargs() -> None:
     model, x = ConvModel(), torch.randn(1, 3, 4, 4)
-    given, among = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    expected = ShortcutSampler(model, scheduler("ddpm"), 4)(x, generator=given)
-    sampler = ShortcutSampler(model, scheduler("ddpm"), 4, step_kwargs={"generator": among})
-    assert torch.equal(among.get_state(), torch.Generator().manual_seed(1).get_state())
+    of_call, of_step = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    expected = ShortcutSampler(model, scheduler("ddpm"), 4)(x, generator=of_call)
+    sampler = ShortcutSampler(model, scheduler("ddpm"), 4, step_kwargs={"generator": of_step})
+    assert torch.equal(of_step.get_state(), torch.Generator().manual_seed(1).get_state())
     assert torch.equal(sampler(x), expected)
 
 

@@ -28,10 +28,10 @@ def _pointwise() -> Arguments:
 
 
 def _fourier(batch_statistics: bool) -> Arguments:
-    wide = 2 * DIM
-    statistics = (None, None) if batch_statistics else (torch.randn(wide), torch.rand(wide) + 0.5)
-    factor = (*statistics, torch.rand(wide), torch.randn(wide), torch.randn(wide, wide, 1, 1), torch.randn(wide))
-    first = (torch.randn(2, DIM, 6, 7), torch.randn(wide, DIM, 1, 1), torch.randn(wide))
+    parts = 2 * DIM
+    statistics = (None, None) if batch_statistics else (torch.randn(parts), torch.rand(parts) + 0.5)
+    factor = (*statistics, torch.rand(parts), torch.randn(parts), torch.randn(parts, parts, 1, 1), torch.randn(parts))
+    first = (torch.randn(2, DIM, 6, 7), torch.randn(parts, DIM, 1, 1), torch.randn(parts))
     return *first, *factor, *factor, torch.randn(4, DIM, 1, 1), torch.randn(4), 1e-5, True
 
 

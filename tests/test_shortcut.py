@@ -42,8 +42,8 @@ def by_autograd(grad: Tensor, guidance: float | None, step: dict[str, Tensor] | 
     """The cotangents of x, cond and uncond, in fp64, by autograd through the plain step."""
     grad = grad.double()
     names = ["x", "cond"] + ["uncond"] * (guidance is not None)
-    given = fp64(step) if step is not None else {name: torch.zeros_like(grad) for name in names}
-    leaves = [t.detach().clone().requires_grad_() for t in given.values()]
+    operands = fp64(step) if step is not None else {name: torch.zeros_like(grad) for name in names}
+    leaves = [t.detach().clone().requires_grad_() for t in operands.values()]
     numbers = CLIPPING if step is not None else {}
     y = reference.sampler_step(*leaves, **({} if guidance is None else {"guidance": guidance}), a=A, b=B, **numbers)
     return torch.autograd.grad(y, leaves, grad)
@@ -111,9 +111,9 @@ def test_out(each_backend: str, clipped: bool, layout: str) -> None:
         out = [torch.full_like(grad, torch.nan) if i == k else None for i in range(3)]
         functional.shortcut_backward(grad, A, B, 3.5, **extra, out=tuple(out))
         assert torch.equal(out[k], expected[k])
-    own = grad.clone()
-    functional.shortcut_backward(own, A, B, 3.5, **extra, out=(own, None, None))
-    assert torch.equal(own, expected[0])
+    buffer = grad.clone()
+    functional.shortcut_backward(buffer, A, B, 3.5, **extra, out=(buffer, None, None))
+    assert torch.equal(buffer, expected[0])
 
 
 @pytest.mark.gpu
@@ -220,9 +220,9 @@ def test_a_zeroed_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(backend, "_implementation", lambda op, name: zeroed)
     grad, step = inputs(torch.float32, True)
-    for given in (step, None):
+    for operands in (step, None):
         with pytest.raises(AssertionError):
-            check(grad, 3.5, given)
+            check(grad, 3.5, operands)
 
 
 ONES = torch.ones(1, 2, 3)

@@ -38,8 +38,8 @@ def flat(guided: bool, count: int, **numbers: float) -> Any:
     """The function of x, cond, (uncond,) *terms with these numbers, for fn or the reference."""
     scales = [0.3, -1.5, 0.7, 2.0, -0.2, 0.1, 0.4, -0.6, 0.9][:count]
 
-    def call(fn: Any, x: Tensor, cond: Tensor, *rest: Tensor) -> Tensor:
-        uncond, terms = (rest[0], rest[1:]) if guided else (None, rest)
+    def call(fn: Any, x: Tensor, cond: Tensor, *others: Tensor) -> Tensor:
+        uncond, terms = (others[0], others[1:]) if guided else (None, others)
         return fn(x, cond, uncond, 3.5, terms=terms, scales=scales, **numbers)
 
     return call
@@ -59,8 +59,8 @@ def away_from_bounds(arguments: list[Tensor], guided: bool, **numbers: float) ->
     """The arguments, x changed where the prediction is so near a bound that rounding decides the gradient."""
     if "clip" not in numbers:
         return arguments
-    x, cond, *rest = (t.detach().double() for t in arguments)
-    eps = rest[0] + 3.5 * (cond - rest[0]) if guided else cond
+    x, cond, *others = (t.detach().double() for t in arguments)
+    eps = others[0] + 3.5 * (cond - others[0]) if guided else cond
     near = ((numbers["pred_x"] * x + numbers["pred_eps"] * eps).abs() - numbers["clip"]).abs() < 0.05
     with torch.no_grad():
         first = arguments[0]
@@ -99,14 +99,14 @@ def test_ranks(each_backend: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("of_x", LAYOUTS)
-@pytest.mark.parametrize("of_rest", ["contiguous", "channels_last", "strided"])
-def test_layouts(each_backend: str, of_x: str, of_rest: str) -> None:
-    x, rest = (
+@pytest.mark.parametrize("of_others", ["contiguous", "channels_last", "strided"])
+def test_layouts(each_backend: str, of_x: str, of_others: str) -> None:
+    x, others = (
         tensors(1, torch.float32, 2, 5, 7, 18, layout=of_x),
-        tensors(3, torch.float32, 2, 5, 7, 18, layout=of_rest),
+        tensors(3, torch.float32, 2, 5, 7, 18, layout=of_others),
     )
-    check([*x, *rest], True, **CLIPPED)
-    check([*rest[:1], *x, *rest[1:]], True, **AFFINE)
+    check([*x, *others], True, **CLIPPED)
+    check([*others[:1], *x, *others[1:]], True, **AFFINE)
 
 
 def test_halves_of_one_model_output(each_backend: str) -> None:
@@ -237,9 +237,9 @@ def test_bitwise_repeatable(each_backend: str, threads: int) -> None:
 
 
 def arguments_of_op(guided: bool, clipped: bool, terms: int) -> tuple[Any, ...]:
-    x, cond, uncond, *rest = tensors(3 + terms, torch.float64, 2, 2, 3, 4)
+    x, cond, uncond, *others = tensors(3 + terms, torch.float64, 2, 2, 3, 4)
     clip = (0.5, 1.5, -0.8, 1.0) if clipped else (0.0, 0.0, 0.0, None)
-    return x, cond, uncond if guided else None, 2.5, 1.25, -0.75, rest, [0.5, -2.0][:terms], *clip
+    return x, cond, uncond if guided else None, 2.5, 1.25, -0.75, others, [0.5, -2.0][:terms], *clip
 
 
 @pytest.mark.parametrize(
@@ -252,10 +252,10 @@ def test_opcheck_and_gradcheck(each_backend: str, guided: bool, clipped: bool, t
     torch.library.opcheck(torch.ops.sdo_fast.sampler_step_out, (*plain, torch.empty_like(plain[0])))
 
     def by_tensors(*inputs: Tensor) -> Tensor:
-        found = iter(inputs)
-        x, cond = next(found), next(found)
-        uncond = next(found) if guided else None
-        return torch.ops.sdo_fast.sampler_step(x, cond, uncond, *arguments[3:6], list(found), *arguments[7:])
+        following = iter(inputs)
+        x, cond = next(following), next(following)
+        uncond = next(following) if guided else None
+        return torch.ops.sdo_fast.sampler_step(x, cond, uncond, *arguments[3:6], list(following), *arguments[7:])
 
     inputs = [t for t in (*arguments[:3], *arguments[6]) if t is not None]
     assert torch.autograd.gradcheck(by_tensors, inputs)
@@ -403,8 +403,8 @@ def test_names() -> None:
 @pytest.mark.parametrize("numbers", [AFFINE, CLIPPED], ids=["affine", "clipped"])
 @pytest.mark.parametrize("size", [(64, 64), (9, 11)])
 def test_cuda_matches_reference(dtype: torch.dtype, layout: str, numbers: Any, size: tuple[int, int]) -> None:
-    given = away_from_bounds(tensors(4, dtype, 2, 4, *size), True, **numbers)
-    arguments = [LAYOUTS[layout](t.detach().cuda()).requires_grad_() for t in given]
+    inputs = away_from_bounds(tensors(4, dtype, 2, 4, *size), True, **numbers)
+    arguments = [LAYOUTS[layout](t.detach().cuda()).requires_grad_() for t in inputs]
     call = flat(True, 1, **numbers)
     with sdo_fast.use_backend("cuda"):
         assert_matches(

@@ -89,15 +89,15 @@ def test_mix_backward(dims: tuple[int, int, int], size: tuple[int, int]) -> None
     x = torch.randn(2, dims[0], *size, device=DEVICE)
     parameters = _parameters(*dims)
 
-    def whole(x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def mixed(x: Tensor, *parameters: Tensor | None) -> Tensor:
         spectrum = torch.view_as_real(torch.fft.rfft2(x, norm="ortho"))
         return _image_of(_mix(spectrum, *parameters, 0.3), *size)
 
     # Partly the image itself: of one channel a weight's gradient is one sum, which must not cancel.
-    grad = whole(x, *parameters) + 0.3 * torch.randn(2, dims[2] or dims[1], *size, device=DEVICE)
+    grad = mixed(x, *parameters) + 0.3 * torch.randn(2, dims[2] or dims[1], *size, device=DEVICE)
     inputs = [None if t is None else t.double().requires_grad_() for t in (x, *parameters)]
     leaves = [t for t in inputs if t is not None]
-    expected = torch.autograd.grad(whole(*inputs), leaves, grad.double())
+    expected = torch.autograd.grad(mixed(*inputs), leaves, grad.double())
     spectrum, grad_spectrum = (torch.view_as_real(torch.fft.rfft2(t, norm="ortho")).contiguous() for t in (x, grad))
     with poisoned_memory():
         grads = spectra.spectrum_mix_backward(grad_spectrum, spectrum, *parameters, size[1], 0.3, True, True)
@@ -175,29 +175,33 @@ def _statistics_input(dim: int, mean: float) -> tuple[Tensor, Tensor]:
     return spectrum, _moments(spectrum.double() / math.prod(SIZE) ** 0.5)
 
 
-Given = tuple[Tensor, ...]
+Tensors = tuple[Tensor, ...]
 
 
-def _defined(parameters: Given, spectrum: Tensor, moments: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _defined(
+    parameters: Tensors, spectrum: Tensor, moments: Tensor | None
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Matrix, statistics and the leaves of `_fourier.compose` in fp64: parameters, then moments and zero frequency."""
     side = math.prod(SIZE) ** 0.5
     leaves = [p.double().requires_grad_() for p in parameters]
-    given: list[Tensor] = []
+    spectral: list[Tensor] = []
     if moments is not None:
-        given = [moments.clone().requires_grad_(), (spectrum[:, :, 0, 0, 0].double() / side).requires_grad_()]
+        spectral = [moments.clone().requires_grad_(), (spectrum[:, :, 0, 0, 0].double() / side).requires_grad_()]
     count = spectrum.shape[0] * spectrum.shape[2] * spectrum.shape[3]
-    matrix, statistics = _fourier.compose(EPS, side, count, unflatten(FourierParameters, [*leaves, None, None]), *given)
+    matrix, statistics = _fourier.compose(
+        EPS, side, count, unflatten(FourierParameters, [*leaves, None, None]), *spectral
+    )
     scale = torch.full((matrix.shape[1] // 2,), 1 / side, dtype=torch.float64, device=DEVICE)
     scale[-1] = 1
     statistics = [s * count / (count - 1) if i % 2 else s for i, s in enumerate(statistics)]
     return (
         matrix * torch.cat((scale, scale)),
         statistics,
-        [p for i, p in enumerate(leaves) if i not in (2, 3, 8, 9)] + given,
+        [p for i, p in enumerate(leaves) if i not in (2, 3, 8, 9)] + spectral,
     )
 
 
-def _check_compose(parameters: Given, spectrum: Tensor, moments: Tensor | None, dtype: torch.dtype) -> None:
+def _check_compose(parameters: Tensors, spectrum: Tensor, moments: Tensor | None, dtype: torch.dtype) -> None:
     """The matrix, the statistics and every gradient, those of moments and zero frequency included."""
     area, dim = math.prod(SIZE), spectrum.shape[1]
     expected, statistics, leaves = _defined(parameters, spectrum, moments)
@@ -293,12 +297,12 @@ def _branch(dim: int, inner: int, outputs: int, dtype: torch.dtype = torch.float
         return (torch.randn(shape, device=DEVICE) * 0.3).to(dtype).requires_grad_()
 
     def factor() -> Factor:
-        statistics = torch.randn(wide, device=DEVICE).to(dtype), (torch.rand(wide, device=DEVICE) + 0.5).to(dtype)
-        norm = Norm(*statistics, parameter(wide), parameter(wide))
-        return Factor(norm, parameter(wide, wide, 1, 1), parameter(wide))
+        statistics = torch.randn(parts, device=DEVICE).to(dtype), (torch.rand(parts, device=DEVICE) + 0.5).to(dtype)
+        norm = Norm(*statistics, parameter(parts), parameter(parts))
+        return Factor(norm, parameter(parts, parts, 1, 1), parameter(parts))
 
-    wide = 2 * inner
-    first = parameter(wide, dim, 1, 1), parameter(wide)
+    parts = 2 * inner
+    first = parameter(parts, dim, 1, 1), parameter(parts)
     last = (parameter(outputs, inner, 1, 1), parameter(outputs)) if outputs else (None, None)
     return FourierParameters(*first, factor(), factor(), *last)
 

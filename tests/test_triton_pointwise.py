@@ -44,11 +44,11 @@ def _check(args: Arguments, grad: Tensor | None = None) -> None:
     assert y.is_contiguous()
     inputs = [t if t is None else t.double().contiguous().requires_grad_() for t in args]
     expected = reference.pointwise(*inputs)
-    given = [i for i, t in enumerate(inputs[:5]) if t is not None]
+    present = [i for i, t in enumerate(inputs[:5]) if t is not None]
     assert_close(y, expected, what="output")
-    actual = [grads[i] for i in given]
-    assert_close(actual, torch.autograd.grad(expected, [inputs[i] for i in given], grad.double()), what="gradient")
-    assert all(grads[i].numel() == 0 for i in range(5) if i not in given)
+    actual = [grads[i] for i in present]
+    assert_close(actual, torch.autograd.grad(expected, [inputs[i] for i in present], grad.double()), what="gradient")
+    assert all(grads[i].numel() == 0 for i in range(5) if i not in present)
 
 
 @pytest.mark.parametrize(("widths", "size"), [((5,), (1, 1)), ((18, 3), (3, 5)), ((4, 3, 2), (6, 64))])

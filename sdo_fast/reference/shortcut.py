@@ -32,11 +32,11 @@ def shortcut_backward(
     clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sdo_fast.functional.shortcut_backward`, in float32 for 16-bit inputs, else in their own dtype."""
-    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    direct, through = a * wide, b * wide
+    cotangent = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    direct, through = a * cotangent, b * cotangent
     if clip is not None:
         assert x is not None
         assert cond is not None
-        kept = torch.where(unclipped(x, cond, uncond, guidance, pred_x, pred_eps, clip), wide, 0)
+        kept = torch.where(unclipped(x, cond, uncond, guidance, pred_x, pred_eps, clip), cotangent, 0)
         direct, through = direct + c * pred_x * kept, through + c * pred_eps * kept
     return direct.to(grad.dtype), (guidance * through).to(grad.dtype), ((1 - guidance) * through).to(grad.dtype)

@@ -158,7 +158,7 @@ class Operator:
     @cached_property
     def places(self) -> tuple[int, ...]:
         """Of the inputs that have a gradient. The backward op gives one for each, in order."""
-        return tuple(i for i, given in enumerate(self.inputs) if given.need)
+        return tuple(i for i, spec in enumerate(self.inputs) if spec.need)
 
     @cached_property
     def flags(self) -> tuple[str, ...]:
@@ -205,10 +205,10 @@ class Operator:
         for of_sums in grads[1:]:
             grad = grad if of_sums is None else grad + of_sums[..., None, None]
         tensors = [inputs[i] for i in wanted]
-        found = torch.autograd.grad(
+        results = torch.autograd.grad(
             output, tensors, grad.to(output.dtype), create_graph=create_graph, allow_unused=True
         )
-        return {i: torch.zeros_like(t) if g is None else g for i, t, g in zip(wanted, tensors, found, strict=True)}
+        return {i: torch.zeros_like(t) if g is None else g for i, t, g in zip(wanted, tensors, results, strict=True)}
 
     def backward(self, *args: Any) -> Any:
         """The backward op by the definition."""
@@ -216,9 +216,9 @@ class Operator:
         wanted = self.wanted(inputs, flags)
         with recording():
             leaves = [a.detach().requires_grad_() if i in wanted else a for i, a in enumerate(inputs)]
-            found = self.gradients(grads, leaves, wanted, False) if wanted else {}
+            gradients = self.gradients(grads, leaves, wanted, False) if wanted else {}
         return _as_result(
-            tuple(as_output(inputs[i], found[i]) if i in found else grads[0].new_empty(0) for i in self.places)
+            tuple(as_output(inputs[i], gradients[i]) if i in gradients else grads[0].new_empty(0) for i in self.places)
         )
 
     def fake_backward(self, *args: Any) -> Any:
@@ -270,8 +270,8 @@ class Operator:
             with recording():
                 grads = backward(kernels, *args)
             inputs = self.backward_arguments(args).inputs
-            found = zip((inputs[i] for i in self.places), as_tuple(grads), strict=True)
-            return _as_result(tuple(g if like is None else as_output(like, g) for like, g in found))
+            pairs = zip((inputs[i] for i in self.places), as_tuple(grads), strict=True)
+            return _as_result(tuple(g if like is None else as_output(like, g) for like, g in pairs))
 
         return call
 
@@ -283,7 +283,7 @@ class Operator:
             return make(generator, arg) if isinstance(arg, Tensor) else arg
 
         count = len(self.inputs)
-        inputs = (one(a, given.need == Image.need) for a, given in zip(args[:count], self.inputs, strict=True))
+        inputs = (one(a, spec.need == Image.need) for a, spec in zip(args[:count], self.inputs, strict=True))
         return *inputs, *(one(a, True) for a in args[count:])
 
     def backward_sample(self, generator: torch.Generator, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -434,9 +434,9 @@ class _DoubleBackward(_Saved):
     """The gradient of a backward op, through the definition."""
 
     def save(self, ctx: Any, args: tuple[Any, ...], output: Any) -> None:
-        given = self.operator.backward_arguments(args)
-        self.save_inputs(ctx, given.grads, given.inputs)
-        ctx.flags = given.flags
+        arguments = self.operator.backward_arguments(args)
+        self.save_inputs(ctx, arguments.grads, arguments.inputs)
+        ctx.flags = arguments.flags
 
     def backward(self, ctx: Any, *grad_grads: Tensor) -> tuple[Any, ...]:
         op, outputs = self.operator, 1 + self.operator.sums
@@ -450,8 +450,8 @@ class _DoubleBackward(_Saved):
             inputs = self.restored(ctx, alive[outputs:])
             wanted = op.wanted(inputs, ctx.flags)
             first = op.gradients(alive[:outputs], inputs, wanted, True)
-            given = dict(zip(self.places, grad_grads, strict=True))
-            pairs = [(first[i], given[i].to(first[i].dtype)) for i in wanted if first[i].requires_grad]
+            cotangents = dict(zip(self.places, grad_grads, strict=True))
+            pairs = [(first[i], cotangents[i].to(first[i].dtype)) for i in wanted if first[i].requires_grad]
             second = torch.autograd.grad(
                 [f for f, _ in pairs],
                 [t for t in alive if t is not None],
@@ -459,8 +459,8 @@ class _DoubleBackward(_Saved):
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        found = iter(second)
-        ordered = [None if t is None else next(found) for t in alive]
+        gradients = iter(second)
+        ordered = [None if t is None else next(gradients) for t in alive]
         result: list[Any] = [None] * len(op.inputs)
         for i, g in zip(self.places, ordered[outputs:], strict=True):
             result[i] = g

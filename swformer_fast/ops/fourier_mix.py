@@ -38,16 +38,16 @@ _INPUTS: tuple[Input, ...] = (
 def _definition(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *flat, eps = arguments
     parameters = unflatten(FourierParameters, flat)
-    own_statistics = parameters.gate.norm.running_mean is None
+    batch_statistics = parameters.gate.norm.running_mean is None
     moments, statistics = _fourier.no_statistics(x, parameters)
-    if own_statistics:  # with momentum 1 the running statistics become the batch's
+    if batch_statistics:  # with momentum 1 the running statistics become the batch's
         gate, value = (
             factor._replace(norm=factor.norm._replace(running_mean=mean, running_var=variance))
             for factor, (mean, variance) in zip(parameters.factors, statistics.view(2, 2, -1), strict=True)
         )
         parameters = parameters._replace(gate=gate, value=value)
-    y = reference.fourier_mix(x, parameters, own_statistics, 1.0, eps)
-    if own_statistics and x.shape[0]:
+    y = reference.fourier_mix(x, parameters, batch_statistics, 1.0, eps)
+    if batch_statistics and x.shape[0]:
         parts = torch.view_as_real(torch.fft.rfft2(x.detach().double(), norm="ortho")).permute(4, 1, 0, 2, 3)
         parts = torch.cat((parts, torch.ones_like(parts[:, :1])), 1)
         parts[..., 0, 0] = 0

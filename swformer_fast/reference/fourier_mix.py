@@ -41,11 +41,11 @@ def batch_norm(x: Tensor, norm: Norm, training: bool, momentum: float, eps: floa
     if x.dtype != torch.float64 or norm.weight.dtype == torch.float64:
         return F.batch_norm(x, *norm, training, momentum, eps)
     running = [t for t in (norm.running_mean, norm.running_var) if t is not None]
-    wide = [t.double() for t in running]
-    mean, variance = wide or (None, None)
+    in_fp64 = [t.double() for t in running]
+    mean, variance = in_fp64 or (None, None)
     y = F.batch_norm(x, mean, variance, norm.weight.double(), norm.bias.double(), training, momentum, eps)
     if training:
-        for old, new in zip(running, wide, strict=True):
+        for old, new in zip(running, in_fp64, strict=True):
             old.copy_(new)
     return y
 
