@@ -391,6 +391,4 @@ def check_latents(latents: Tensor, generator: torch.Generator | None = None) -> 
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if transformed():
-        raise RuntimeError(
-            "a sampler's gradient is one step's: forward mode and torch.func transforms are not supported"
-        )
+        raise RuntimeError("a sampler's gradient is one step's: there is no forward mode, and no torch.func transform")
