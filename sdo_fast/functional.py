@@ -11,6 +11,7 @@ from . import ops
 from .model import guided_by_tensor
 
 _OUT_RECORDS_NOTHING = "out must be None where gradients are recorded (or use torch.no_grad()), got a tensor"
+_OUT_IS_NOT_TRANSFORMED = "out must be None in forward mode and under torch.func transforms, got a tensor"
 
 
 def sampler_step(
@@ -94,6 +95,8 @@ def sampler_step(
     _check_out("out", out, "x", x, (x, cond, uncond, *terms))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, cond, uncond, *terms)):
         raise RuntimeError(_OUT_RECORDS_NOTHING)
+    if ops.transformed():
+        raise RuntimeError(_OUT_IS_NOT_TRANSFORMED)
     torch.ops.sdo_fast.sampler_step_out.default(*arguments, out)
     return out
 
@@ -153,9 +156,7 @@ def shortcut_backward(
     arguments = (grad, a, b, 1.0 if guidance is None else guidance, *(inputs.get(n) for n in ("x", "cond", "uncond")))
     arguments += (c, pred_x, pred_eps, clip)
     if out is None:
-        grad_x, grad_cond, grad_uncond = torch.ops.sdo_fast.shortcut_backward.default(
-            *arguments, True, True, guidance is not None
-        )
+        grad_x, grad_cond, grad_uncond = ops.shortcut(*arguments, True, True, guidance is not None)
         return grad_x, grad_cond, grad_uncond if guidance is not None else None
     if guidance is None and out[2] is not None:
         raise ValueError("out must have None in the third place without guidance (no uncond half), got a tensor")
@@ -165,6 +166,8 @@ def shortcut_backward(
             _check_out(f"out ({name})", tensor, "grad", grad, (grad, *inputs.values()), earlier)
     if torch.is_grad_enabled() and grad.requires_grad:
         raise RuntimeError(_OUT_RECORDS_NOTHING)
+    if ops.transformed():
+        raise RuntimeError(_OUT_IS_NOT_TRANSFORMED)
     ops.shortcut_kernel(grad)(*arguments, *out)
     return out
 

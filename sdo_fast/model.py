@@ -25,8 +25,9 @@ class GuidedModel:
     The model gets x (B, C, ...) and t of shape (B,), by the name `timestep` where its second parameter is another one
     (diffusers transformers), and returns a tensor, a tuple that begins with one, or an object
     with `.sample`. Where the output has 2C channels the variance half is dropped, unless `learned_variance`: then it
-    is kept, and guidance leaves it as the conditional call gave it. The output is cast to x's dtype, so that autocast
-    does not lower the precision of the sampler's state. w may be a tensor that broadcasts against x, and get gradients;
+    is kept, and guidance leaves it as the conditional call gave it. The output is copied, for the model may write the
+    next one to the same memory, and cast to x's dtype, so that autocast does not lower the precision of the sampler's
+    state. w may be a tensor that broadcasts against x, and get gradients;
     it is combined in float32 (float64 for float64) and the result rounded once.
     """
 
@@ -120,7 +121,8 @@ class GuidedModel:
             raise ValueError(
                 f"model must return shape {expected} for an input of {tuple(x.shape)}, got {tuple(output.shape)}"
             )
-        return output.to(x.dtype)
+        # A copy: models that return the same memory at every call (CUDA graphs, TensorRT) would change what is kept.
+        return output.to(x.dtype, copy=True)
 
 
 def guided(uncond: Tensor, cond: Tensor, weight: float) -> Tensor:

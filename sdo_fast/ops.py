@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backend import OPS, Op, kernel, run
 from .reference.shortcut import shortcut_backward, unclipped
@@ -101,8 +102,17 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd(f"{NAMESPACE}::sampler_step", _step_backward, setup_context=_save_step, lib=_LIB)
 
 
+def transformed() -> bool:
+    """Whether torch.func transforms the call, or it runs in forward mode: PyTorch's own ops alone have rules for it."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def step(x: Tensor, cond: Tensor, uncond: Tensor | None, *args: Any) -> Tensor:
     """`sampler_step`, past the machinery of autograd where no gradient is recorded."""
+    if transformed():
+        return sampler_step(x, cond, uncond, *args)
     inputs = (x, cond, *args[3]) if uncond is None else (x, cond, uncond, *args[3])
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return torch.ops.sdo_fast.sampler_step.default(x, cond, uncond, *args)
@@ -179,6 +189,14 @@ _define(
     lambda *args: run(SHORTCUT, args),
     lambda *args: None,
 )
+
+
+def shortcut(*args: Any) -> tuple[Tensor, ...]:
+    """`shortcut_backward`, whose last three arguments say which gradients are needed."""
+    if transformed():
+        grads = shortcut_backward(*args[:11])
+        return tuple(g if need else args[0].new_empty(0) for g, need in zip(grads, args[11:], strict=True))
+    return torch.ops.sdo_fast.shortcut_backward.default(*args)
 
 
 def shortcut_kernel(grad: Tensor) -> Callable[..., None]:

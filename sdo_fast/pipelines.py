@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .model import GuidedModel
 from .sampler import ShortcutSampler, check_latents
+
+
+class _Calling(nn.Module):
+    """A method of a module as a module, for functional_call."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, x: Tensor) -> Any:
+        return getattr(self.module, self.method)(x)
 
 
 class PipelineSampler(ShortcutSampler):
@@ -46,15 +58,16 @@ class PipelineSampler(ShortcutSampler):
     def prepare_latents(self, generator: torch.Generator | None = None) -> Tensor:
         """Noise for step 0, in the network's dtype and on its device."""
         parameter = next(self.network.parameters())
-        device = parameter.device if generator is None else generator.device
+        target = execution_device(self.network, parameter.device)
+        device = target if generator is None else generator.device
         noise = torch.randn(self.shape, generator=generator, device=device, dtype=torch.float32)
-        return noise.to(parameter.device, parameter.dtype) * getattr(self.solver.scheduler, "init_noise_sigma", 1.0)
+        return noise.to(target, parameter.dtype) * getattr(self.solver.scheduler, "init_noise_sigma", 1.0)
 
     def decode(self, x0: Tensor) -> Tensor:
         """The image in [0, 1] (clamped, as the authors' losses see it)."""
         if self.vae is not None:
             x0 = x0 / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-            x0 = self.vae.decode(x0.to(self.vae.dtype)).sample
+            x0 = self._autoencoder("decode", x0).sample
         return (x0 / 2 + 0.5).clamp(0, 1)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -62,9 +75,20 @@ class PipelineSampler(ShortcutSampler):
         check_latents(image)
         x0 = 2 * image - 1
         if self.vae is not None:
-            x0 = self.vae.encode(x0.to(self.vae.dtype)).latent_dist.mean
+            x0 = self._autoencoder("encode", x0).latent_dist.mean
             x0 = (x0 - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
         return x0
+
+    def _autoencoder(self, method: str, x: Tensor) -> Any:
+        """In fp32 where it overflows in fp16 (`force_upcast`), as in the pipeline; its weights stay as they are."""
+        assert self.vae is not None
+        if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
+            return getattr(self.vae, method)(x.to(self.vae.dtype))
+        call = _Calling(self.vae, method)
+        in_fp32 = {
+            name: t.float() if t.is_floating_point() else t for name, t in call.state_dict(keep_vars=True).items()
+        }
+        return torch.func.functional_call(call, in_fp32, (x.float(),))
 
     def guided(
         self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
@@ -100,8 +124,10 @@ def from_pipeline(
         num_inference_steps, start, grad_step, guidance_scale, **sampler_kwargs: of `ShortcutSampler`.
 
     Raises:
-        TypeError: another kind of pipeline. For those, give their network to `ShortcutSampler`, with a function that
-            calls it as `model(x, t, **kwargs)`.
+        TypeError: another kind of pipeline, or one with parts that this sampler would leave out (ControlNet,
+            inpainting, instructions, refiner, ...). For those, give their network to `ShortcutSampler`, with a function
+            that calls it as `model(x, t, **kwargs)`.
+        ValueError: height or width are no multiple of what the autoencoder takes.
     """
     network = getattr(pipe, "unet", None)
     if network is None and type(getattr(pipe, "transformer", None)).__name__ == "SD3Transformer2DModel":
@@ -109,13 +135,16 @@ def from_pipeline(
     scheduler = getattr(pipe, "scheduler", None)
     if network is None or scheduler is None:
         raise TypeError(
-            f"pipe must have a unet or an SD3 transformer, and a scheduler, got {type(pipe).__name__}; give its "
-            "network to ShortcutSampler in a function model(x, t, **kwargs)"
+            f"pipe must have a unet or an SD3 transformer, and a scheduler, got {type(pipe).__name__}; {_ELSE}"
         )
+    _refuse(pipe, network)
     factor = getattr(pipe, "vae_scale_factor", 8) if getattr(pipe, "vae", None) is not None else 1
-    sides = network.config.sample_size
-    sides = (sides, sides) if isinstance(sides, int) else sides
-    size = (height // factor if height else sides[0], width // factor if width else sides[1])
+    default = network.config.sample_size
+    default = (default, default) if isinstance(default, int) else default
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < 1 or side % factor):
+            raise ValueError(f"{name} must be a positive multiple of {factor} pixels for this pipeline, got {side}")
+    size = (height // factor if height else default[0], width // factor if width else default[1])
 
     if not hasattr(pipe, "encode_prompt"):
         if prompt is not None or guidance_scale is not None:
@@ -131,6 +160,40 @@ def from_pipeline(
     return PipelineSampler(
         pipe, network, conditions, batch, size, num_inference_steps, start, grad_step, guidance_scale, **sampler_kwargs
     )
+
+
+def execution_device(module: nn.Module, default: torch.device) -> torch.device:
+    """Where accelerate's hooks bring an offloaded module to run, or `default`."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), default))
+
+
+_ELSE = "give its network to ShortcutSampler in a function model(x, t, **kwargs)"
+
+
+def _refuse(pipe: Any, network: Any) -> None:
+    """TypeError for a pipeline that does more than to call its network on the latents and the prompt."""
+    config, vae = network.config, getattr(pipe, "vae", None)
+    of_vae = getattr(vae, "config", None)
+    arguments = inspect.signature(pipe.__call__).parameters
+    channels = getattr(of_vae, "latent_channels", None)
+    reasons = {
+        "a controlnet": getattr(pipe, "controlnet", None) is not None or "control_image" in arguments,
+        "a T2I adapter": getattr(pipe, "adapter", None) is not None,
+        "a mask to paint in": "mask_image" in arguments,
+        "an autoencoder that is not called vae": vae is None and hasattr(pipe, "vqvae"),
+        "an autoencoder with latents_mean or latents_std": any(
+            getattr(of_vae, name, None) is not None for name in ("latents_mean", "latents_std")
+        ),
+        "a network with time_cond_proj_dim": getattr(config, "time_cond_proj_dim", None) is not None,
+        "aesthetic scores": bool(getattr(getattr(pipe, "config", None), "requires_aesthetics_score", False)),
+        f"a network of {config.in_channels} channels on an autoencoder of {channels}": channels is not None
+        and config.in_channels != channels,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise TypeError(f"pipe must be a plain pipeline, got {type(pipe).__name__} with {reason}; {_ELSE}")
 
 
 @torch.no_grad()
@@ -149,7 +212,7 @@ def _encode(
     third = {"prompt_2": None, "prompt_3": None} if network is None else {}
     arguments = {
         "prompt": prompt,
-        "device": (network or pipe.transformer).device,
+        "device": execution_device(network or pipe.transformer, (network or pipe.transformer).device),
         "num_images_per_prompt": images_per_prompt,
         "do_classifier_free_guidance": guidance_scale is not None,
         "negative_prompt": negative_prompt,

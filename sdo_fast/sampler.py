@@ -18,6 +18,7 @@ from ._progress import bar
 from .gradients import ScaleGradient, Slopes
 from .graphs import CapturedModel
 from .model import GuidedModel
+from .ops import transformed
 from .paths import draw_step, grad_step_choices
 from .reuse import TrajectoryCache
 from .schedulers import affine_sensitivities, refuse_stochastic, refuse_vanishing
@@ -389,3 +390,5 @@ def check_latents(latents: Tensor, generator: torch.Generator | None = None) -> 
         raise ValueError(f"latents must have shape (B, C, ...), got {tuple(latents.shape)}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if transformed():
+        raise RuntimeError("a sampler's gradient is one step's: there is no forward mode, and no torch.func transform")

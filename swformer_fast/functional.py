@@ -5,8 +5,8 @@ gives a channels_last output, any other a contiguous one. Parameters may be floa
 arithmetic is then fp32 and the output has the image's dtype. Under autocast the image is cast to the autocast dtype, as
 conv2d does. Gradients exist to the image and every parameter, are the same bits in every run and for every number of
 threads, and can be differentiated again (through the reference). torch.compile takes each op whole (no graph break).
-torch.func transforms (grad, vmap, ...) raise RuntimeError: PyTorch has none for operators registered this way; the
-functions of `swformer_fast.reference` take them.
+torch.func transforms (grad, vjp, jvp, jacrev, hessian) and forward mode take the definition in place of the kernels;
+vmap calls an op for one element after the other.
 """
 
 from __future__ import annotations

@@ -8,17 +8,7 @@ from torch import Tensor, nn
 
 from . import functional, fusion, reference
 from .parameters import Convolution, MixerParameters
-from .reference.common import conv_parameters
-
-
-def as_defined(kind: type[nn.Module], *modules: nn.Module) -> bool:
-    """Whether calling these modules does what `kind` does and nothing more: no other forward, no hooks."""
-    return all(
-        type(m).forward is kind.forward
-        and "forward" not in m.__dict__
-        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        for m in modules
-    )
+from .reference.common import as_defined, conv_parameters, plain
 
 
 class HaarDWT2d(reference.HaarDWT2d):
@@ -39,21 +29,21 @@ class SpatialBranch(reference.SpatialBranch):
     __doc__ = reference.SpatialBranch.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.depthwise_gelu(x, *self.arguments())
+        return functional.depthwise_gelu(x, *self.arguments()) if self.readable else super().forward(x)
 
 
 class WaveletBranch(reference.WaveletBranch):
     __doc__ = reference.WaveletBranch.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.wavelet_mix(x, *self.arguments())
+        return functional.wavelet_mix(x, *self.arguments()) if self.readable else super().forward(x)
 
 
 class FourierBranch(reference.FourierBranch):
     __doc__ = reference.FourierBranch.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.canonical:
+        if not (self.canonical and self.readable):
             return super().forward(x)
         self.count_batch()
         return functional.fourier_mix(x, *self.arguments())
@@ -63,7 +53,7 @@ class ChannelAttention(reference.ChannelAttention):
     __doc__ = reference.ChannelAttention.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.channel_attention(x, *self.arguments())
+        return functional.channel_attention(x, *self.arguments()) if self.readable else super().forward(x)
 
 
 class MultiDomainMixer(reference.MultiDomainMixer):
@@ -82,9 +72,11 @@ class MultiDomainMixer(reference.MultiDomainMixer):
     @property
     def fusible(self) -> bool:
         """Whether its parts do what they are defined to do, so that `mix` may take their parameters instead."""
-        defined = as_defined(nn.Conv2d, self.conv_in, self.conv_out) and as_defined(ChannelAttention, self.attention)
+        defined = plain(self.conv_in, self.conv_out) and as_defined(ChannelAttention, self.attention)
         defined = defined and as_defined(SpatialBranch, self.spatial) and as_defined(WaveletBranch, self.wavelet)
-        return defined and as_defined(FourierBranch, self.fourier) and self.canonical
+        defined = defined and as_defined(FourierBranch, self.fourier) and self.canonical
+        parts = (self.spatial, self.wavelet, self.fourier, self.attention)
+        return defined and all(part.readable for part in parts)
 
     def mix(self, x: Tensor, conv_in: Convolution, scale: Tensor | None, residual: Tensor | None) -> Tensor:
         """`residual + scale * forward(x)` with the parameters of the first convolution given."""
@@ -100,7 +92,9 @@ class MultiScaleFFN(reference.MultiScaleFFN):
     __doc__ = reference.MultiScaleFFN.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.multiscale_ffn(x, *self.arguments()) if self.canonical else super().forward(x)
+        if not (self.canonical and self.readable):
+            return super().forward(x)
+        return functional.multiscale_ffn(x, *self.arguments())
 
 
 class SWFormerBlock(reference.SWFormerBlock):
@@ -112,7 +106,7 @@ class SWFormerBlock(reference.SWFormerBlock):
     def forward(self, x: Tensor) -> Tensor:
         mixer, ffn = cast(MultiDomainMixer, self.mixer), self.ffn
         defined = as_defined(MultiDomainMixer, mixer) and mixer.fusible
-        defined = defined and as_defined(MultiScaleFFN, ffn) and as_defined(nn.Conv2d, ffn.conv_in)
+        defined = defined and as_defined(MultiScaleFFN, ffn) and ffn.readable
         defined = defined and as_defined(nn.BatchNorm2d, self.norm1, self.norm2) and self.canonical
         if not (defined and fusion.foldable(x)):
             return super().forward(x)

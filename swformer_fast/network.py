@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import fusion, reference
-from .modules import HaarDWT2d, SWFormerBlock, as_defined
+from .modules import HaarDWT2d, SWFormerBlock
 from .parameters import Convolution
 from .reference import PRESETS
 from .reference import network as reference_network
-from .reference.common import conv_parameters
+from .reference.common import conv_parameters, plain
 
 __all__ = ["PRESETS", "SWFormer"]
 
@@ -18,7 +18,7 @@ class Merge(reference_network.Merge):
     __doc__ = reference_network.Merge.__doc__
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.conv is None or not (as_defined(nn.Conv2d, self.conv) and fusion.foldable(a) and fusion.foldable(b)):
+        if self.conv is None or not (plain(self.conv) and fusion.foldable(a) and fusion.foldable(b)):
             return super().forward(a, b)
         return fusion.merge(a, b, Convolution(*conv_parameters(self.conv)))
 

@@ -25,8 +25,9 @@ def restore_tiled(
     fits into one tile goes through the model as it is.
 
     Args:
-        model: takes and returns (1, C, h, w); runs without gradients, in the mode (train or eval) that it is in.
-        image: (C, H, W) or (B, C, H, W) on any device; tiles move to the device of the model's parameters.
+        model: takes and returns (1, C, h, w); runs without gradients, in the mode (train or eval) that it is in. A
+            module gets tiles in the dtype and on the device of its parameters (offloaded by accelerate: where it runs).
+        image: (C, H, W) or (B, C, H, W) on any device; it stays there.
         tile: side of a tile, a multiple of 16.
         overlap: least number of pixels that neighbouring tiles share, below tile / 2.
         progress: show a progress bar (tqdm, where installed).
@@ -35,7 +36,8 @@ def restore_tiled(
         The restored image in the shape, dtype and device of `image`.
 
     Raises:
-        TypeError, ValueError: image is no floating tensor of rank 3 or 4; tile or overlap out of range.
+        TypeError, ValueError: image is no floating tensor of rank 3 or 4; tile or overlap out of range; the model
+            returns something else for the first tile.
     """
     if not isinstance(image, Tensor) or not image.is_floating_point():
         raise TypeError(f"image must be a floating tensor, got {getattr(image, 'dtype', type(image).__name__)}")
@@ -45,18 +47,36 @@ def restore_tiled(
         raise ValueError(f"tile must be a positive multiple of {MULTIPLE}, got {tile}")
     if not 0 <= overlap < tile / 2:
         raise ValueError(f"overlap must be at least 0 and less than tile / 2 = {tile / 2:g}, got {overlap}")
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    device = image.device if parameter is None else parameter.device
+    device, dtype = _where_it_runs(model, image) if isinstance(model, nn.Module) else (image.device, image.dtype)
     batch = image if image.dim() == 4 else image[None]
     rows, columns = (_windows(size, tile, overlap) for size in batch.shape[2:])
     places = list(itertools.product(range(len(batch)), rows, columns))
     restored = torch.zeros_like(batch, memory_format=torch.contiguous_format)
     with torch.no_grad():
         for i, (top, bottom, down), (left, right, across) in _bar(places, progress):
-            patch = model(batch[i : i + 1, :, top:bottom, left:right].to(device))[0].to(image.device)
+            given = batch[i : i + 1, :, top:bottom, left:right]
+            patch = _checked(model(given.to(device, dtype)), given).to(image)
             weights = down.to(patch)[:, None] * across.to(patch)
-            restored[i, :, top:bottom, left:right].addcmul_(patch, weights)
+            restored[i, :, top:bottom, left:right].addcmul_(patch[0], weights)
     return restored if image.dim() == 4 else restored[0]
+
+
+def _where_it_runs(model: nn.Module, image: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the model's input: of its parameters, or where accelerate's hooks bring what is offloaded."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = [d for d in (getattr(hook, "execution_device", None) for hook in hooks) if d is not None]
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    devices += [p.device for p in parameters if p.device.type != "meta"]
+    device = torch.device(devices[0]) if devices else image.device
+    return device, parameters[0].dtype if parameters else image.dtype
+
+
+def _checked(output: object, given: Tensor) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"model must return a tensor for a tile, got {type(output).__name__}: call it in eval mode?")
+    if output.shape != given.shape:
+        raise ValueError(f"model must return {tuple(given.shape)} for such a tile, got {tuple(output.shape)}")
+    return output
 
 
 def _windows(size: int, tile: int, overlap: int) -> list[tuple[int, int, Tensor]]:

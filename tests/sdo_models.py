@@ -71,9 +71,9 @@ def tiny_conditional_unet(**config: Any) -> nn.Module:
     import diffusers
 
     return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        sample_size=8, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=4, **config,
+        cross_attention_dim=16, attention_head_dim=4, **{"in_channels": 4, **config},
     ).eval()  # fmt: skip
 
 

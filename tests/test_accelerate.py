@@ -13,7 +13,7 @@ import torch.distributed as dist
 from helpers import assert_close, randomise
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -251,17 +251,133 @@ def test_replaced_parts_are_used(name: str) -> None:
     assert not torch.allclose(plain(x), output, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name", ["mixer.fourier.conv_in", "mixer.wavelet.conv", "ffn.conv_in", "mixer.attention.conv1"]
-)
-def test_parts_that_would_be_ignored_are_refused(name: str) -> None:
-    """Convolutions whose parameters are read and that are never called, in the reference too."""
-    for accelerate in (lambda module: module, sf.accelerate):
-        block = accelerate(reference.SWFormerBlock(8))
-        parent = block.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], Adapter(block.get_submodule(name)))
-        with pytest.raises(TypeError, match=r"nn\.Conv2d.*got Adapter"):
-            block(torch.randn(1, 8, 16, 16))
+class Standardised(nn.Conv2d):
+    """Weight standardisation, by one of the ways to subclass a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / (self.weight.norm() + 1e-3)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def standardised(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.__class__ = Standardised
+    return conv
+
+
+def circular(conv: nn.Conv2d) -> nn.Conv2d:
+    options = {"padding": conv.padding, "groups": conv.groups, "padding_mode": "circular"}
+    return nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
+
+
+def dilated(conv: nn.Conv2d) -> nn.Conv2d:
+    side = conv.kernel_size[0]
+    options = {"padding": 2 * (side // 2), "dilation": 2, "groups": conv.groups}
+    return nn.Conv2d(conv.in_channels, conv.out_channels, side, **options)
+
+
+def hooked(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    return conv
+
+
+ADAPTED: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
+    "LoRA": Adapter,
+    "pruned": lambda conv: prune.random_unstructured(conv, "weight", 0.5),
+    "weight norm of old": nn.utils.weight_norm,
+    "spectral norm of old": nn.utils.spectral_norm,
+    "no bias": lambda conv: nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, 1, conv.padding, 1, conv.groups, False
+    ),
+    "circular padding": circular,
+    "dilated": dilated,
+    "subclass": standardised,
+    "hooked": hooked,
+}
+READ = [
+    *("mixer.spatial.conv", "mixer.wavelet.conv", "mixer.fourier.conv_in", "mixer.fourier.gate_conv"),
+    *("mixer.fourier.conv_out", "mixer.attention.conv1", "mixer.attention.conv2", "mixer.conv_in", "mixer.conv_out"),
+    *("ffn.conv_in", "ffn.dw.0", "ffn.dw.2", "ffn.conv_out"),
+]
+
+
+def adapt(block: nn.Module, place: str, adaptation: Callable[[nn.Conv2d], nn.Module]) -> None:
+    parent, _, name = place.rpartition(".")
+    setattr(block.get_submodule(parent), name, adaptation(block.get_submodule(place)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("place", READ)
+def test_layers_that_are_more_than_their_parameters_are_called(place: str, name: str, seed: int) -> None:
+    """The second training step too, in the reference and after `accelerate`."""
+
+    def build(adaptation: Callable[[nn.Conv2d], nn.Module]) -> nn.Module:
+        torch.manual_seed(seed)
+        block = randomise(reference.SWFormerBlock(8))
+        adapt(block, place, adaptation)
+        return block
+
+    if name in ("circular padding", "dilated") and build(lambda conv: conv).get_submodule(place).kernel_size == (1, 1):
+        pytest.skip("nothing else of a kernel of one pixel")
+    plain, block, expected_block = build(lambda conv: conv), build(ADAPTED[name]), build(ADAPTED[name]).double()
+    fast = sf.accelerate(build(ADAPTED[name]))
+    for _ in range(2):
+        x = torch.randn(2, 8, 12, 14)
+        expected, expected_grads = gradients(expected_block, x.double())
+        for module in (block, fast):
+            output, grads = gradients(module, x)
+            assert_close(output, expected)
+            assert_same_gradients(grads, expected_grads)
+        # At the start the old weight norm gives the weight that it was given.
+        assert name == "weight norm of old" or not torch.allclose(plain(x), output, rtol=1e-3)
+        for module in (block, fast, expected_block):
+            torch.optim.SGD(module.parameters(), 1e-3).step()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("place", READ)
+def test_calling_layers_is_the_same_as_reading_them(place: str, training: bool) -> None:
+    block = randomise(reference.SWFormerBlock(8)).train(training)
+    called = copy.deepcopy(block)
+    called.get_submodule(place).register_forward_hook(lambda module, inputs, output: output)
+    x = torch.randn(2, 8, 12, 14)
+    for kind in (lambda module: module, sf.accelerate):
+        assert_close(kind(called)(x), copy.deepcopy(block).double()(x.double()))
+    assert_close(called.state_dict()["mixer.fourier.gate_bn.running_mean"], called.mixer.fourier.gate_bn.running_mean)
+
+
+@pytest.mark.parametrize("convert", [nn.SyncBatchNorm, nn.GroupNorm])
+def test_other_normalisations_are_called(convert: type[nn.Module]) -> None:
+    block = randomise(reference.SWFormerBlock(8)).eval()
+    for factor in ("gate_bn", "value_bn"):
+        norm = nn.SyncBatchNorm(16) if convert is nn.SyncBatchNorm else nn.GroupNorm(4, 16)
+        setattr(block.mixer.fourier, factor, norm.eval())
+    x, expected = torch.randn(2, 8, 12, 14), copy.deepcopy(block).double()
+    assert_close(sf.accelerate(block)(x), expected(x.double()))
+
+
+def test_lora_of_peft_trains_and_merges() -> None:
+    peft = pytest.importorskip("peft")
+    model = randomise(sf.SWFormer(widths=(8, 8, 8), depths=(1, 1, 1, 1, 1))).eval()
+    names = ["conv_in", "conv_out", "gate_conv", "value_conv", "conv1", "conv2"]
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, target_modules=names))
+    x, target = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    assert_close(adapted(x), model.double()(x.double()))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 0.1)
+    losses = []
+    for _ in range(5):
+        loss = (adapted(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for n, p in adapted.named_parameters() if p.requires_grad)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    adapted.eval()
+    y = adapted(x)
+    merged = adapted.merge_and_unload()
+    assert type(merged) is sf.SWFormer
+    assert (merged(x) - y).abs().max() < 1e-4
 
 
 PARAMETRISED = {

@@ -27,6 +27,7 @@ from contract import (
 )
 from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 import swformer_fast as sf
@@ -405,11 +406,51 @@ def test_public_function_is_the_op(name: str) -> None:
     assert_close(getattr(sf.functional, name)(*public(name, args), **options), expected)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_functorch_is_refused_not_wrong(name: str) -> None:
-    args = public(name, detached(arguments(name, 1, 2, 6, 6)))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: getattr(sf.functional, name)(x, *args[1:]).square().sum())(args[0])
+def first_of(function: Callable[..., Any], args: list[Any]) -> Tensor:
+    return as_list(function(*args))[0]
+
+
+@optional
+@pytest.mark.parametrize(("name", "backend"), [(n, b) for n, b in BACKENDS if n in DIFFERENTIABLE])
+def test_forward_mode(name: str, backend: str, optional: bool) -> None:
+    """Tangents of all inputs, and those of the gradients (forward over reverse)."""
+    args = of(backend, name, 2, 2, 4, 5, optional=optional)
+    tangents = [torch.randn_like(a) if isinstance(a, Tensor) and a.requires_grad else None for a in args]
+
+    def derivatives(function: Callable[..., Any], args: list[Any], tangents: list[Any]) -> list[Tensor]:
+        with forward_ad.dual_level():
+            pairs = zip(args, tangents, strict=True)
+            duals = [a if t is None else forward_ad.make_dual(a.detach().requires_grad_(), t) for a, t in pairs]
+            y = first_of(function, duals)
+            grads = torch.autograd.grad(y.square().mean(), leaves(duals), create_graph=True)
+            return [forward_ad.unpack_dual(t).tangent for t in (y, *grads)]
+
+    with nullcontext() if refusal(name, backend, args) else sf.use_backend(backend):
+        actual = derivatives(op_of(name), args, tangents)
+    for a, e in zip(actual, derivatives(CATALOGUE[name].forward, fp64(args), fp64(tangents)), strict=True):
+        assert (a - e).norm() < 1e-4 * e.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_transforms(name: str) -> None:
+    x, *others = detached(arguments(name, 2, 2, 4, 5))
+    tangent, batch = torch.randn_like(x), torch.stack((x, x + 1))
+
+    def results(function: Callable[..., Any]) -> list[Tensor]:
+        def y(x: Tensor) -> Tensor:
+            return first_of(function, [x, *others])
+
+        def loss(x: Tensor) -> Tensor:
+            return y(x).square().mean()
+
+        func = torch.func
+        products = func.jvp(y, (x,), (tangent,)), func.jvp(func.grad(loss), (x,), (tangent,))
+        mapped = func.vmap(func.grad(loss))(batch)
+        return [func.grad(loss)(x), func.vjp(y, x)[1](y(x))[0], *(t for pair in products for t in pair), mapped]
+
+    assert_close(results(op_of(name)), results(CATALOGUE[name].forward))
+    one_by_one = torch.stack([first_of(op_of(name), [element, *others]) for element in batch])
+    assert_close(torch.func.vmap(lambda x: first_of(op_of(name), [x, *others]))(batch), one_by_one)
 
 
 # the checks themselves ------------------------------------------------------------------------------------------------

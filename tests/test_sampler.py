@@ -412,3 +412,12 @@ def test_import_is_light():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "sdo_fast" in loaded
     assert not any(name in loaded for name in ("diffusers", "transformers", "triton", "tqdm", "_C"))
+
+
+def test_forward_mode_and_transforms_are_refused():
+    sampler, x = ShortcutSampler(ConvModel(), ddim(), 3), torch.randn(1, 3, 6, 6)
+    call = partial(sampler, model_kwargs={"cond": torch.randn(1, 5)})
+    with pytest.raises(RuntimeError, match="no forward mode"):
+        torch.func.jvp(call, (x,), (x,))
+    with pytest.raises(RuntimeError, match=r"no torch\.func transform"):
+        torch.func.grad(lambda x: call(x).sum())(x)

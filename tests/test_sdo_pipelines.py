@@ -183,3 +183,59 @@ def test_coarse_steps_of_a_pipeline(stable_diffusion):
 def test_other_pipelines_are_refused():
     with pytest.raises(TypeError, match="ShortcutSampler"):
         from_pipeline(object(), "a cat")
+
+
+REFUSED = {
+    "a mask": (lambda pipe: diffusers.StableDiffusionInpaintPipeline(**pipe.components), "a mask to paint in"),
+    "instructions": (
+        lambda pipe: diffusers.StableDiffusionInstructPix2PixPipeline(
+            **{**pipe.components, "unet": tiny_conditional_unet(in_channels=8)}
+        ),
+        "a network of 8 channels on an autoencoder of 4",
+    ),
+    "guidance embedded": (
+        lambda pipe: diffusers.StableDiffusionPipeline(
+            **{**pipe.components, "unet": tiny_conditional_unet(time_cond_proj_dim=8)}
+        ),
+        "a network with time_cond_proj_dim",
+    ),
+    "normalised latents": (
+        lambda pipe: diffusers.StableDiffusionPipeline(
+            **{**pipe.components, "vae": tiny_vae(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)}
+        ),
+        "an autoencoder with latents_mean or latents_std",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pipelines_with_more_parts_are_refused(stable_diffusion, name):
+    make, reason = REFUSED[name]
+    with pytest.raises(TypeError, match=f"{reason}; give its network"):
+        from_pipeline(make(stable_diffusion), "a cat")
+
+
+def test_sizes_that_would_be_rounded_are_refused(stable_diffusion):
+    for name in ("height", "width"):
+        with pytest.raises(ValueError, match=f"{name} must be a positive multiple of 2 pixels .*, got 25"):
+            from_pipeline(stable_diffusion, "a cat", **{name: 25})
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_runs_in_single(stable_diffusion):
+    pipe = diffusers.StableDiffusionPipeline(**{**stable_diffusion.components, "vae": tiny_vae()})
+    vae = pipe.vae
+    assert vae.config.force_upcast
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(1e4)
+    sampler = from_pipeline(pipe, "a cat", 3)
+    x0 = torch.randn(1, 4, 8, 8, requires_grad=True)
+    expected = sampler.decode(x0)
+    (wanted,) = torch.autograd.grad(expected.sum(), x0)
+    vae.half()
+    image = sampler.decode(x0)
+    assert image.isfinite().all()
+    torch.testing.assert_close(image, expected, rtol=1e-2, atol=1e-2)
+    (grad,) = torch.autograd.grad(image.sum(), x0)
+    assert (grad - wanted).norm() < 2e-2 * wanted.norm()
+    assert vae.dtype == torch.float16
+    assert sampler.encode(torch.rand(1, 3, 16, 16)).isfinite().all()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import LAYOUTS, SIZES, assert_close, assert_matches, poisoned_memory, rel_rms, value_and_grads
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 import sdo_fast
@@ -467,3 +468,32 @@ def test_ddim_is_one_call(each_backend: str, prediction: str, clip: float | None
         actual, expected = value_and_grads(ours, (x, eps)), value_and_grads(theirs, (x, eps))
         for a, e in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
             assert rel_rms(a, e) < 2e-6
+
+
+@pytest.mark.parametrize("numbers", [AFFINE, CLIPPED], ids=["affine", "clipped"])
+def test_forward_mode_and_transforms(each_backend: str, numbers: Any) -> None:
+    x, cond, uncond, term = (t.detach() for t in tensors(4, torch.float64))
+    tangents = [torch.randn_like(x) for _ in range(4)]
+
+    def step(*t: Tensor) -> Tensor:
+        return functional.sampler_step(*t[:3], 3.5, terms=[t[3]], scales=[0.5], **numbers)
+
+    def expected(*t: Tensor) -> Tensor:
+        return reference.sampler_step(*t[:3], 3.5, terms=[t[3]], scales=[0.5], **numbers)
+
+    inputs = (x, cond, uncond, term)
+    wanted = torch.func.jvp(expected, inputs, tuple(tangents))
+    assert_close(torch.func.jvp(step, inputs, tuple(tangents)), wanted)
+    with forward_ad.dual_level():
+        y = step(*(forward_ad.make_dual(t, tangent) for t, tangent in zip(inputs, tangents, strict=True)))
+        assert_close(forward_ad.unpack_dual(y).tangent, wanted[1])
+        with pytest.raises(RuntimeError, match="out must be None in forward mode"):
+            functional.sampler_step(x, cond, out=torch.empty_like(x), **numbers)
+    grads = torch.func.grad(lambda *t: step(*t).square().sum(), argnums=(0, 1, 2, 3))(*inputs)
+    assert_close(grads, torch.func.grad(lambda *t: expected(*t).square().sum(), argnums=(0, 1, 2, 3))(*inputs))
+    halves = functional.shortcut_backward(x, 2.0, -3.0, 1.5)
+    with forward_ad.dual_level():
+        dual = functional.shortcut_backward(forward_ad.make_dual(x, tangents[0]), 2.0, -3.0, 1.5)
+        parts = [forward_ad.unpack_dual(t) for t in dual]
+        assert_close([p.primal for p in parts], list(halves))
+        assert_close([p.tangent for p in parts], list(functional.shortcut_backward(tangents[0], 2.0, -3.0, 1.5)))

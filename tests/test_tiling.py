@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +96,40 @@ def test_a_large_image_stays_within_two_gigabytes() -> None:
 def test_errors(error: type[Exception], message: str, arguments: tuple) -> None:
     with pytest.raises(error, match=message):
         sf.restore_tiled(nn.Identity(), *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, image = nn.Conv2d(3, 3, 1).to(dtype), torch.rand(3, 40, 50)
+    result = sf.restore_tiled(model, image, tile=32, overlap=8, progress=False)
+    assert result.dtype == torch.float32
+    assert (result - model(image.to(dtype))).abs().max() < 2e-2
+
+
+def test_an_offloaded_model_gets_tiles_where_it_runs() -> None:
+    model = nn.Conv2d(3, 3, 1).to("meta")
+    model._hf_hook = SimpleNamespace(execution_device="cpu")
+    given: list[Tensor] = []
+    model.forward = lambda x: given.append(x) or x  # what accelerate's hook would bring is not here
+    image = torch.rand(3, 40, 50)
+    assert (sf.restore_tiled(model, image, tile=32, overlap=8, progress=False) - image).abs().max() < 1e-6
+    assert {t.device.type for t in given} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "model"),
+    [
+        (TypeError, "model must return a tensor for a tile, got tuple", lambda x: (x, x)),
+        (
+            ValueError,
+            r"model must return \(1, 3, 32, 32\) for such a tile, got \(1, 3, 16, 16\)",
+            lambda x: x[..., ::2, ::2],
+        ),
+    ],
+)
+def test_what_the_model_returns_is_checked_at_once(error: type[Exception], message: str, model: Any) -> None:
+    calls: list[Tensor] = []
+    with pytest.raises(error, match=message):
+        sf.restore_tiled(lambda x: calls.append(x) or model(x), torch.rand(3, 40, 50), 32, 8, False)
+    assert len(calls) == 1

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backend, self_test
 from .._layout import as_output, as_tuple, empty
@@ -307,8 +308,8 @@ def register(operator: Operator) -> Operator:
     _define(operator.schema, operator.implementations(), operator.fake_forward)
     if operator.differentiable:
         _define(operator.backward_schema, operator.backward_implementations(), operator.fake_backward)
-        _register_gradient(operator.name, _Backward(operator))
-        _register_gradient(operator.backward_name, _DoubleBackward(operator))
+        _register_gradient(operator.name, _Backward(operator), operator.forward)
+        _register_gradient(operator.backward_name, _DoubleBackward(operator), operator.backward)
         _cast_input_under_autocast(operator.name)
     return operator
 
@@ -345,8 +346,20 @@ def recording() -> Iterator[None]:
         yield
 
 
-def _register_gradient(name: str, rule: _Backward | _DoubleBackward) -> None:
-    """As torch.library.register_autograd; its generality takes longer than the kernels on small images."""
+def _transformed(args: Sequence[Any]) -> bool:
+    """Whether torch.func transforms the call, or an argument carries a tangent (forward mode)."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return forward_ad._current_level >= 0 and any(
+        isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+    )
+
+
+def _register_gradient(name: str, rule: _Backward | _DoubleBackward, definition: Callable[..., Any]) -> None:
+    """As torch.library.register_autograd; its generality takes longer than the kernels on small images.
+
+    Transforms of torch.func and forward mode go through the definition: PyTorch has rules for what it is made of.
+    """
     op = getattr(torch.ops.swformer_fast, name).default
     below, any_requires_grad = torch._C._after_autograd_keyset, torch._C._any_requires_grad
 
@@ -366,6 +379,8 @@ def _register_gradient(name: str, rule: _Backward | _DoubleBackward) -> None:
             return None, *rule.backward(ctx, *grads)
 
     def dispatch(keyset: Any, *args: Any) -> Any:
+        if _transformed(args):
+            return definition(*args)
         if torch.is_grad_enabled() and any_requires_grad(*args):
             return Gradient.apply(keyset, *args)
         return redispatch(keyset, args)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..parameters import AttentionParameters
-from .common import check_positive, conv2d, conv_parameters
+from .common import check_positive, conv2d, conv_parameters, plain
 
 
 def channel_attention(x: Tensor, parameters: AttentionParameters) -> Tensor:
@@ -36,9 +36,16 @@ class ChannelAttention(nn.Module):
         self.conv1 = nn.Conv2d(dim, hidden, 1)
         self.conv2 = nn.Conv2d(hidden, dim, 1)
 
+    @property
+    def readable(self) -> bool:
+        """Whether `arguments` says all; else the layers are called."""
+        return plain(self.conv1, self.conv2)
+
     def arguments(self) -> tuple[AttentionParameters]:
         """The arguments of `channel_attention` after `x`."""
         return (AttentionParameters(*conv_parameters(self.conv1), *conv_parameters(self.conv2)),)
 
     def forward(self, x: Tensor) -> Tensor:
-        return channel_attention(x, *self.arguments())
+        if self.readable:
+            return channel_attention(x, *self.arguments())
+        return x * self.conv2(self.conv1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()

@@ -13,10 +13,38 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=padding, groups=groups)
 
 
+def as_defined(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether calling these modules does what `kind` does and nothing more: no other forward, no hooks."""
+    return all(
+        type(m).forward is kind.forward
+        and "forward" not in m.__dict__
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        for m in modules
+    )
+
+
+def plain(*layers: nn.Module) -> bool:
+    """Whether convolutions are all that their weights and biases say, so that these may be read and they not called.
+
+    Not so where they are adapted (LoRA), subclassed, hooked (pruning, weight_norm and spectral_norm of old), dilated,
+    padded otherwise than by zeros, or have no bias.
+    """
+    return as_defined(nn.Conv2d, *layers) and all(map(_says_all, layers))
+
+
+def _says_all(conv: nn.Module) -> bool:
+    return (
+        isinstance(conv, nn.Conv2d)
+        and type(conv)._conv_forward is nn.Conv2d._conv_forward
+        and conv.bias is not None
+        and conv.padding_mode == "zeros"
+        and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
+        and conv.dilation == conv.stride == (1, 1)
+    )
+
+
 def conv_parameters(conv: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of an nn.Conv2d that has both; anything else in its place would never be called."""
-    if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f"need an nn.Conv2d, whose parameters are used without calling it, got {type(conv).__name__}")
+    """Weight and bias of a `plain` convolution."""
     return cast(Tensor, conv.weight), cast(Tensor, conv.bias)
 
 

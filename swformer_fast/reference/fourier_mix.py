@@ -1,5 +1,6 @@
 """Fourier branch: a gated 1x1 mixing of the spectrum, in plain PyTorch."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parameters import Factor, FourierParameters, Norm
-from .common import check_choice, check_positive, conv2d, conv_parameters
+from .common import as_defined, check_choice, check_positive, conv2d, conv_parameters, plain
 
 LAYOUTS = ("interleaved", "concatenated")
 
@@ -94,16 +95,24 @@ def fourier_mix(
     authors' published code.
     """
 
-    def mix(u: Tensor, factor: Factor) -> Tensor:
+    def layers(factor: Factor) -> Callable[[Tensor], Tensor]:
         batch_statistics = training or factor.norm.running_mean is None
-        u = batch_norm(spectrum(u, layout), factor.norm, batch_statistics, momentum, eps)
-        return conv2d(u, factor.weight, factor.bias)
+
+        def mix(u: Tensor) -> Tensor:
+            return conv2d(batch_norm(u, factor.norm, batch_statistics, momentum, eps), factor.weight, factor.bias)
+
+        return mix
 
     in_weight, in_bias, gate, value, out_weight, out_bias = parameters
-    u, v = conv2d(x, in_weight, in_bias).chunk(2, dim=1)
-    product = mix(u, gate).sigmoid() * F.gelu(mix(v, value))
-    y = inverse_spectrum(product, (x.shape[2], x.shape[3]), layout)
+    y = _product(conv2d(x, in_weight, in_bias), layers(gate), layers(value), layout)
     return y if out_weight is None or out_bias is None else conv2d(y, out_weight, out_bias)
+
+
+def _product(uv: Tensor, gate: Callable[[Tensor], Tensor], value: Callable[[Tensor], Tensor], layout: str) -> Tensor:
+    """All between the first and the last convolution."""
+    u, v = uv.chunk(2, dim=1)
+    product = gate(spectrum(u, layout)).sigmoid() * F.gelu(value(spectrum(v, layout)))
+    return inverse_spectrum(product, (uv.shape[2], uv.shape[3]), layout)
 
 
 class FourierBranch(nn.Module):
@@ -137,6 +146,13 @@ class FourierBranch(nn.Module):
         """Whether this module is `fourier_mix` with its default keyword."""
         return self.layout == "interleaved"
 
+    @property
+    def readable(self) -> bool:
+        """Whether `arguments` says all; else the layers are called."""
+        norms = self.gate_bn, self.value_bn
+        convolutions = plain(self.conv_in, self.gate_conv, self.value_conv, self.conv_out)
+        return convolutions and as_defined(nn.BatchNorm2d, *norms) and all(norm.affine for norm in norms)
+
     def arguments(self) -> tuple[FourierParameters, bool, float, float]:
         """The positional arguments of `fourier_mix` after `x`: parameters, training, momentum, eps."""
         norm = self._norm
@@ -166,8 +182,11 @@ class FourierBranch(nn.Module):
                     norm.num_batches_tracked.add_(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.count_batch()
-        return fourier_mix(x, *self.arguments(), layout=self.layout)
+        if self.readable:
+            self.count_batch()
+            return fourier_mix(x, *self.arguments(), layout=self.layout)
+        layers = nn.Sequential(self.gate_bn, self.gate_conv), nn.Sequential(self.value_bn, self.value_conv)
+        return self.conv_out(_product(self.conv_in(x), *layers, self.layout))
 
     def extra_repr(self) -> str:
         return f"layout={self.layout!r}"
@@ -178,7 +197,5 @@ def _tracks(norm: nn.BatchNorm2d) -> bool:
 
 
 def _state(norm: nn.BatchNorm2d) -> Norm:
-    if not isinstance(norm, nn.BatchNorm2d):
-        raise TypeError(f"FourierBranch needs nn.BatchNorm2d normalisations, got {type(norm).__name__}")
     running = (norm.running_mean, norm.running_var) if not norm.training or norm.track_running_stats else (None, None)
     return Norm(*running, norm.weight, norm.bias)

@@ -1,13 +1,14 @@
 """Multi-scale feed-forward network, in plain PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parameters import Convolution, FfnParameters
-from .common import check_choice, check_odd, check_positive, conv2d, conv_parameters
+from .common import check_choice, check_odd, check_positive, conv2d, conv_parameters, plain
 
 SCALES = (1, 2, 4)
 POOLS: dict[str, Callable[..., Tensor]] = {"avg": F.avg_pool2d, "max": F.max_pool2d}
@@ -40,18 +41,35 @@ def multiscale_ffn(x: Tensor, parameters: FfnParameters, *, pool: str = "avg", u
 
     Source: the multi-scale FFN in the architecture figure of arXiv 2505.05504.
     """
-    size = (x.shape[2], x.shape[3])
+
+    def depthwise(conv: Convolution) -> Callable[[Tensor], Tensor]:
+        return lambda part: conv2d(part, *conv, groups=part.shape[1])
+
+    def last(y: Tensor) -> Tensor:
+        return conv2d(y, parameters.out_weight, parameters.out_bias)
+
+    hidden = conv2d(x, parameters.in_weight, parameters.in_bias)
+    return _after_first(hidden, [depthwise(conv) for conv in parameters.depthwise], last, pool, upsample)
+
+
+def _after_first(
+    hidden: Tensor,
+    depthwise: Sequence[Callable[[Tensor], Tensor]],
+    last: Callable[[Tensor], Tensor],
+    pool: str,
+    upsample: str,
+) -> Tensor:
+    """All but the first convolution."""
+    size = (hidden.shape[2], hidden.shape[3])
     align_corners = False if upsample == "bilinear" else None
     outputs = []
-    parts = conv2d(x, parameters.in_weight, parameters.in_bias).chunk(len(SCALES), dim=1)
-    for part, scale, (weight, bias) in zip(parts, SCALES, parameters.depthwise, strict=True):
+    for part, scale, conv in zip(hidden.chunk(len(SCALES), dim=1), SCALES, depthwise, strict=True):
         if scale == 1:
-            outputs.append(conv2d(part, weight, bias, groups=part.shape[1]))
+            outputs.append(conv(part))
             continue
-        pooled = POOLS[pool](part, scale, ceil_mode=True)
-        mixed = conv2d(pooled, weight, bias, groups=part.shape[1])
+        mixed = conv(POOLS[pool](part, scale, ceil_mode=True))
         outputs.append(F.interpolate(mixed, size=size, mode=upsample, align_corners=align_corners))
-    return conv2d(F.gelu(torch.cat(outputs, dim=1)), parameters.out_weight, parameters.out_bias)
+    return last(F.gelu(torch.cat(outputs, dim=1)))
 
 
 class MultiScaleFFN(nn.Module):
@@ -84,6 +102,11 @@ class MultiScaleFFN(nn.Module):
         """Whether this module is `multiscale_ffn` with its default keywords."""
         return self.pool == "avg" and self.upsample == "bilinear"
 
+    @property
+    def readable(self) -> bool:
+        """Whether `arguments` says all; else the layers are called."""
+        return plain(self.conv_in, *self.dw, self.conv_out)
+
     def arguments(self) -> tuple[FfnParameters]:
         """The positional arguments of `multiscale_ffn` after `x`."""
         first, second, fourth = (Convolution(*conv_parameters(conv)) for conv in self.dw)
@@ -91,7 +114,10 @@ class MultiScaleFFN(nn.Module):
         return (FfnParameters(*ends[0], (first, second, fourth), *ends[1]),)
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiscale_ffn(x, *self.arguments(), pool=self.pool, upsample=self.upsample)
+        if self.readable:
+            return multiscale_ffn(x, *self.arguments(), pool=self.pool, upsample=self.upsample)
+        depthwise = cast(Sequence[Callable[[Tensor], Tensor]], self.dw)
+        return _after_first(self.conv_in(x), depthwise, self.conv_out, self.pool, self.upsample)
 
     def extra_repr(self) -> str:
         return f"pool={self.pool!r}, upsample={self.upsample!r}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parameters import WaveletParameters
-from .common import check_odd, check_positive, conv2d, conv_parameters
+from .common import check_odd, check_positive, conv2d, conv_parameters, plain
 from .haar_dwt2d import HAAR_HIGH, HAAR_LOW, haar_dwt2d
 from .haar_idwt2d import haar_idwt2d
 
@@ -50,9 +50,17 @@ class WaveletBranch(nn.Module):
         self.rec_hi = nn.Parameter(torch.tensor(HAAR_HIGH))
         self.conv = nn.Conv2d(4 * dim, 4 * dim, kernel_size, padding=kernel_size // 2, groups=4 * dim)
 
+    @property
+    def readable(self) -> bool:
+        """Whether `arguments` says all; else the layers are called."""
+        return plain(self.conv)
+
     def arguments(self) -> WaveletParameters:
         """The arguments of `wavelet_mix` after `x`."""
         return WaveletParameters(*conv_parameters(self.conv), self.dec_lo, self.dec_hi, self.rec_lo, self.rec_hi)
 
     def forward(self, x: Tensor) -> Tensor:
-        return wavelet_mix(x, *self.arguments())
+        if self.readable:
+            return wavelet_mix(x, *self.arguments())
+        y = self.conv(haar_dwt2d(x, self.dec_lo, self.dec_hi))
+        return haar_idwt2d(y, self.rec_lo, self.rec_hi, output_size=(x.shape[2], x.shape[3]))
