@@ -15,12 +15,15 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
 
 def as_defined(kind: type[nn.Module], *modules: nn.Module) -> bool:
     """Whether calling these modules does what `kind` does and nothing more: no other forward, no hooks."""
-    return all(
-        type(m).forward is kind.forward
-        and "forward" not in m.__dict__
-        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        for m in modules
-    )
+    for module in modules:  # in loops and by __dict__: this runs at every call of a block
+        state = module.__dict__
+        if type(module).forward is not kind.forward or "forward" in state:
+            return False
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]:
+            return False
+        if state["_backward_pre_hooks"]:
+            return False
+    return True
 
 
 def plain(*layers: nn.Module) -> bool:
@@ -29,17 +32,28 @@ def plain(*layers: nn.Module) -> bool:
     Not so where they are adapted (LoRA), subclassed, hooked (pruning, weight_norm and spectral_norm of old), dilated,
     padded otherwise than by zeros, or have no bias.
     """
-    return as_defined(nn.Conv2d, *layers) and all(map(_says_all, layers))
+    if not as_defined(nn.Conv2d, *layers):
+        return False
+    for conv in layers:
+        if type(conv) is not nn.Conv2d and not _is_convolution(conv):
+            return False
+        options = conv.__dict__
+        height, width = options["kernel_size"]
+        if options["padding"] != (height // 2, width // 2) or options["padding_mode"] != "zeros":
+            return False
+        if options["dilation"] != (1, 1) or options["stride"] != (1, 1):
+            return False
+        if type(conv) is nn.Conv2d and options["_parameters"].get("bias") is None:
+            return False
+    return True
 
 
-def _says_all(conv: nn.Module) -> bool:
+def _is_convolution(conv: nn.Module) -> bool:
+    """Of a subclass, one with parametrised parameters for instance."""
     return (
         isinstance(conv, nn.Conv2d)
         and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        and conv.bias is not None
-        and conv.padding_mode == "zeros"
-        and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
-        and conv.dilation == conv.stride == (1, 1)
+        and getattr(conv, "bias", None) is not None
     )
 
 
