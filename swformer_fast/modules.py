@@ -72,11 +72,11 @@ class MultiDomainMixer(reference.MultiDomainMixer):
     @property
     def fusible(self) -> bool:
         """Whether its parts do what they are defined to do, so that `mix` may take their parameters instead."""
-        defined = plain(self.conv_in, self.conv_out) and as_defined(ChannelAttention, self.attention)
-        defined = defined and as_defined(SpatialBranch, self.spatial) and as_defined(WaveletBranch, self.wavelet)
-        defined = defined and as_defined(FourierBranch, self.fourier) and self.canonical
-        parts = (self.spatial, self.wavelet, self.fourier, self.attention)
-        return defined and all(part.readable for part in parts)
+        spatial, wavelet, fourier, attention = self.spatial, self.wavelet, self.fourier, self.attention
+        defined = as_defined(SpatialBranch, spatial) and as_defined(WaveletBranch, wavelet)
+        defined = defined and as_defined(FourierBranch, fourier) and as_defined(ChannelAttention, attention)
+        defined = defined and spatial.readable and wavelet.readable and fourier.readable and attention.readable
+        return defined and self.canonical and plain(self.conv_in, self.conv_out)
 
     def mix(self, x: Tensor, conv_in: Convolution, scale: Tensor | None, residual: Tensor | None) -> Tensor:
         """`residual + scale * forward(x)` with the parameters of the first convolution given."""

@@ -106,13 +106,17 @@ class MixerParameters(NamedTuple):
 
 def flatten(bundle: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """The tensors of a bundle, in the order of its fields."""
+    return tuple(_tensors(bundle))
+
+
+def _tensors(bundle: tuple[Any, ...]) -> list[Tensor | None]:
     tensors: list[Tensor | None] = []
     for part in bundle:
         if isinstance(part, tuple):
-            tensors.extend(flatten(part))
+            tensors += _tensors(part)
         else:
             tensors.append(part)
-    return tuple(tensors)
+    return tensors
 
 
 def unflatten(kind: type[_Bundle], tensors: Sequence[Any]) -> _Bundle:

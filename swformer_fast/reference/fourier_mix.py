@@ -169,10 +169,11 @@ class FourierBranch(nn.Module):
     @property
     def _norm(self) -> nn.BatchNorm2d:
         """One of the two normalisations, whose options are the same."""
+        gate, value = self.gate_bn, self.value_bn
         for name in ("training", "momentum", "eps", "track_running_stats"):
-            if getattr(self.gate_bn, name) != getattr(self.value_bn, name):
+            if getattr(gate, name) != getattr(value, name):
                 raise ValueError(f"gate_bn and value_bn must have the same {name}")
-        return self.gate_bn
+        return gate
 
     def count_batch(self) -> None:
         """In training, count a batch in both normalisations, as nn.BatchNorm2d does before it normalises."""
