@@ -100,7 +100,7 @@ def optimize_latents(
         `latents`, `image`, `history`, `best`; after Ctrl-C what was done so far, with `interrupted` set.
 
     Raises:
-        NonFiniteLossError: with the result so far.
+        NonFiniteLossError: the loss or its gradient is not finite; with the result so far.
         ValueError: the loss is not a scalar, or does not depend on the image.
     """
     generator = sampler_kwargs.get("generator")
@@ -136,6 +136,13 @@ def optimize_latents(
             if k < steps:
                 # Not backward(): the model's parameters shall neither get gradients nor cost time.
                 z.grad = _gradient(loss, z)
+                if not z.grad.isfinite().all():
+                    raise NonFiniteLossError(
+                        f"loss_fn must have a finite gradient, got one of {_worst(z.grad)} at iteration {k}, whose loss "
+                        f"is {loss.item():.4g}: a root or a quotient at 0, or half precision that overflows (this "
+                        "error's .result holds what was done before)",
+                        result,
+                    )
                 adam.step()
             exact = active is not coarse and (active.reuse is None or active.reuse.exact)
             record = Iteration(k, loss.item(), time.perf_counter() - began, active.model_calls - calls, exact)
@@ -170,6 +177,10 @@ def _gradient(loss: Tensor, z: Tensor) -> Tensor:
             "loss_fn must return a loss of the image, got one that does not depend on it (was it detached?)"
         )
     return gradient
+
+
+def _worst(gradient: Tensor) -> str:
+    return "nan" if gradient.isnan().any() else "infinity"
 
 
 def _check_loss(loss: Tensor, iteration: int, result: Result) -> None:

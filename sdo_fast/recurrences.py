@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .noise import Draw
 from .ops import MAX_TERMS
 from .schedulers import CLIPPING, affine_sensitivities, refuse_by_config
-from .solver import NotAffineError, Solver, config
+from .solver import NotAffineError, Solver, config, on_cpu
 
 LONGEST_HISTORY = 3
 # Relative residuals of a true recurrence: rounding alone. Some schedulers work in float32 whatever they are given.
@@ -51,6 +51,7 @@ class Recurrence:
         return [*self.states.values(), *self.outputs.values(), *self.noise]
 
 
+@on_cpu
 def measured(solver: Solver) -> dict[int, Recurrence]:
     """The recurrence of every step of a scheduler that is affine up to clipping.
 

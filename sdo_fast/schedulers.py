@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .solver import NotAffineError, Solver, config
+from .solver import NotAffineError, Solver, config, on_cpu
 
 # Relative to the largest coefficient; the smallest honest ones (late steps of a schedule of 1000) are above 1e-6.
 NEGLIGIBLE = 1e-12
@@ -63,6 +63,7 @@ def refuse_by_config(solver: Solver, clipped: bool = False) -> None:
         )
 
 
+@on_cpu
 def affine_sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
     """A and B; NotAffineError with the reason, from the configuration or from what happens to large numbers."""
     refuse_by_config(solver)
@@ -82,6 +83,7 @@ def affine_sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+@on_cpu
 def sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
     """d x_0 / d x_i and d x_0 / d eps_i at zero, NaN before `start`: A and B where the scheduler is affine."""
     shifts = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
@@ -93,6 +95,7 @@ def sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+@on_cpu
 def refuse_stochastic(solver: Solver, purpose: str) -> None:
     """ValueError where the scheduler draws noise of its own."""
     zeros, outputs = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.zeros(len(solver), dtype=torch.float64)
@@ -100,6 +103,7 @@ def refuse_stochastic(solver: Solver, purpose: str) -> None:
         raise ValueError(f"scheduler must be deterministic for {purpose}, got {solver.name}, which adds fresh noise")
 
 
+@on_cpu
 def step_coefficients(solver: Solver) -> tuple[Tensor, Tensor]:
     """a and b of x_{i+1} = a_i x_i + b_i eps_i, for deterministic affine schedulers that keep no history.
 
@@ -128,6 +132,7 @@ def step_coefficients(solver: Solver) -> tuple[Tensor, Tensor]:
     return coefficients[0], coefficients[1]
 
 
+@on_cpu
 def noise_levels(solver: Solver) -> tuple[list[float], list[float]]:
     """alpha and sigma of every step's state x = alpha x_0 + sigma noise, as the scheduler adds noise."""
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,23 @@ from .noise import SeededNoise
 
 class NotAffineError(ValueError):
     """x_0 is not an affine function of the latents and model outputs; only autograd through the scheduler is right."""
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def on_cpu(function: _Function) -> _Function:
+    """`function` with the CPU as torch's default device, whatever `torch.set_default_device` says: schedules are
+    measured there."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 class Solver:
@@ -35,6 +53,7 @@ class Solver:
         schedule_kwargs: keyword arguments for `set_timesteps`, e.g. `{"mu": 1.15}` or `{"sigmas": [...]}`.
     """
 
+    @on_cpu
     def __init__(
         self,
         scheduler: Any,
@@ -55,6 +74,9 @@ class Solver:
                 f"got {schedule_kwargs!r}"
             )
         scheduler = _detached_copy(scheduler)
+        for attribute, value in vars(scheduler).items():
+            if isinstance(value, Tensor):
+                setattr(scheduler, attribute, value.cpu())
         positional = () if num_inference_steps is None else (num_inference_steps,)
         scheduler.set_timesteps(*positional, **dict(schedule_kwargs or {}))
         steps = len(scheduler.timesteps)
@@ -122,6 +144,7 @@ class Solver:
         return (result.prev_sample if hasattr(result, "prev_sample") else result[0]).to(x.dtype)
 
     @cached_property
+    @on_cpu
     def noise_sources(self) -> set[str]:
         """Where a pass draws its noise from: a "given" generator, torch's "global" one. Found without touching that."""
         generator = torch.Generator().manual_seed(0)
@@ -130,6 +153,7 @@ class Solver:
             self._pass(values[0], values[1:], generator)
         return noise.sources
 
+    @on_cpu
     def trial(self, x: Tensor, outputs: Tensor, shifts: Tensor | None = None, seed: int = 0) -> Tensor:
         """x_0 from x of one element and given model outputs, one for each timestep, with the same noise for a seed.
 

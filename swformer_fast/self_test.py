@@ -105,15 +105,15 @@ def image(generator: torch.Generator, like: Tensor) -> Tensor:
     """A small random image in place of `like`: at most two of its batch, all of its channels."""
     batch, channels, *sides = like.shape
     sides = [min(side, SIDE + side % 16) for side in sides]
-    return torch.randn(min(batch, 2), channels, *sides, generator=generator, dtype=torch.float64)
+    return torch.randn(min(batch, 2), channels, *sides, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def parameter(generator: torch.Generator, like: Tensor) -> Tensor:
     """Random numbers in place of a parameter or a statistic: positive ones for each channel, small ones in a weight."""
     if like.dim() == 1:
-        return 0.5 + torch.rand(like.shape, generator=generator, dtype=torch.float64)
+        return 0.5 + torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu")
     inputs = like.shape[1:]
     if like.dim() == 3:  # a weight for each image
         like, inputs = like[:2], like.shape[2:]
-    weight = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    weight = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
     return weight / max(inputs.numel(), 1) ** 0.5

@@ -169,6 +169,11 @@ def test_losses_that_cannot_be_used():
     with pytest.raises(NonFiniteLossError, match="iteration 2") as caught:
         run(lambda image: image.sum() * (float("nan") if next(count) == 2 else 1))
     assert len(caught.value.result.history) == 2
+    with pytest.raises(
+        NonFiniteLossError, match=r"a finite gradient, got one of (nan|infinity) at iteration 0"
+    ) as caught:
+        run(lambda image: (image - image.detach()).abs().sqrt().sum())
+    assert caught.value.result.history == []
     with pytest.raises(ValueError, match="steps"):
         optimize_latents(sampler, x, squared(x), steps=-1)
 

@@ -421,3 +421,25 @@ def test_forward_mode_and_transforms_are_refused():
         torch.func.jvp(call, (x,), (x,))
     with pytest.raises(RuntimeError, match=r"no torch\.func transform"):
         torch.func.grad(lambda x: call(x).sum())(x)
+
+
+def test_another_default_device_changes_nothing():
+    """torch.set_default_device: schedules are measured on the CPU. The meta device stands for a GPU."""
+    schedulers = [ddim(), ddim(clip_sample=True), diffusers.UniPCMultistepScheduler(), diffusers.DDPMScheduler()]
+    model, x = ConvModel(), torch.randn(1, 3, 6, 6)
+
+    def results(scheduler):
+        sampler = ShortcutSampler(model, scheduler, 5, normalize=type(scheduler) is diffusers.UniPCMultistepScheduler)
+        affine = coefficients(scheduler, 5) if scheduler.config.get("clip_sample") is False else ()
+        with torch.device("cpu"):
+            return sampler.why_not(), sampler(x, generator=torch.Generator().manual_seed(3)), *affine
+
+    expected = [results(scheduler) for scheduler in schedulers]
+    torch.set_default_device("meta")
+    try:
+        actual = [results(scheduler) for scheduler in schedulers]
+    finally:
+        torch.set_default_device(None)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours[0] == theirs[0] == "sampler_step runs"
+        assert equal(ours[1:], theirs[1:])

@@ -291,7 +291,7 @@ class Operator:
         grads, kept, inputs, flags = self.backward_arguments(args)
         small = self.sample(generator, inputs)
         y, *others = as_tuple(self.definition(*small))
-        grad = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+        grad = torch.randn(y.shape, generator=generator, dtype=y.dtype, device="cpu")
         of_sums = (None if g is None else grad.mean((2, 3)) for g in grads[1:])
         return grad, *of_sums, *others[: len(kept)], *small, *(True for _ in flags)
 
