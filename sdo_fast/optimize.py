@@ -138,8 +138,8 @@ def optimize_latents(
                 z.grad = _gradient(loss, z)
                 if not z.grad.isfinite().all():
                     raise NonFiniteLossError(
-                        f"loss_fn must have a finite gradient, got one of {_worst(z.grad)} at iteration {k}, whose loss "
-                        f"is {loss.item():.4g}: a root or a quotient at 0, or half precision that overflows (this "
+                        f"loss_fn must have a finite gradient, got one of {_worst(z.grad)} at iteration {k} for a loss "
+                        f"of {loss.item():.4g}: a root or a quotient at 0, or half precision that overflows (this "
                         "error's .result holds what was done before)",
                         result,
                     )

@@ -110,6 +110,8 @@ def drawn_noise(solver: Solver) -> dict[int, list[Draw]]:
             run.scale_input(x, i)
             x = run.step(zero, i, x)
             drawn[i] = noise.drawn[before:] if noise else []
+    if not x.isfinite().all():
+        raise NotAffineError(f"scheduler must give finite results without clipping, got {solver.name}")
     if x.count_nonzero():
         raise NotAffineError(
             f"scheduler must draw its noise by torch.randn, got {solver.name}, which adds to the result what it does "

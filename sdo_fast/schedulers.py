@@ -204,8 +204,16 @@ def usable_steps(solver: Solver) -> tuple[list[int], bool]:
         unclipped.scheduler.register_to_config(**dict.fromkeys(flags, False))
         solver = unclipped
     a, b = sensitivities(solver)
-    floor = NEGLIGIBLE * max(a[solver.start :].abs().max().item(), b[solver.start :].abs().max().item())
-    return [i for i in solver.steps if abs(b[i].item()) > floor], abs(a[solver.start].item()) > floor
+    sizes = torch.cat((a[solver.start :], b[solver.start :])).abs()
+    finite = sizes.isfinite()
+    if not finite.all() and not flags:
+        raise ValueError(
+            f"scheduler must give finite results, got {solver.name}, whose step {solver.start} divides by zero: with "
+            "a terminal signal-to-noise ratio of zero the model must predict v or x_0, or clip_sample must be set"
+        )
+    floor = NEGLIGIBLE * sizes[finite].max().item() if finite.any() else 0.0
+    # Not finite: clipping bounds it.
+    return [i for i in solver.steps if not abs(b[i].item()) <= floor], not abs(a[solver.start].item()) <= floor
 
 
 def refuse_vanishing(solver: Solver, choices: Sequence[int]) -> list[int]:

@@ -443,3 +443,19 @@ def test_another_default_device_changes_nothing():
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours[0] == theirs[0] == "sampler_step runs"
         assert equal(ours[1:], theirs[1:])
+
+
+def test_zero_terminal_snr_with_epsilon_prediction():
+    """The first step divides by zero: clipping bounds it, as in diffusers; without, the reason is told."""
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    model, x, scheduler = ConvModel(), torch.randn(2, 3, 6, 5), ddim(clip_sample=True, **config)
+    sampler = ShortcutSampler(model, scheduler, 4)
+    assert "finite results" in sampler.why_not()
+    state = x
+    scheduler.set_timesteps(4)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            state = scheduler.step(model(state, t[None]), t, state).prev_sample
+    assert torch.equal(sampler(x), state)
+    with pytest.raises(ValueError, match="must give finite results, got DDIMScheduler, whose step 0 divides by zero"):
+        ShortcutSampler(model, ddim(**config), 4)
