@@ -20,8 +20,9 @@ def contiguous_maps(backend: str, *maps: Any) -> str | None:
     return no_triton_fp64(backend, maps[0])
 
 
-def kernel_size(weight: Tensor, sides: tuple[int, ...]) -> str | None:
+def kernel_size(weight: Tensor, sides: tuple[int, ...] | None) -> str | None:
+    """`sides`: those that the backend takes; None for all."""
     height, width = weight.shape[2:]
-    if height == width and width in sides:
+    if sides is None or (height == width and width in sides):
         return None
     return f"kernels of {', '.join(f'{k} x {k}' for k in sides)} only, got {height} x {width}"

@@ -13,7 +13,7 @@ SIDES = {"cpp": (3, 5, 7), "triton": (3,)}
 
 
 def limits(backend: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
-    return kernel_size(weight, SIDES[backend]) or no_triton_fp64(backend, x)
+    return kernel_size(weight, SIDES.get(backend)) or no_triton_fp64(backend, x)
 
 
 OPERATOR = register(
