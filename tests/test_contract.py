@@ -398,6 +398,27 @@ def test_saves_the_inputs_and_what_its_backward_takes(name: str, backend: str) -
     assert all(any(t.data_ptr() == o.data_ptr() for o in outputs[1:]) for t in kept)
 
 
+@optional
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_flops_are_the_definition_s(name: str, optional: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = arguments(name, 2, 3, 8, 10, optional=optional)
+    places = differentiable(CATALOGUE[name], args)
+
+    def count(function: Callable[..., Any]) -> list[int]:
+        counts = []
+        for backward in (False, True):
+            with FlopCounterMode(display=False) as counter:
+                outputs = as_list(function(*args))
+                if backward and places:
+                    gradients(outputs, random_grads(outputs), args, places)
+            counts.append(counter.get_total_flops())
+        return counts
+
+    assert count(op_of(name)) == count(CATALOGUE[name].forward)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_public_function_is_the_op(name: str) -> None:
     args = arguments(name, 1, 2, 6, 5, optional=False)

@@ -1,5 +1,7 @@
 """The fast modules and the network equal the reference's, with the same weights and state_dict keys."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -220,3 +222,22 @@ def test_accelerate_refuses_what_it_cannot_keep() -> None:
 def test_accelerated_weights_load_into_the_reference() -> None:
     model = sf.accelerate(reference.SWFormer.from_preset("tiny"))
     reference.SWFormer.from_preset("tiny").load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("first", ["swformer_fast", "torch.utils.flop_counter"])
+def test_flops_of_a_network(first: str) -> None:
+    """Whichever is imported first. The fused block takes fewer: two 1x1 convolutions in a row are one."""
+    code = (
+        f"import {first}, torch, swformer_fast as sf\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "counts = []\n"
+        "for kind in (sf, sf.reference):\n"
+        "    with torch.device('meta'):\n"
+        "        model = kind.SWFormer.from_preset('derain-s').eval()\n"
+        "        with FlopCounterMode(display=False) as counter, torch.no_grad():\n"
+        "            model(torch.empty(1, 3, 64, 64))\n"
+        "    counts.append(counter.get_total_flops())\n"
+        "print(counts[0] / counts[1])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.85 < float(run.stdout) <= 1

@@ -12,6 +12,9 @@ from . import (  # noqa: F401
     pointwise,
     wavelet_mix,
 )
+from ._flops import register_when_counted
 from ._operator import CATALOGUE, Operator
 
 __all__ = ["CATALOGUE", "Operator"]
+
+register_when_counted()
