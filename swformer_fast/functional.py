@@ -11,6 +11,7 @@ vmap calls an op for one element after the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -300,7 +301,7 @@ def fourier_mix_and_sums(
     x: Tensor, parameters: FourierParameters, training: bool, momentum: float, eps: float, need_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """`fourier_mix` and the sums of its result over the pixels, (B, E); empty unless needed."""
-    batch_statistics = _check_fourier(x, parameters, training)
+    batch_statistics = _check_fourier(x, parameters, training, momentum, eps)
     gate, value = parameters.gate, parameters.value
     norms = gate.norm, value.norm
     if batch_statistics:
@@ -321,7 +322,7 @@ def update_running(running: Iterable[Tensor | None], batch: Iterable[Tensor], mo
                 old.lerp_(new.to(old.dtype), momentum)
 
 
-def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> bool:
+def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool, momentum: float, eps: float) -> bool:
     """Raise unless they fit; whether the batch's statistics are used."""
     _check_image("x", x)
     _check_bundle("parameters", parameters, FourierParameters)
@@ -345,6 +346,10 @@ def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> 
     if len({t is None for norm in norms for t in (norm.running_mean, norm.running_var)}) == 2:
         raise ValueError("gate.norm and value.norm must both have running statistics, or neither")
     batch_statistics = training or norms[0].running_mean is None
+    if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
+        raise ValueError(f"eps must be a finite number, 0 or more, got {eps!r}")
+    if not (isinstance(momentum, (int, float)) and math.isfinite(momentum)):
+        raise ValueError(f"momentum must be a finite number, got {momentum!r}")
     if batch_statistics and x.shape[0] * x.shape[2] * (x.shape[3] // 2 + 1) == 1:
         raise ValueError(f"x must have more than 1 value per channel to be normalised, got shape {tuple(x.shape)}")
     return batch_statistics

@@ -437,3 +437,11 @@ def test_one_value_per_channel_cannot_be_normalised() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         FourierBranch(2)(torch.randn(1, 2, 1, 1))
     assert FourierBranch(2).eval()(torch.randn(1, 2, 1, 1)).shape == (1, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"eps": -1.0}, {"eps": float("nan")}, {"momentum": float("inf")}, {"momentum": None}]
+)
+def test_options_that_are_no_finite_numbers(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a finite number"):
+        functional.fourier_mix(torch.randn(1, 3, 4, 5), parameters(3, 3, 3), **options)

@@ -311,6 +311,7 @@ def register(operator: Operator) -> Operator:
         _register_gradient(operator.name, _Backward(operator), operator.forward)
         _register_gradient(operator.backward_name, _DoubleBackward(operator), operator.backward)
         _cast_input_under_autocast(operator.name)
+        _leave_autocast(operator.backward_name)
     return operator
 
 
@@ -336,6 +337,21 @@ def _cast_input_under_autocast(name: str) -> None:
 
     for device in keys:
         _LIB.impl(name, kernel(device), f"Autocast{device.upper()}")
+
+
+def _leave_autocast(name: str) -> None:
+    """A backward pass inside autocast computes as one outside it."""
+    op = getattr(torch.ops.swformer_fast, name)
+
+    def kernel(key: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return op(*args)
+
+        return call
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _LIB.impl(name, kernel(getattr(torch._C.DispatchKey, key)), key)
 
 
 @contextmanager
@@ -389,20 +405,22 @@ def _register_gradient(name: str, rule: _Backward | _DoubleBackward, definition:
 
 
 class _Saved:
-    """The inputs of an op across its backward pass: tensors with a gradient by autograd, all else as they are."""
+    """The inputs of an op across its backward pass: tensors by autograd, which notices if they change, numbers as they
+    are."""
 
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
         self.places = operator.places
+        self.tensors = [i for i, spec in enumerate(operator.inputs) if isinstance(spec, Image)]
 
     def save_inputs(self, ctx: Any, before: Sequence[Any], inputs: Sequence[Any]) -> None:
         """`before`: tensors that go first."""
-        ctx.save_for_backward(*before, *(inputs[i] for i in self.places))
-        ctx.constants = [None if i in self.places else a for i, a in enumerate(inputs)]
+        ctx.save_for_backward(*before, *(inputs[i] for i in self.tensors))
+        ctx.constants = [None if i in self.tensors else a for i, a in enumerate(inputs)]
 
     def restored(self, ctx: Any, saved: Sequence[Any]) -> list[Any]:
         inputs = list(ctx.constants)
-        for i, tensor in zip(self.places, saved, strict=True):
+        for i, tensor in zip(self.tensors, saved, strict=True):
             inputs[i] = tensor
         return inputs
 
@@ -448,6 +466,11 @@ class _Backward(_Saved):
 class _DoubleBackward(_Saved):
     """The gradient of a backward op, through the definition."""
 
+    def __init__(self, operator: Operator) -> None:
+        super().__init__(operator)
+        self.moves = [True] * (1 + operator.sums) + [i in self.places for i in self.tensors]
+        """Of the saved tensors, which can have a gradient."""
+
     def save(self, ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         arguments = self.operator.backward_arguments(args)
         self.save_inputs(ctx, arguments.grads, arguments.inputs)
@@ -459,8 +482,8 @@ class _DoubleBackward(_Saved):
         with torch.enable_grad():
             # Views keep the path to the caller's graph, so that third derivatives are right as well.
             alive: list[Any] = [
-                t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-                for t in ctx.saved_tensors
+                t if t is None or not moves else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+                for t, moves in zip(ctx.saved_tensors, self.moves, strict=True)
             ]
             inputs = self.restored(ctx, alive[outputs:])
             wanted = op.wanted(inputs, ctx.flags)
@@ -469,14 +492,14 @@ class _DoubleBackward(_Saved):
             pairs = [(first[i], cotangents[i].to(first[i].dtype)) for i in wanted if first[i].requires_grad]
             second = torch.autograd.grad(
                 [f for f, _ in pairs],
-                [t for t in alive if t is not None],
+                [t for t in alive if t is not None and t.requires_grad],
                 [g for _, g in pairs],
                 create_graph=create_graph,
                 allow_unused=True,
             )
         gradients = iter(second)
-        ordered = [None if t is None else next(gradients) for t in alive]
+        ordered = [None if t is None or not t.requires_grad else next(gradients) for t in alive]
         result: list[Any] = [None] * len(op.inputs)
-        for i, g in zip(self.places, ordered[outputs:], strict=True):
+        for i, g in zip(self.tensors, ordered[outputs:], strict=True):
             result[i] = g
         return *ordered[:outputs], *[None] * len(op.kept), *result, *[None] * len(op.flags)
