@@ -312,6 +312,37 @@ def test_infinities_and_nan_propagate(name: str, backend: str, layout: str, valu
         torch.testing.assert_close(a[e.isfinite()].double(), e[e.isfinite()].double(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("place", list(product((0.0, 0.5, 1.0), repeat=2)))
+@pytest.mark.parametrize("size", [(32, 42), (31, 17), (9, 70)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", [name for name in CPP if name in DIFFERENTIABLE])
+def test_nan_reaches_the_gradients_that_it_reaches_in_the_definition(
+    name: str, layout: str, size: tuple[int, int], place: tuple[float, float]
+) -> None:
+    """From one pixel of the image or of the result's gradient: at a corner, at an edge, in the middle."""
+
+    def put(t: Tensor) -> None:
+        sides = zip(place, t.shape[2:], strict=True)
+        row, column = (int(share * (side - 1)) for share, side in sides)
+        t[0, 1, row, column] = float("nan")
+
+    def results(function: Callable[..., Any], args: list[Any], grad: Tensor) -> list[Tensor | None]:
+        y = as_list(function(*args))[0]
+        return [y, *torch.autograd.grad(y, leaves(args), grad.to(y.dtype), allow_unused=True)]
+
+    for spoil in ("image", "gradient"):
+        args = arguments(name, 1, 3, *size, layout=layout)
+        grad = gradient_of(name, args, "contiguous")
+        if spoil == "image":
+            with torch.no_grad():
+                put(args[0])
+        elif grad.dim() == 4:
+            put(grad)
+        pairs = zip(results(op_of(name), args, grad), results(CATALOGUE[name].forward, fp64(args), grad), strict=True)
+        for a, e in pairs:
+            assert a is None or torch.equal(a.isfinite(), e.isfinite())
+
+
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_same_bits_in_every_run_and_for_every_number_of_threads(name: str, backend: str) -> None:
     args = of(backend, name, *((3, 8, 96, 70) if backend == "cpp" else (2, 3, 6, 9)))

@@ -208,11 +208,12 @@ class Downsample {
       const ColumnMap::Tap* taps = map.adjoint.data() + v * map.taps;
       const float* from = open_[u] + v * kLanes;
       float* to = row + kLanes + map.windows[v].base;
+      const VecU reached = map.windows[v].reached;
       for (int64_t c = 0; c < net_.mid; ++c, from += open_.pitch, to += pitch) {
         const VecF grad = simd::load(from);
-        VecF sum = simd::load(to);
+        VecF sum = {};
         for (int64_t t = 0; t < map.taps; ++t) sum += taps[t].weight * simd::permute(grad, taps[t].lane);
-        simd::store(to, sum);
+        simd::store(to, simd::load(to) + keep(reached, sum));
       }
     }
   }

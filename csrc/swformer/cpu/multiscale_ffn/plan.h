@@ -91,6 +91,7 @@ struct ColumnMap {
     int64_t base;
     VecU low, high;
     VecF low_weight, high_weight;
+    VecU reached;  // which of the kLanes samples from `base` receive anything
   };
   struct Tap {
     VecU lane;
@@ -117,12 +118,17 @@ struct ColumnMap {
     }
     for (const auto& list : received) taps = std::max<int64_t>(taps, list.size());
     adjoint.assign(windows.size() * taps, Tap{});
-    for (size_t i = 0; i < received.size(); ++i)
-      for (size_t tap = 0; tap < received[i].size(); ++tap) {
+    for (size_t i = 0; i < received.size(); ++i) {
+      if (received[i].empty()) continue;
+      windows[i / kLanes].reached[i % kLanes] = ~0u;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        // What is left over weighs nothing and reads a sample that counts anyway: NaN must not come from another.
+        const bool counts = tap < static_cast<int64_t>(received[i].size());
         Tap& t = adjoint[i / kLanes * taps + tap];
-        t.lane[i % kLanes] = received[i][tap].first;
-        t.weight[i % kLanes] = received[i][tap].second;
+        t.lane[i % kLanes] = received[i][counts ? tap : 0].first;
+        t.weight[i % kLanes] = counts ? received[i][tap].second : 0.0f;
       }
+    }
   }
 };
 
