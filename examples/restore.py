@@ -11,16 +11,20 @@ of the other tasks.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 from degradations import DEGRADATIONS, degrade
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from runs import OUTPUT, write_atomically
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
@@ -36,21 +40,46 @@ def weights_file(task: str) -> str:
 
 
 def load_model(path: Path) -> sf.SWFormer:
-    """The network with the weights that `train_restore.py` wrote, in eval mode."""
+    """The network with the weights that `train_restore.py` wrote, or a .pth of its state_dict, in eval mode.
+
+    Raises ValueError for a file of something else.
+    """
     model = sf.SWFormer.from_preset(PRESET)
-    model.load_state_dict(load_file(path))
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        weights = weights.get("state_dict", weights)
+        model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
+    except (SafetensorError, UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} holds no weights of the preset {PRESET!r}: {reason}") from error
     return model.eval().requires_grad_(False)
 
 
 def read_image(path: Path) -> Tensor:
-    """(3, H, W) in [0, 1] from any file that Pillow reads, upright; grey becomes RGB and transparency is dropped."""
+    """(3, H, W) in [0, 1] from any file that Pillow reads, upright and in sRGB; grey becomes RGB, no transparency.
+
+    Raises ValueError for numbers that are no picture's: integers outside 16 bits, floats outside [0, 1].
+    """
     with Image.open(path) as file:
         picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-            pixels = np.asarray(picture, dtype=np.float32)[..., None].repeat(3, axis=2) / 65535
+        if picture.mode == "F" or picture.mode.startswith("I"):  # which Pillow would clip to 8 bits
+            pixels, white = np.asarray(picture, dtype=np.float32), 1 if picture.mode == "F" else 65535
+            if pixels.min() < 0 or pixels.max() > white:
+                raise ValueError(f"{path} must have pixels from 0 to {white}, got {pixels.min():g} to {pixels.max():g}")
+            pixels = pixels[..., None].repeat(3, axis=2) / white
         else:
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+            pixels = np.asarray(in_srgb(picture), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def in_srgb(picture: Image.Image) -> Image.Image:
+    """As RGB, in which the networks were trained; by the picture's own profile if it has one."""
+    profile = picture.info.get("icc_profile")
+    if profile and picture.mode in ("RGB", "L", "CMYK"):
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile
+            of_picture = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(picture, of_picture, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return picture.convert("RGB")
 
 
 def write_image(image: Tensor, path: Path) -> None:
@@ -95,21 +124,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not weights.exists():
         parser.error(f"no weights in {weights}: python examples/train_restore.py --task {args.task} makes them")
     out = args.out or OUTPUT / f"{args.image.stem}_{args.task}.png"
-    if out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         parser.error(f"--out {out} has no suffix of a picture that Pillow writes")
     try:
         before, clean = read_image(args.image), args.clean and read_image(args.clean)
-    except OSError as error:
-        parser.error(f"cannot read the picture: {error}")
+        model = load_model(weights)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        parser.error(f"cannot read the input: {error}")
     if clean is not None and clean.shape != before.shape:
         parser.error(f"--clean has shape {tuple(clean.shape)}, the image {tuple(before.shape)}")
     if args.degrade is not None:
         before, clean = degrade(before, args.task, args.degrade), before
 
     try:
-        after = sf.restore_tiled(load_model(weights), before, tile=args.tile, overlap=min(32, args.tile // 4)).clamp(
-            0, 1
-        )
+        after = sf.restore_tiled(model, before, args.tile, min(32, args.tile // 4)).clamp(0, 1)
     except ValueError as error:
         parser.error(str(error))
     comparison = out.with_name(f"{out.stem}_comparison.png")

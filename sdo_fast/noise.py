@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -9,6 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One for all, or one an image as diffusers takes them; None for torch's global one."""
+
+
+def each(generator: Generators) -> list[torch.Generator]:
+    return [] if generator is None else [generator] if isinstance(generator, torch.Generator) else list(generator)
+
+
+def randn(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Noise on the generators' device, as diffusers draws it, brought to `device`."""
+    if generator is None or isinstance(generator, torch.Generator):
+        place = device if generator is None else generator.device
+        return torch.randn(tuple(shape), generator=generator, device=place, dtype=dtype).to(device)
+    parts = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype).to(device) for g in generator]
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -20,11 +37,8 @@ class Draw:
     dtype: torch.dtype | None
     """None for the state's own."""
 
-    def __call__(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        generator = generator if self.seeded else None
-        device = x.device if generator is None else generator.device
-        noise = torch.randn(x.shape, generator=generator, device=device, dtype=self.dtype or x.dtype)
-        return noise.to(x.device, x.dtype)
+    def __call__(self, x: Tensor, generator: Generators) -> Tensor:
+        return randn(x.shape, generator if self.seeded else None, x.device, self.dtype or x.dtype).to(x.dtype)
 
 
 class SeededNoise(TorchDispatchMode):

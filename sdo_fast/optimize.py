@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._progress import bar
+from .noise import each
 from .sampler import ShortcutSampler, check_latents
 from .solver import is_integer
 
@@ -109,8 +110,8 @@ def optimize_latents(
         raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
     coarse_until = 0 if coarse_steps is None else math.floor(COARSE_SHARE * steps)
     coarse = None if coarse_steps is None else sampler.with_steps(coarse_steps)
-    noise = None if generator is None else generator.get_state()
-    step_generator = None if generator is None else generator.clone_state()
+    noise = [g.get_state() for g in each(generator)]
+    step_generator = next((g.clone_state() for g in each(generator)), None)
 
     # Adam's eps of 1e-8 is zero in float16.
     z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32), copy=True).requires_grad_()
@@ -125,8 +126,8 @@ def optimize_latents(
             if active.reuse is not None and (k == steps or stopping):
                 active.reuse.require_exact()
             began, calls = time.perf_counter(), active.model_calls
-            if generator is not None:
-                generator.set_state(noise)
+            for g, state in zip(each(generator), noise, strict=True):
+                g.set_state(state)
             with torch.set_grad_enabled(k < steps):
                 seen = z * (norms / _norms(z).clamp_min(torch.finfo(z.dtype).tiny)) if keep_norm else z
                 current = seen.detach().to(latents.dtype, copy=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .model import GuidedModel
+from .noise import Generators, randn
 from .sampler import ShortcutSampler, check_latents
 
 
@@ -55,13 +56,13 @@ class PipelineSampler(ShortcutSampler):
         options = vars(replace(self.config, **changes))
         return PipelineSampler(parts, self.network, self.conditions, self.shape[0], self.shape[2:], **options)
 
-    def prepare_latents(self, generator: torch.Generator | None = None) -> Tensor:
+    def prepare_latents(self, generator: Generators = None) -> Tensor:
         """Noise for step 0, in the network's dtype and on its device."""
         parameter = next(self.network.parameters())
         target = execution_device(self.network, parameter.device)
-        device = target if generator is None else generator.device
-        noise = torch.randn(self.shape, generator=generator, device=device, dtype=torch.float32)
-        return noise.to(target, parameter.dtype) * getattr(self.solver.scheduler, "init_noise_sigma", 1.0)
+        return randn(self.shape, generator, target, torch.float32).to(parameter.dtype) * getattr(
+            self.solver.scheduler, "init_noise_sigma", 1.0
+        )
 
     def decode(self, x0: Tensor) -> Tensor:
         """The image in [0, 1] (clamped, as the authors' losses see it)."""

@@ -18,6 +18,7 @@ from ._progress import bar
 from .gradients import ScaleGradient, Slopes
 from .graphs import CapturedModel
 from .model import GuidedModel
+from .noise import Generators, each
 from .ops import transformed
 from .paths import draw_step, grad_step_choices
 from .reuse import TrajectoryCache
@@ -186,7 +187,7 @@ class ShortcutSampler:
         latents: Tensor,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         progress: bool = False,
     ) -> Tensor:
         """x_0 for the input `latents` (B, C, ...) of step `start`, in their shape, dtype and layout.
@@ -194,7 +195,8 @@ class ShortcutSampler:
         Args:
             model_kwargs: keyword arguments of the (conditional) model call.
             uncond_kwargs: all keyword arguments of the unconditional call; needed with, and only with, guidance.
-            generator: for the scheduler's noise and the random step; None takes torch's global one.
+            generator: for the scheduler's noise and the random step, one or (as diffusers takes them) one an image, of
+                which the first draws the step; None takes torch's global one.
             progress: show a bar.
         """
         check_latents(latents, generator)
@@ -222,9 +224,9 @@ class ShortcutSampler:
         """What runs the steps of this schedule from another one on."""
         return stepper_for(self.solver.starting_at(start), self.config.fused)[0]
 
-    def draw_grad_step(self, generator: torch.Generator | None = None) -> int | None:
+    def draw_grad_step(self, generator: Generators = None) -> int | None:
         """The step of the next call's gradient; None for "identity"."""
-        return draw_step(self._choices, generator)
+        return draw_step(self._choices, next(iter(each(generator)), None))
 
     def sample(
         self,
@@ -232,7 +234,7 @@ class ShortcutSampler:
         grad_step: int | None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         progress: bool = False,
     ) -> Tensor:
         """`__call__` with the step of the gradient given (None for the identity gradient)."""
@@ -323,7 +325,7 @@ class ShortcutSampler:
         latents: Tensor,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         progress: bool = False,
     ) -> Tensor:
         """The input of step `start`: runs the steps before it from the input `latents` of step 0, without gradients."""
@@ -381,14 +383,19 @@ def _gradient_scale(solver: Solver) -> float:
     return 1 / abs(a_start)
 
 
-def check_latents(latents: Tensor, generator: torch.Generator | None = None) -> None:
+def check_latents(latents: Tensor, generator: Generators = None) -> None:
     if not isinstance(latents, Tensor):
         raise TypeError(f"latents must be a torch.Tensor (B, C, ...), got {type(latents).__name__}")
     if not latents.is_floating_point():
         raise TypeError(f"latents must have a floating dtype, got {latents.dtype}")
     if latents.ndim < 2:
         raise ValueError(f"latents must have shape (B, C, ...), got {tuple(latents.shape)}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    many = isinstance(generator, (list, tuple)) and all(isinstance(g, torch.Generator) for g in generator)
+    if generator is not None and not many and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, one for each image, or None, got {type(generator).__name__}"
+        )
+    if many and len(each(generator)) != len(latents):
+        raise ValueError(f"generator must hold one for each of {len(latents)} images, got {len(each(generator))}")
     if transformed():
         raise RuntimeError("a sampler's gradient is one step's: there is no forward mode, and no torch.func transform")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .noise import SeededNoise
+from .noise import Generators, SeededNoise
 
 
 class NotAffineError(ValueError):
@@ -124,7 +124,7 @@ class Solver:
             solver.scheduler.set_begin_index(start)
         return solver
 
-    def begin(self, generator: torch.Generator | None = None) -> Solver:
+    def begin(self, generator: Generators = None) -> Solver:
         """A copy for one pass; its noise comes from `generator`, or from torch's global one."""
         solver = copy.copy(self)
         solver.scheduler = copy.deepcopy(self.scheduler)

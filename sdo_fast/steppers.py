@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .model import guided
+from .noise import Generators
 from .recurrences import Recurrence, measured
 from .solver import Solver
 
@@ -22,7 +23,7 @@ class Stepper(Protocol):
     run in order, each after `scale_input` of the same step.
     """
 
-    def begin(self, generator: torch.Generator | None = None) -> Stepper:
+    def begin(self, generator: Generators = None) -> Stepper:
         """A stepper for one pass; its noise comes from `generator`, or from torch's global one."""
 
     def scale_input(self, x: Tensor, i: int) -> Tensor:
@@ -54,7 +55,7 @@ class SchedulerStepper:
     def __init__(self, solver: Solver) -> None:
         self._solver = solver
 
-    def begin(self, generator: torch.Generator | None = None) -> SchedulerStepper:
+    def begin(self, generator: Generators = None) -> SchedulerStepper:
         return SchedulerStepper(self._solver.begin(generator))
 
     def scale_input(self, x: Tensor, i: int) -> Tensor:
@@ -83,7 +84,7 @@ class FusedStepper:
 
     _states: dict[int, Tensor]
     _outputs: dict[int, Tensor]
-    _generator: torch.Generator | None
+    _generator: Generators
     _kernel: Callable[..., None] | None
 
     def __init__(self, solver: Solver) -> None:
@@ -107,7 +108,7 @@ class FusedStepper:
         end = self._steps.stop
         return 0.0 if s is None else of_state[s], of_state[end], of_output[end]
 
-    def begin(self, generator: torch.Generator | None = None) -> FusedStepper:
+    def begin(self, generator: Generators = None) -> FusedStepper:
         stepper = copy.copy(self)
         stepper._states, stepper._outputs, stepper._kernel = {}, {}, None
         stepper._generator = self._step_generator if generator is None else generator

@@ -21,7 +21,7 @@ for package in ("matplotlib", "PIL", "safetensors", "skimage", "sklearn", "tqdm"
 import restore
 import train_restore
 from degradations import degrade
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors import safe_open
 
 SHIPPED = {"rain_streaks": 4.0, "haze": 3.0, "low_light": 3.0}
@@ -304,15 +304,56 @@ def test_pictures_of_every_kind_are_read_upright(tmp_path: Path) -> None:
     torch.testing.assert_close(restore.read_image(tmp_path / "turned.png"), colour.rot90(-1, (1, 2)))
 
 
+def test_pictures_of_many_bits(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((20, 30), np.float32)
+    expected = torch.from_numpy(values).expand(3, -1, -1)
+    Image.fromarray(values).save(tmp_path / "float.tiff")
+    torch.testing.assert_close(restore.read_image(tmp_path / "float.tiff"), expected)
+    Image.fromarray((values * 65535).astype(np.int32)).save(tmp_path / "integer.tiff")
+    torch.testing.assert_close(restore.read_image(tmp_path / "integer.tiff"), expected, atol=2e-5, rtol=0)
+    for name, wrong in (("large", 2 * values), ("negative", (values * 65535).astype(np.int32) - 32640)):
+        Image.fromarray(wrong).save(tmp_path / f"{name}.tiff")
+        with pytest.raises(ValueError, match="must have pixels from 0 to"):
+            restore.read_image(tmp_path / f"{name}.tiff")
+
+
+def test_pictures_are_brought_to_srgb(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(60, 200, (20, 30, 3), np.uint8)
+    plain = Image.fromarray(pixels)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain.save(tmp_path / "srgb.png", icc_profile=srgb)
+    torch.testing.assert_close(
+        restore.read_image(tmp_path / "srgb.png"), torch.from_numpy(pixels).permute(2, 0, 1) / 255, atol=0.01, rtol=0
+    )
+    plain.save(tmp_path / "broken.png", icc_profile=b"no profile")
+    assert restore.read_image(tmp_path / "broken.png").shape == (3, 20, 30)
+
+
+def test_weights_of_other_files(tmp_path: Path) -> None:
+    weights = restore.ASSETS / restore.weights_file("haze")
+    state = restore.load_model(weights).state_dict()
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "model.pth")
+    loaded = restore.load_model(tmp_path / "model.pth").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:1000])
+    torch.save({"weight": torch.ones(3)}, tmp_path / "other.pth")
+    for name in ("cut.safetensors", "cut.pth", "other.pth"):
+        with pytest.raises(ValueError, match=f"{name} holds no weights of the preset"):
+            restore.load_model(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--task", "haze", "--out", "x.psd"], "has no suffix of a picture that Pillow writes"),
+        (["--task", "haze", "--weights", "note.txt"], "note.txt holds no weights of the preset"),
         (["--task", "hail"], "invalid choice: 'hail'"),
         (["--task", "cloud"], r"no weights in .*restore_cloud.*train_restore.py --task cloud"),
         (["--task", "haze", "--tile", "50"], "multiple of 16"),
         (["--task", "haze", "--clean", "small.png"], r"--clean has shape \(3, 9, 8\), the image \(3, 53, 77\)"),
-        (["--task", "haze", "--clean", "missing.png"], "cannot read the picture.*missing"),
-        (["--task", "haze", "--clean", "note.txt"], "cannot read the picture.*note"),
+        (["--task", "haze", "--clean", "missing.png"], "cannot read the input.*missing"),
+        (["--task", "haze", "--clean", "note.txt"], "cannot read the input.*note"),
         (["--task", "haze", "--out", "picture.docx"], r"picture\.docx has no suffix"),
         (["--task", "haze", "--clean", "x.png", "--degrade", "1"], "not allowed with"),
     ],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sdo_models import ConvModel, gradients, tiny_unet
 
-from sdo_fast import NotAffineError, ShortcutSampler, coefficients
+from sdo_fast import NotAffineError, ShortcutSampler, coefficients, optimize_latents
 from sdo_fast.reference import full_backprop, sdo_loop
 
 diffusers = pytest.importorskip("diffusers")
@@ -459,3 +459,27 @@ def test_zero_terminal_snr_with_epsilon_prediction():
     assert torch.equal(sampler(x), state)
     with pytest.raises(ValueError, match="must give finite results, got DDIMScheduler, whose step 0 divides by zero"):
         ShortcutSampler(model, ddim(**config), 4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["ddpm", "ddim eta"])
+def test_a_generator_for_each_image(name, fused):
+    """As diffusers takes them: an image's noise does not depend on the others of its batch."""
+    scheduler, step_kwargs = STOCHASTIC[name]()
+    sampler = ShortcutSampler(ConvModel(), scheduler, 6, 0, "random", step_kwargs=step_kwargs, fused=fused)
+    x = torch.randn(3, 3, 6, 5)
+
+    def generators():
+        return [torch.Generator().manual_seed(i) for i in (5, 6, 7)]
+
+    together = sampler.sample(x, 2, generator=generators())
+    for i, generator in enumerate(generators()):
+        alone = sampler.sample(x[i : i + 1], 2, generator=generator)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+    assert sampler(x, generator=generators()).shape == x.shape
+    result = optimize_latents(sampler, x, lambda y: y.square().mean(), steps=2, progress=False, generator=generators())
+    again = optimize_latents(sampler, x, lambda y: y.square().mean(), steps=2, progress=False, generator=generators())
+    assert [record.loss for record in result.history] == [record.loss for record in again.history]
+    for generator, message in ((generators()[:2], "one for each of 3 images, got 2"), ([1, 2, 3], "got list")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            sampler(x, generator=generator)

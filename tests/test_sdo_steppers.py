@@ -357,7 +357,7 @@ def test_models_that_return_the_same_memory(name: str, fused: bool, conditions: 
     guidance = None if conditions == "none" else 3.0
     with torch.no_grad():
         ours, fresh = (
-            ShortcutSampler(model, scheduler(name), 6, "identity", guidance_scale=guidance, fused=fused)(x, **call)
+            ShortcutSampler(model, scheduler(name), 6, 0, "identity", guidance, fused=fused)(x, **call)
             for model in (SameMemory(), ConvModel())
         )
     assert torch.equal(ours, fresh)
