@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(CURDIR)/$(VENV)/bin:$(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: bench bench-all test test-all lint build docs compdb wheel clean
+.PHONY: bench bench-all test test-all lint build docs fuzz compdb wheel clean
 
 # The main job, a few minutes; bench-all runs every suite.
 bench: build
@@ -52,6 +52,11 @@ endef
 
 .venvs/torch%/installed: requirements/torch%.txt requirements/tools.txt pyproject.toml setup.py
 	$(install)
+
+# Random calls against the definitions, for so long; a log in .cache/ keeps what was done.
+SECONDS ?= 60
+fuzz: build
+	PYTHONPATH=tests $(PY) -W ignore tests/fuzz.py --seconds $(SECONDS)
 
 # HTML in build/docs; a warning is an error.
 docs: build
