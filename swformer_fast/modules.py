@@ -76,7 +76,7 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         defined = as_defined(SpatialBranch, spatial) and as_defined(WaveletBranch, wavelet)
         defined = defined and as_defined(FourierBranch, fourier) and as_defined(ChannelAttention, attention)
         defined = defined and spatial.readable and wavelet.readable and fourier.readable and attention.readable
-        return defined and self.canonical and plain(self.conv_in, self.conv_out)
+        return defined and plain(self.conv_in, self.conv_out) and self.canonical
 
     def mix(self, x: Tensor, conv_in: Convolution, scale: Tensor | None, residual: Tensor | None) -> Tensor:
         """`residual + scale * forward(x)` with the parameters of the first convolution given."""

@@ -30,7 +30,7 @@ def accelerate(model: _MODULE) -> _MODULE:
     Raises:
         TypeError: model is no nn.Module.
         ValueError: a reference module has a parametrised parameter of its own (torch.nn.utils.parametrize); or the
-            reference modules are compiled, scripted or traced: accelerate them first.
+            reference modules are sharded (FSDP2), compiled, scripted or traced: accelerate them first.
 
     Returns:
         model.
@@ -47,6 +47,8 @@ def accelerate(model: _MODULE) -> _MODULE:
                 f"module {name or '(root)'!r} ({base.__name__}) has parametrised parameters: accelerate the model "
                 "before registering them"
             )
+        elif _sharded(module):
+            raise ValueError(f"module {name or '(root)'!r} is sharded: call accelerate before fully_shard")
         elif hasattr(module, "_orig_mod") and any(type(m) in FAST_TYPES for m in module.modules()):
             raise ValueError(f"module {name or '(root)'!r} is compiled: call accelerate before torch.compile")
         elif isinstance(module, torch.jit.ScriptModule) and module.original_name in FAST_NAMES:
@@ -54,3 +56,9 @@ def accelerate(model: _MODULE) -> _MODULE:
     for module in replaceable:
         module.__class__ = FAST_TYPES[type(module)]
     return model
+
+
+def _sharded(module: nn.Module) -> bool:
+    """Whether fully_shard put a class of its own over a reference module's."""
+    kinds = type(module).__mro__
+    return any(kind.__name__ == "FSDPModule" for kind in kinds) and any(kind in FAST_TYPES for kind in kinds)

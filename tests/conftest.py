@@ -42,7 +42,12 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     round_to_nearest()
 
 
+LONGEST = ("test_contract", "test_gpu_day", "test_triton", "test_packaging", "test_inspection", "test_accelerate")
+"""Files that take a minute and more: begun first, so that no core waits for another at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -306,8 +307,13 @@ def adapt(block: nn.Module, place: str, adaptation: Callable[[nn.Conv2d], nn.Mod
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", ADAPTED)
-@pytest.mark.parametrize("place", READ)
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        *((place, "LoRA") for place in READ),
+        *product(("mixer.wavelet.conv", "mixer.fourier.gate_conv", "mixer.conv_in", "ffn.dw.2"), ADAPTED),
+    ],
+)
 def test_layers_that_are_more_than_their_parameters_are_called(place: str, name: str, seed: int) -> None:
     """The second training step too, in the reference and after `accelerate`."""
 
@@ -423,6 +429,20 @@ def test_parametrised_modules_are_refused_and_nothing_is_changed(place: str, par
     accelerated = sf.accelerate(pipeline())
     parametrize.register_parametrization(accelerated.get_submodule(place), parameter, nn.Tanh())
     assert torch.isfinite(accelerated(torch.rand(2, 3, 32, 32))).all()
+
+
+def test_sharded_modules_are_refused() -> None:
+    """As fully_shard leaves them; it asks for a process group."""
+
+    class FSDPModule:
+        pass
+
+    model = pipeline()
+    block = model.get_submodule("features.fine.1")
+    block.__class__ = type("FSDPSWFormerBlock", (FSDPModule, reference.SWFormerBlock), {})
+    with pytest.raises(ValueError, match=r"'features\.fine\.1' is sharded: call accelerate before fully_shard"):
+        sf.accelerate(model)
+    assert not fast_types(model)
 
 
 def test_compiled_and_traced_modules_are_refused() -> None:

@@ -85,9 +85,9 @@ def test_cpp(name: str, size: tuple[int, int], dtype: torch.dtype, optional: boo
     run_check(name, "cpp", arguments(name, 2, 3, *size, dtype=dtype, optional=optional))
 
 
-@optional
 @pytest.mark.parametrize(
-    ("dtype", "size"), [(torch.float32, (1, 2)), *((dtype, (5, 7)) for dtype in DTYPES), (torch.bfloat16, (2, 1))]
+    ("dtype", "size", "optional"),
+    [(torch.float32, (5, 7), False), (torch.float32, (1, 2), True), *((dtype, (5, 7), True) for dtype in DTYPES)],
 )
 @pytest.mark.parametrize("name", TRITON)
 def test_triton(name: str, size: tuple[int, int], dtype: torch.dtype, optional: bool) -> None:
@@ -114,8 +114,7 @@ def test_layouts(name: str, channels: int, layout: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("dtype", "layout"),
     [
-        *((torch.float32, layout) for layout in LAYOUTS),
-        (torch.bfloat16, "contiguous"),
+        *((torch.float32, layout) for layout in ("channels_last", "sliced", "transposed", "expanded")),
         (torch.bfloat16, "channels_last"),
     ],
 )

@@ -141,28 +141,28 @@ class Plan {
  public:
   explicit Plan(int64_t n, bool inverse = false) : n_(n), inverse_(inverse) {
     std::vector<int64_t> radices;
-    int64_t rest = n;
+    int64_t remaining = n;
     for (int64_t r = 3; r <= kLargestRadix; r += 2)
-      for (; rest % r == 0; rest /= r) radices.push_back(r);
-    for (; rest % 2 == 0; rest /= radices.back()) radices.push_back(next_power(rest & -rest));
-    if (rest > 1) {
+      for (; remaining % r == 0; remaining /= r) radices.push_back(r);
+    for (; remaining % 2 == 0; remaining /= radices.back()) radices.push_back(next_power(remaining & -remaining));
+    if (remaining > 1) {
       prepare_convolution();
       return;
     }
     // The last pass has no twiddle factors, which saves most where there are most of them.
     std::sort(radices.begin(), radices.end());
     places_ = {0};
-    rest = n;
+    remaining = n;
     for (int64_t r : radices) {
-      Pass pass{r, rest / r, {}, {}};
+      Pass pass{r, remaining / r, {}, {}};
       for (int64_t p = 0; p < pass.m; ++p)
-        for (int64_t k = 1; k < r; ++k) append_root(p * k, rest, pass.twiddles);
+        for (int64_t k = 1; k < r; ++k) append_root(p * k, remaining, pass.twiddles);
       for (int64_t k = 0; k < r; ++k) append_root(k, r, pass.roots);
       passes_.push_back(std::move(pass));
-      if ((rest /= r) == 1) break;
+      if ((remaining /= r) == 1) break;
       std::vector<int64_t> places;
       for (int64_t place : places_)
-        for (int64_t k = 0; k < r; ++k) places.push_back(place + k * (n / (rest * r)));
+        for (int64_t k = 0; k < r; ++k) places.push_back(place + k * (n / (remaining * r)));
       places_ = std::move(places);
     }
   }

@@ -75,8 +75,8 @@ inline void store(float* p, VecF v) { store_raw(p, v); }
 inline void store(double* p, Vec<double> v) { store_raw(p, v); }
 
 inline VecF load(const BFloat16* p) {
-  VecU wide = __builtin_convertvector(load_raw<VecU16>(p), VecU) << 16;
-  return reinterpret_cast<VecF>(wide);
+  VecU bits = __builtin_convertvector(load_raw<VecU16>(p), VecU) << 16;
+  return reinterpret_cast<VecF>(bits);
 }
 inline void store(BFloat16* p, VecF v) {
   VecU bits = reinterpret_cast<VecU>(v);

@@ -115,12 +115,12 @@ inline void by_pairs(int64_t begin, int64_t end, F&& f) {
   if (i < end) f(std::integral_constant<int, 1>{}, i);
 }
 
-// f(v, true) for the vectors that are whole, f(v, false) for the others; inlined, so that what f adds up stays in
+// f(v, true) for the vectors that are full, f(v, false) for the others; inlined, so that what f adds up stays in
 // registers.
 template <class F>
-__attribute__((always_inline)) inline void each_vector(int64_t whole, int64_t vectors, F&& f) {
+__attribute__((always_inline)) inline void each_vector(int64_t full, int64_t vectors, F&& f) {
   int64_t v = 0;
-  for (; v < whole; ++v) f(v, std::true_type{});
+  for (; v < full; ++v) f(v, std::true_type{});
   for (; v < vectors; ++v) f(v, std::false_type{});
 }
 
@@ -146,7 +146,7 @@ struct Line {
   int lanes;
 
   int64_t vectors() const { return kChannelsLast ? width : (width + n - 1) / n; }
-  int64_t whole() const { return kChannelsLast ? (lanes == n ? width : 0) : width / n; }
+  int64_t full() const { return kChannelsLast ? (lanes == n ? width : 0) : width / n; }
   int last_lanes() const { return kChannelsLast ? n : static_cast<int>(width - (vectors() - 1) * n); }
   int64_t at(int64_t v) const { return v * (kChannelsLast ? pixel : n); }
   int count(int64_t v) const {
@@ -154,12 +154,12 @@ struct Line {
   }
 
   template <class B>
-  Vec<A> load(const T* row, int64_t v, B is_whole) const {
-    return is_whole ? simd::load(row + at(v)) : simd::load_partial(row + at(v), count(v));
+  Vec<A> load(const T* row, int64_t v, B is_full) const {
+    return is_full ? simd::load(row + at(v)) : simd::load_partial(row + at(v), count(v));
   }
   template <class B>
-  void store(T* row, int64_t v, Vec<A> value, B is_whole) const {
-    if (is_whole)
+  void store(T* row, int64_t v, Vec<A> value, B is_full) const {
+    if (is_full)
       simd::store(row + at(v), value);
     else
       simd::store_partial(row + at(v), value, count(v));
@@ -184,8 +184,8 @@ inline Vec<A> per_plane(const std::vector<A>& values, Task task, int64_t channel
 
 template <class L, class T, class A>
 inline void load_row(const L& line, const T* row, A* padded) {
-  each_vector(line.whole(), line.vectors(), [&](int64_t v, auto whole) __attribute__((always_inline)) {
-    simd::store(padded + v * L::n, line.load(row, v, whole));
+  each_vector(line.full(), line.vectors(), [&](int64_t v, auto full) __attribute__((always_inline)) {
+    simd::store(padded + v * L::n, line.load(row, v, full));
   });
 }
 
@@ -212,16 +212,16 @@ __attribute__((always_inline)) inline void all_beside(const A* p, Vec<A> (&x)[k]
   all_beside<k, kStep>(p, x, std::make_integer_sequence<int, k>{});
 }
 
-// emit(v, sums, whole) gets vector v of kRows output rows, bias + weight * rows; in: the kRows + k - 1 rows around
+// emit(v, sums, full) gets vector v of kRows output rows, bias + weight * rows; in: the kRows + k - 1 rows around
 // them.
 template <int k, int kRows, int64_t kStep, class A, class F>
 inline void convolve(
-    const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t whole, int64_t vectors, F&& emit) {
+    const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t full, int64_t vectors, F&& emit) {
   constexpr int n = simd::kLanes<A>;
   Vec<A> w[k * k];
 #pragma GCC unroll 32
   for (int t = 0; t < k * k; ++t) w[t] = weight[t];
-  each_vector(whole, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
+  each_vector(full, vectors, [&](int64_t v, auto is_full) __attribute__((always_inline)) {
     Vec<A> sums[kRows];
     for (int o = 0; o < kRows; ++o) sums[o] = bias;
 #pragma GCC unroll 8
@@ -234,7 +234,7 @@ inline void convolve(
         for (int o = 0; o < kRows; ++o)
           if (r - o >= 0 && r - o < k) sums[o] += w[(r - o) * k + d] * x[d];
     }
-    emit(v, sums, is_whole);
+    emit(v, sums, is_full);
   });
 }
 
@@ -247,7 +247,7 @@ inline void correlate(
     const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int last_lanes,
     const Vec<A>* weight, Vec<A> bias, F&& emit) {
   constexpr int n = simd::kLanes<A>;
-  const int64_t whole = last_lanes == n ? vectors : vectors - 1;
+  const int64_t full = last_lanes == n ? vectors : vectors - 1;
   const auto counted = first_lanes<A>(last_lanes);
   Vec<A> total[k * k + 1], w[k * k];
 #pragma GCC unroll 32
@@ -256,7 +256,7 @@ inline void correlate(
 #pragma GCC unroll 32
     for (int t = 0; t < k * k; ++t) w[t] = weight[t];
   }
-  each_vector(whole, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
+  each_vector(full, vectors, [&](int64_t v, auto is_full) __attribute__((always_inline)) {
     Vec<A> g[kRows], convolved[kRows];
     for (int o = 0; o < kRows; ++o) {
       g[o] = simd::load(grad[o] + v * n);
@@ -269,7 +269,7 @@ inline void correlate(
       all_beside<k, kStep>(in[r] + v * n, x);
 #pragma GCC unroll 8
       for (int d = 0; d < k; ++d) {
-        const Vec<A> in_image = is_whole ? x[d] : counted ? x[d] : Vec<A>{};
+        const Vec<A> in_image = is_full ? x[d] : counted ? x[d] : Vec<A>{};
 #pragma GCC unroll 2
         for (int o = 0; o < kRows; ++o) {
           const int tap = (r - o) * k + d;
@@ -279,7 +279,7 @@ inline void correlate(
         }
       }
     }
-    if constexpr (kConvolve) emit(v, convolved, is_whole);
+    if constexpr (kConvolve) emit(v, convolved, is_full);
   });
 #pragma GCC unroll 32
   for (int t = 0; t <= k * k; ++t) sums[t] = total[t];
@@ -292,27 +292,27 @@ inline void correlate(
     const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int last_lanes,
     const Vec<A>* weight, Vec<A> bias, F&& emit) {
   constexpr int n = simd::kLanes<A>;
-  const int64_t whole = last_lanes == n ? vectors : vectors - 1;
+  const int64_t full = last_lanes == n ? vectors : vectors - 1;
   const auto counted = first_lanes<A>(last_lanes);
   for (int row = 0; row < k; ++row) {
     Vec<A> total[k], all = {};
 #pragma GCC unroll 8
     for (int d = 0; d < k; ++d) total[d] = sums[row * k + d];
-    each_vector(whole, vectors, [&](int64_t v, auto is_whole) __attribute__((always_inline)) {
+    each_vector(full, vectors, [&](int64_t v, auto is_full) __attribute__((always_inline)) {
       for (int o = 0; o < kRows; ++o) {
         const Vec<A> g = simd::load(grad[o] + v * n);
         all += g;
         Vec<A> x[k];
         all_beside<k, kStep>(in[row + o] + v * n, x);
 #pragma GCC unroll 8
-        for (int d = 0; d < k; ++d) total[d] += g * (is_whole ? x[d] : counted ? x[d] : Vec<A>{});
+        for (int d = 0; d < k; ++d) total[d] += g * (is_full ? x[d] : counted ? x[d] : Vec<A>{});
       }
     });
 #pragma GCC unroll 8
     for (int d = 0; d < k; ++d) sums[row * k + d] = total[d];
     if (row == 0) sums[k * k] += all;
   }
-  if (kConvolve) convolve<k, kRows, kStep>(in, weight, bias, whole, vectors, emit);
+  if (kConvolve) convolve<k, kRows, kStep>(in, weight, bias, full, vectors, emit);
 }
 
 // What to do with the vectors of convolved rows, of types that do not depend on the images', so that all share the
@@ -350,8 +350,8 @@ inline std::vector<A> read_plane_sums(const tensor::Tensor& x, const std::option
 // f(k) with the kernel size as a type.
 template <class F, int... k>
 inline void specialise_kernel(int64_t size, F&& f, std::integer_sequence<int, k...>) {
-  const bool found = ((size == k && (f(std::integral_constant<int, k>{}), true)) || ...);
-  STD_TORCH_CHECK(found, "there is no kernel of ", size, " x ", size);
+  const bool matched = ((size == k && (f(std::integral_constant<int, k>{}), true)) || ...);
+  STD_TORCH_CHECK(matched, "there is no kernel of ", size, " x ", size);
 }
 template <class F>
 inline void specialise_kernel(int64_t size, F&& f) {

@@ -25,7 +25,7 @@ void shortcut_backward(
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = simd::Acc<T>;
     const sdo::Update<A> update{A(a), A(b), A(c), A(pred_x), A(pred_eps), A(clip.value_or(0))};
-    const A w = guidance, rest = 1 - guidance;
+    const A w = guidance, complement = 1 - guidance;
     sdo::with_flag(clip.has_value(), [&](auto clipped) {
       sdo::for_each_vector<T>(operands, [=](const auto& load, const auto& store) {
         const auto g = load(at_grad);
@@ -38,7 +38,7 @@ void shortcut_backward(
         update.template backward<clipped.value>(g, state, eps, direct, through);
         if (to_x >= 0) store(to_x, direct);
         if (to_cond >= 0) store(to_cond, w * through);
-        if (to_uncond >= 0) store(to_uncond, rest * through);
+        if (to_uncond >= 0) store(to_uncond, complement * through);
       });
     });
   });

@@ -10,7 +10,7 @@ struct Shortcut {
   using Element = T;
   using A = sdo::Acc<T>;
   sdo::Update<A> update;
-  A guidance, rest;
+  A guidance, complement;
   int to_x, to_cond, to_uncond, at_x, at_cond, at_uncond;  // places among the operands, -1 for none
 
   template <int kWidth, class Cursor>
@@ -32,7 +32,7 @@ struct Shortcut {
     for (int i = 0; i < kWidth; ++i) update.template backward<kClipped>(grad[i], x[i], eps[i], direct[i], through[i]);
     if (to_x >= 0) cursor.store(to_x, direct);
     if (to_cond >= 0) store_scaled<kWidth>(cursor, to_cond, through, guidance);
-    if (to_uncond >= 0) store_scaled<kWidth>(cursor, to_uncond, through, rest);
+    if (to_uncond >= 0) store_scaled<kWidth>(cursor, to_uncond, through, complement);
   }
 
   template <int kWidth, class Cursor>

@@ -23,9 +23,9 @@ struct Plane {
   Plane(T* memory, const Tensor& t, int64_t plane) {
     const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
     data = memory + plane / channels * t.stride(0) + plane % channels * t.stride(1);
-    const bool whole = height == 1 || t.stride(2) == width;
-    runs = whole ? 1 : height;
-    length = whole ? height * width : width;
+    const bool dense = height == 1 || t.stride(2) == width;
+    runs = dense ? 1 : height;
+    length = dense ? height * width : width;
     stride = t.stride(2);
   }
 };
@@ -51,8 +51,8 @@ double sum(const Plane<const T>& x) {
   double total = 0;
   for (int64_t r = 0; r < x.runs; ++r)
     total += accumulate::over<Acc<T>>(
-        x.length,
-        [p = x.data + r * x.stride](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide); });
+        x.length, [p = x.data + r * x.stride](auto vector, int64_t i)
+                      __attribute__((always_inline)) { return at(p + i, vector); });
   return total;
 }
 
@@ -63,8 +63,8 @@ double sum_of_products(const Plane<const T>& x, const Plane<const T>& y) {
   const int64_t x_step = x.runs == runs ? x.stride : length, y_step = y.runs == runs ? y.stride : length;
   for (int64_t r = 0; r < runs; ++r)
     total += accumulate::over<Acc<T>>(
-        length, [p = x.data + r * x_step, q = y.data + r * y_step](auto wide, int64_t i)
-                    __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
+        length, [p = x.data + r * x_step, q = y.data + r * y_step](auto vector, int64_t i)
+                    __attribute__((always_inline)) { return at(p + i, vector) * at(q + i, vector); });
   return total;
 }
 
@@ -108,8 +108,9 @@ struct Network {
   }
 
   static double dot(int64_t n, const double* p, const double* q) {
-    return accumulate::over<double>(
-        n, [=](auto wide, int64_t i) __attribute__((always_inline)) { return at(p + i, wide) * at(q + i, wide); });
+    return accumulate::over<double>(n, [=](auto vector, int64_t i) __attribute__((always_inline)) {
+      return at(p + i, vector) * at(q + i, vector);
+    });
   }
 };
 

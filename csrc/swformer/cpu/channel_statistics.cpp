@@ -26,28 +26,29 @@ template <class T>
 Moments run_moments(const T* x, int64_t count) {
   using A = Acc<T>;
   constexpr int64_t lanes = simd::kLanes<A>;
-  const int64_t whole = count / lanes * lanes;
+  const int64_t in_vectors = count / lanes * lanes;
   simd::Vec<A> sum[2] = {}, squares[2] = {};
   auto pairs = [&](auto&& use) __attribute__((always_inline)) {
     int64_t i = 0;
-    for (; i + 2 * lanes <= whole; i += 2 * lanes) {
+    for (; i + 2 * lanes <= in_vectors; i += 2 * lanes) {
       use(0, simd::load(x + i));
       use(1, simd::load(x + i + lanes));
     }
-    if (i < whole) use(0, simd::load(x + i));
+    if (i < in_vectors) use(0, simd::load(x + i));
   };
   pairs([&](int k, simd::Vec<A> v) __attribute__((always_inline)) { sum[k] += v; });
   double total = simd::sum_of_lanes(sum[0] + sum[1]);
-  for (int64_t i = whole; i < count; ++i) total += static_cast<A>(x[i]);
+  for (int64_t i = in_vectors; i < count; ++i) total += static_cast<A>(x[i]);
   const A mean = static_cast<A>(total / count);
-  simd::Vec<A> rest[2] = {};  // sums of the differences: of numbers far from zero the first sum is a rough one
+  simd::Vec<A> differences[2] = {};  // sums of the differences: of numbers far from zero the first sum is a rough one
   pairs([&](int k, simd::Vec<A> v) __attribute__((always_inline)) {
     const simd::Vec<A> difference = v - mean;
-    rest[k] += difference;
+    differences[k] += difference;
     squares[k] += difference * difference;
   });
-  double off = simd::sum_of_lanes(rest[0] + rest[1]), centred = simd::sum_of_lanes(squares[0] + squares[1]);
-  for (int64_t i = whole; i < count; ++i) {
+  double off = simd::sum_of_lanes(differences[0] + differences[1]),
+         centred = simd::sum_of_lanes(squares[0] + squares[1]);
+  for (int64_t i = in_vectors; i < count; ++i) {
     const A difference = static_cast<A>(x[i]) - mean;
     off += difference;
     centred += difference * difference;
@@ -105,8 +106,8 @@ Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const
         const A slope = static_cast<A>(2 * upstream[channels + c] / count);
         // The mean in two parts: of a mean much larger than the differences from it, a rounded one would be felt in
         // them.
-        const A center = static_cast<A>(means[c]), rest = static_cast<A>(means[c] - center);
-        const A offset = static_cast<A>(upstream[c] / count) - slope * rest;
+        const A center = static_cast<A>(means[c]), remainder = static_cast<A>(means[c] - center);
+        const A offset = static_cast<A>(upstream[c] / count) - slope * remainder;
         const T* in = data + plane * pixels;
         T* to = out + plane * pixels;
         int64_t i = 0;

@@ -112,12 +112,12 @@ class Backward {
     const A* around[kRows + k - 1];
     x_rows.rows_from(i - k / 2, around);
     stencil::convolve<k, kRows, kStep>(
-        around, weight_, bias_, line.whole(), line.vectors(),
-        [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
+        around, weight_, bias_, line.full(), line.vectors(),
+        [&](int64_t v, auto& z, auto full) __attribute__((always_inline)) {
           for (int o = 0; o < kRows; ++o) {
-            const Vec<A> upstream = line.load(grad + o * stride, v, whole) + grad_sums;
+            const Vec<A> upstream = line.load(grad + o * stride, v, full) + grad_sums;
             Vec<A> grad_z = simd::gelu_derivative(z[o]) * upstream;
-            if (!whole) grad_z = stencil::first_lanes<A>(grad_z, line.count(v));
+            if (!full) grad_z = stencil::first_lanes<A>(grad_z, line.count(v));
             simd::store(z_rows.slot(i + o) + v * simd::kLanes<A>, grad_z);
           }
         });
@@ -132,9 +132,9 @@ class Backward {
     const A* around[kRows + k - 1];
     z_rows_.rows_from(i - k / 2, around);
     stencil::convolve<k, kRows, kStep>(
-        around, flipped_, Vec<A>{}, line.whole(), line.vectors(),
-        [&](int64_t v, auto& value, auto whole) __attribute__((always_inline)) {
-          for (int o = 0; o < kRows; ++o) line.store(out + o * stride, v, value[o], whole);
+        around, flipped_, Vec<A>{}, line.full(), line.vectors(),
+        [&](int64_t v, auto& value, auto full) __attribute__((always_inline)) {
+          for (int o = 0; o < kRows; ++o) line.store(out + o * stride, v, value[o], full);
         });
   }
 

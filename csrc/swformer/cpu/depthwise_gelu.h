@@ -63,11 +63,11 @@ class Forward {
       rows.rows_from(i - k / 2, around);
       Vec<A> run = sums.run[0];
       stencil::convolve<k, kRows, kStep>(
-          around, w, b, out.whole(), out.vectors(), [&](int64_t v, auto& z, auto whole) __attribute__((always_inline)) {
+          around, w, b, out.full(), out.vectors(), [&](int64_t v, auto& z, auto full) __attribute__((always_inline)) {
             for (int o = 0; o < kRows; ++o) {
               const Vec<A> value = simd::gelu(z[o]);
-              out.store(y + (i + o) * g.out_strides.h, v, value, whole);
-              if (kSums) run += whole ? value : stencil::first_lanes<A>(value, out.count(v));
+              out.store(y + (i + o) * g.out_strides.h, v, value, full);
+              if (kSums) run += full ? value : stencil::first_lanes<A>(value, out.count(v));
             }
           });
       if (kSums) {

@@ -35,11 +35,11 @@ int64_t rows(int64_t count) { return gemm::round_up(count, kGroup) * kTile; }  /
 int64_t vectors(int64_t count) { return gemm::round_up(count, kFloats); }
 
 // The tiles of a batch of spectra of (height, width) images.
-struct Spectra : spectrum::Layout {
+struct Spectra : spectrum::HalfSpectrum {
   int64_t batch;
   std::vector<spectrum::Tile> tiles;
   Spectra(const Tensor& spectra, int64_t height, int64_t width)
-      : Layout(height, width), batch(spectra.size(0)), tiles(Layout::tiles(kTile)) {
+      : HalfSpectrum(height, width), batch(spectra.size(0)), tiles(HalfSpectrum::tiles(kTile)) {
     STD_TORCH_CHECK(
         spectra.size(2) == blocks, "a spectrum of ", height, " x ", width, " has ", blocks, " blocks, got ",
         spectra.size(2));

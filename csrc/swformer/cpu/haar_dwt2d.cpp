@@ -14,7 +14,7 @@ Tensor haar_dwt2d(const Tensor& x, const Tensor& dec_lo, const Tensor& dec_hi) {
   Tensor y = tensor::empty(x, {x.size(0), 4 * x.size(1), (x.size(2) + 1) / 2, (x.size(3) + 1) / 2}, channels_last);
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    haar::Problem<T> g{x.size(0), x.size(1), x.size(2), x.size(3)};
+    haar::Walk<T> g{x.size(0), x.size(1), x.size(2), x.size(3)};
     g.pixels = static_cast<const T*>(dense.const_data_ptr());
     g.pixel_strides = tensor::strides_of(dense);
     g.out = static_cast<T*>(y.mutable_data_ptr());

@@ -14,7 +14,7 @@ Tensor haar_idwt2d(const Tensor& y, const Tensor& rec_lo, const Tensor& rec_hi, 
   Tensor x = tensor::empty(y, {y.size(0), y.size(1) / 4, height, width}, channels_last);
   tensor::dispatch(y.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    haar::Problem<T> g{y.size(0), y.size(1) / 4, height, width};
+    haar::Walk<T> g{y.size(0), y.size(1) / 4, height, width};
     g.bands = static_cast<const T*>(dense.const_data_ptr());
     g.band_strides = tensor::strides_of(dense);
     g.out = static_cast<T*>(x.mutable_data_ptr());

@@ -62,7 +62,7 @@ inline void store_pair(T* p, int64_t stride, V even, V odd) {
 }
 
 template <class T>
-struct Problem {
+struct Walk {
   int64_t batch, channels, height, width;  // of the pixels
   const T* pixels = nullptr;
   Strides pixel_strides{};
@@ -75,8 +75,8 @@ struct Problem {
 // One function, and lambdas in it: what a line's blocks need stays in registers. kReplicate: the sample missing at an
 // odd border is its neighbour (gradients fold onto it); else it is zero (and cropped).
 template <class T, bool kChannelsLast, bool kReplicate, Out kOut, bool kCorrelate>
-void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* correlation) {
-  const Problem<T> g = problem;
+void walk(const Walk<T>& problem, const Filters<Acc<T>>& filters, double* correlation) {
+  const Walk<T> g = problem;
   using A = Acc<T>;
   using V = simd::Vec<A>;
   constexpr int n = simd::kLanes<A>;
@@ -204,7 +204,7 @@ void walk(const Problem<T>& problem, const Filters<Acc<T>>& filters, double* cor
 }
 
 template <bool kReplicate, Out kOut, bool kCorrelate, class T>
-void walk_layout(bool channels_last, const Problem<T>& g, const Filters<Acc<T>>& f, double* correlation) {
+void walk_layout(bool channels_last, const Walk<T>& g, const Filters<Acc<T>>& f, double* correlation) {
   if (g.batch * g.channels == 0) {
     if (kCorrelate) std::fill(correlation, correlation + 16, 0.0);
     return;
@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   tensor::dispatch(like.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     Filters<Acc<T>> f(low, high);
-    Problem<T> g{pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)};
+    Walk<T> g{pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)};
     g.pixels = static_cast<const T*>(pixels.const_data_ptr());
     g.pixel_strides = tensor::strides_of(pixels);
     g.bands = static_cast<const T*>(bands.const_data_ptr());

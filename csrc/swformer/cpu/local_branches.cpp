@@ -97,17 +97,17 @@ class LocalBranches {
     of_spatial.x_strides = of_wavelet.x_strides = {0, pitch, width_, 1};
     int64_t spatial_next = 2 * begin, wavelet_next = begin;
     for (int64_t row = first; row < last; row += rows) {
-      const int64_t known = std::min(last, row + rows);  // rows
-      convolve(image, row, known - row, maps, pitch, gathered);
+      const int64_t ready = std::min(last, row + rows);  // rows
+      convolve(image, row, ready - row, maps, pitch, gathered);
       of_spatial.x = maps - row * width_;
       of_wavelet.x = maps + channels_ * pitch - row * width_;
-      const bool all = known == height_;
-      const int64_t blocks = all ? block_rows() : known / 2;
-      const int64_t spatial_end = std::clamp(all ? height_ : known - ks / 2, spatial_next, std::min(height_, 2 * end));
+      const bool all = ready == height_;
+      const int64_t blocks = all ? block_rows() : ready / 2;
+      const int64_t spatial_end = std::clamp(all ? height_ : ready - ks / 2, spatial_next, std::min(height_, 2 * end));
       const int64_t wavelet_end = std::clamp(all ? blocks : blocks - kw / 2, wavelet_next, end);
       for (int64_t c = 0; c < channels_; ++c) {
         spatial[c].template run<true>(
-            of_spatial, spatial_parameters_, task(c, 0, 0), spatial_next, spatial_end, known, totals + c);
+            of_spatial, spatial_parameters_, task(c, 0, 0), spatial_next, spatial_end, ready, totals + c);
         wavelet[c].template run<true>(
             of_wavelet, wavelet_parameters_, task(c, 0, 0), wavelet_next, wavelet_end, blocks, mixed,
             totals + channels_ + c);
@@ -149,9 +149,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
       });
     });
   };
-  const bool wide = x.scalar_type() == tensor::ScalarType::Double;
-  STD_TORCH_CHECK(wide || x.scalar_type() == tensor::ScalarType::Float, "local_branches takes float32 and float64");
-  wide ? run(double{}) : run(float{});
+  const bool is_double = x.scalar_type() == tensor::ScalarType::Double;
+  STD_TORCH_CHECK(
+      is_double || x.scalar_type() == tensor::ScalarType::Float, "local_branches takes float32 and float64");
+  is_double ? run(double{}) : run(float{});
   const double* values = sums.data();
   auto result = [&](const double* of) { return tensor::write(x, {batch, channels}, x.scalar_type(), of); };
   return {spatial, wavelet, result(values), result(values + batch * channels)};

@@ -22,9 +22,9 @@ struct Tile {
   int64_t count() const { return blocks * lanes; }
 };
 
-struct Layout {
+struct HalfSpectrum {
   int64_t height, width, columns, groups, nyquist, blocks;  // columns in groups; the first block of Nyquist's column
-  Layout(int64_t height, int64_t width)
+  HalfSpectrum(int64_t height, int64_t width)
       : height(height), width(width), columns((width + 1) / 2), groups((columns + kLanes - 1) / kLanes),
         nyquist(groups * height), blocks(nyquist + (width % 2 ? 0 : (height + kLanes - 1) / kLanes)) {}
 
@@ -36,9 +36,9 @@ struct Layout {
       const int64_t step = (most - kLanes) / lanes + 1;
       for (; first < end; first += step) list.push_back({first, std::min(step, end - first), lanes});
     };
-    const int64_t whole = columns / kLanes * height;
-    cut(0, whole, kLanes);
-    cut(whole, nyquist, columns % kLanes);
+    const int64_t full = columns / kLanes * height;
+    cut(0, full, kLanes);
+    cut(full, nyquist, columns % kLanes);
     if (width % 2 == 0) {
       cut(nyquist, nyquist + height / kLanes, kLanes);
       cut(nyquist + height / kLanes, blocks, height % kLanes);

@@ -22,15 +22,16 @@ using spectrum::kBlock;
 using spectrum::kLanes;
 using tensor::Tensor;
 
-struct Geometry : spectrum::Layout {
+struct Geometry : spectrum::HalfSpectrum {
   int64_t length;  // complex numbers that a row is transformed as
   fft::Plan rows, column;
   float scale;
   std::vector<float> roots;  // exp(-2 pi i k / W), k <= W / 4
 
   Geometry(int64_t height, int64_t width, bool inverse)
-      : Layout(height, width), length(width % 2 ? width : width / 2), rows(length, inverse), column(height, inverse),
-        scale(static_cast<float>(1 / std::sqrt(static_cast<double>(height * width)))), roots(2 * (length / 2 + 1)) {
+      : HalfSpectrum(height, width), length(width % 2 ? width : width / 2), rows(length, inverse),
+        column(height, inverse), scale(static_cast<float>(1 / std::sqrt(static_cast<double>(height * width)))),
+        roots(2 * (length / 2 + 1)) {
     for (int64_t k = 0; k <= length / 2; ++k) fft::root(k, width, &roots[2 * k]);
   }
   bool even() const { return width % 2 == 0; }

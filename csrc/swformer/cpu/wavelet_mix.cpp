@@ -28,19 +28,18 @@ void synthesise_row(
 #pragma GCC unroll 16
     for (int t = 0; t < 16; ++t) total[t] = sums[t];  // unrolled, not std::copy, so that they stay in registers
   }
-  stencil::each_vector(blocks.whole(), blocks.vectors(), [&](int64_t v, auto whole) __attribute__((always_inline)) {
+  stencil::each_vector(blocks.full(), blocks.vectors(), [&](int64_t v, auto full) __attribute__((always_inline)) {
     Vec<A> y[kBands], pixels[4];
     for (int q = 0; q < kBands; ++q) y[q] = simd::load(bands[q] + v * B::n);
     if (kSum) {
-      blocks.template load<kReplicate>(x, i, v, whole, pixels);
+      blocks.template load<kReplicate>(x, i, v, full, pixels);
       Vec<A> bands_of_image[kBands];
-      for (int q = 0; q < kBands; ++q)
-        bands_of_image[q] = whole ? y[q] : stencil::first_lanes<A>(y[q], blocks.count(v));
+      for (int q = 0; q < kBands; ++q) bands_of_image[q] = full ? y[q] : stencil::first_lanes<A>(y[q], blocks.count(v));
       haar::correlate(bands_of_image, pixels, total);
     }
     if (kStore) {
       haar::synthesise(f, y, pixels);
-      out_blocks.template store<kReplicate>(out, i, v, whole, pixels);
+      out_blocks.template store<kReplicate>(out, i, v, full, pixels);
     }
   });
   if (kSum) {

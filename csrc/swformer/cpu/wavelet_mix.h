@@ -36,8 +36,8 @@ struct Blocks {
   V offset{};
 
   int64_t vectors() const { return kChannelsLast ? (width + 1) / 2 : (width + 2 * n - 1) / (2 * n); }
-  int64_t whole() const { return kChannelsLast ? (lanes == n ? width / 2 : 0) : width / (2 * n); }
-  // Blocks, or channels, in a vector that is not whole.
+  int64_t full() const { return kChannelsLast ? (lanes == n ? width / 2 : 0) : width / (2 * n); }
+  // Blocks, or channels, in a vector that is not full.
   int count(int64_t v) const { return kChannelsLast ? lanes : static_cast<int>((width + 1) / 2 - v * n); }
   int last_lanes() const { return kChannelsLast ? n : count(vectors() - 1); }
   // Whether the last column of blocks, in vector v, has one pixel column.
@@ -46,38 +46,38 @@ struct Blocks {
   const T* row(const T* x, int64_t i) const { return x + i * row_stride; }
 
   int64_t at(int64_t half) const { return half * (kChannelsLast ? pixel : n); }
-  // Pixels, or channels, of the image in a half that is not whole.
+  // Pixels, or channels, of the image in a half that is not full.
   int in_half(int64_t half) const {
     return kChannelsLast ? (half < width ? lanes : 0) : static_cast<int>(std::clamp<int64_t>(width - half * n, 0, n));
   }
   template <class B>
-  V load_half(const T* p, int64_t half, B whole) const {
-    const V stored = whole ? simd::load(p + at(half)) : simd::load_partial(p + at(half), in_half(half));
+  V load_half(const T* p, int64_t half, B full) const {
+    const V stored = full ? simd::load(p + at(half)) : simd::load_partial(p + at(half), in_half(half));
     if constexpr (!kOffset) return stored;
-    return stored + (whole ? offset : stencil::first_lanes<A>(offset, in_half(half)));
+    return stored + (full ? offset : stencil::first_lanes<A>(offset, in_half(half)));
   }
   template <class B>
-  void store_half(T* p, int64_t half, V value, B whole) const {
-    whole ? simd::store(p + at(half), value) : simd::store_partial(p + at(half), value, in_half(half));
+  void store_half(T* p, int64_t half, V value, B full) const {
+    full ? simd::store(p + at(half), value) : simd::store_partial(p + at(half), value, in_half(half));
   }
 
   // Pixels 00, 01, 10, 11. kReplicate: the sample missing at an odd border is its neighbour; else it is zero.
   template <bool kReplicate, class B>
-  void load(const T* x, int64_t i, int64_t v, B whole, V (&pixels)[4]) const {
-    load_pair<kReplicate>(row(x, 2 * i), v, whole, pixels[0], pixels[1]);
+  void load(const T* x, int64_t i, int64_t v, B full, V (&pixels)[4]) const {
+    load_pair<kReplicate>(row(x, 2 * i), v, full, pixels[0], pixels[1]);
     if (2 * i + 1 < height)
-      load_pair<kReplicate>(row(x, 2 * i + 1), v, whole, pixels[2], pixels[3]);
+      load_pair<kReplicate>(row(x, 2 * i + 1), v, full, pixels[2], pixels[3]);
     else
       for (int a = 0; a < 2; ++a) pixels[2 + a] = kReplicate ? pixels[a] : V{};
   }
   template <bool kReplicate, class B>
-  void load_pair(const T* p, int64_t v, B whole, V& even, V& odd) const {
-    const V a = load_half(p, 2 * v, whole), b = load_half(p, 2 * v + 1, whole);
+  void load_pair(const T* p, int64_t v, B full, V& even, V& odd) const {
+    const V a = load_half(p, 2 * v, full), b = load_half(p, 2 * v + 1, full);
     if (kChannelsLast)
       even = a, odd = b;
     else
       simd::deinterleave(a, b, even, odd);
-    if (kReplicate && !whole && single(v)) {
+    if (kReplicate && !full && single(v)) {
       if (kChannelsLast)
         odd = even;
       else
@@ -86,16 +86,16 @@ struct Blocks {
   }
   // kFold: what falls on a replicated sample adds to its neighbour; else it is dropped.
   template <bool kFold, class B>
-  void store(T* out, int64_t i, int64_t v, B whole, V (&pixels)[4]) const {
+  void store(T* out, int64_t i, int64_t v, B full, V (&pixels)[4]) const {
     const bool single_row = 2 * i + 1 == height;
     if (kFold && single_row)
       for (int a = 0; a < 2; ++a) pixels[a] += pixels[2 + a];
-    store_pair<kFold>(out + 2 * i * row_stride, v, whole, pixels[0], pixels[1]);
-    if (!single_row) store_pair<kFold>(out + (2 * i + 1) * row_stride, v, whole, pixels[2], pixels[3]);
+    store_pair<kFold>(out + 2 * i * row_stride, v, full, pixels[0], pixels[1]);
+    if (!single_row) store_pair<kFold>(out + (2 * i + 1) * row_stride, v, full, pixels[2], pixels[3]);
   }
   template <bool kFold, class B>
-  void store_pair(T* p, int64_t v, B whole, V even, V odd) const {
-    if (kFold && !whole && single(v)) {
+  void store_pair(T* p, int64_t v, B full, V even, V odd) const {
+    if (kFold && !full && single(v)) {
       if (kChannelsLast)
         even += odd;
       else
@@ -103,15 +103,15 @@ struct Blocks {
     }
     V a = even, b = odd;
     if (!kChannelsLast) simd::interleave(even, odd, a, b);
-    store_half(p, 2 * v, a, whole);
-    store_half(p, 2 * v + 1, b, whole);
+    store_half(p, 2 * v, a, full);
+    store_half(p, 2 * v + 1, b, full);
   }
   // Of each block (or channel) the sum of those pixels that are in the image.
   template <class B>
-  V sum(int64_t i, int64_t v, B whole, const V (&pixels)[4]) const {
+  V sum(int64_t i, int64_t v, B full, const V (&pixels)[4]) const {
     V even = pixels[0], odd = pixels[1];
     if (2 * i + 1 < height) even += pixels[2], odd += pixels[3];
-    if (whole) return even + odd;
+    if (full) return even + odd;
     if (kChannelsLast) return single(v) ? even : even + odd;
     return stencil::first_lanes<A>(even, count(v)) + stencil::first_lanes<A>(odd, static_cast<int>(width / 2 - v * n));
   }
@@ -133,9 +133,9 @@ void analyse_row(const B& blocks, const T* x, int64_t i, const Filters<A>& filte
   const Filters<A> f = filters;  // a local copy that no store can alias stays in registers
   A* out[kBands];
   for (int q = 0; q < kBands; ++q) out[q] = bands.ring[q].slot(i);
-  stencil::each_vector(blocks.whole(), blocks.vectors(), [&](int64_t v, auto whole) __attribute__((always_inline)) {
+  stencil::each_vector(blocks.full(), blocks.vectors(), [&](int64_t v, auto full) __attribute__((always_inline)) {
     Vec<A> pixels[4], y[kBands];
-    blocks.template load<kReplicate>(x, i, v, whole, pixels);
+    blocks.template load<kReplicate>(x, i, v, full, pixels);
     haar::analyse(f, pixels, y);
     for (int q = 0; q < kBands; ++q) simd::store(out[q] + v * B::n, y[q]);
   });
@@ -147,12 +147,12 @@ void synthesise_row(
     const B& blocks, int64_t i, const A* const (&bands)[kBands], const Filters<A>& synthesis, T* out, Vec<A>& total) {
   const Filters<A> f = synthesis;
   Vec<A> run = total;
-  stencil::each_vector(blocks.whole(), blocks.vectors(), [&](int64_t v, auto whole) __attribute__((always_inline)) {
+  stencil::each_vector(blocks.full(), blocks.vectors(), [&](int64_t v, auto full) __attribute__((always_inline)) {
     Vec<A> y[kBands], pixels[4];
     for (int q = 0; q < kBands; ++q) y[q] = simd::load(bands[q] + v * B::n);
     haar::synthesise(f, y, pixels);
-    blocks.template store<false>(out, i, v, whole, pixels);
-    if (kSums) run += blocks.sum(i, v, whole, pixels);
+    blocks.template store<false>(out, i, v, full, pixels);
+    if (kSums) run += blocks.sum(i, v, full, pixels);
   });
   total = run;
 }

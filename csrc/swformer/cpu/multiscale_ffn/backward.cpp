@@ -16,7 +16,7 @@ template <class T>
 class StripBackward {
  public:
   StripBackward(
-      Frame& frame, const Net& net, const Layout& layout, const Image<const T>& x, const Image<const T>& grad,
+      Frame& frame, const Net& net, const SumPlaces& layout, const Image<const T>& x, const Image<const T>& grad,
       const Image<T>* grad_x, const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image,
       int64_t strip, float* sums)
       : net_(net), layout_(layout), full_(net.grid[0]), grad_(grad), grad_x_(grad_x), sums_(sums),
@@ -47,11 +47,11 @@ class StripBackward {
   }
 
  private:
-  // Of the strip's own rows all scales, of its neighbours' the first.
+  // Of the strip's of_task rows all scales, of its neighbours' the first.
   void row(int64_t i) {
-    const bool own = i >= begin_ && i < end_;
+    const bool of_task = i >= begin_ && i < end_;
     hidden_.advance(i + 1);
-    if (own) {
+    if (of_task) {
       half_.advance(net_.row_source[1][i].high);
       quarter_.advance(net_.row_source[2][i].high);
       half_down_.begin(net_.row_source[1][i]);
@@ -60,20 +60,21 @@ class StripBackward {
     pack_row(grad_, i, grad_blocks_);
     const Neighbours near(hidden_.rows, i, full_.height, zeros_);
     for (int64_t b = 0; b < full_.blocks; ++b) {
-      float *const activated = own && sums_ ? activated_ : nullptr, *const slope = slope_;
-      before_gelu(net_, near, half_, quarter_, i, b, own, [=](int64_t c, int v, VecF z) __attribute__((always_inline)) {
-        if (activated) simd::store(activated + c * kBlock + v * kLanes, simd::gelu(z));
-        simd::store(slope + c * kBlock + v * kLanes, simd::gelu_derivative(z));
-      });
-      propagate(i, b, own);
-      if (own && sums_) collect(b);
+      float *const activated = of_task && sums_ ? activated_ : nullptr, *const slope = slope_;
+      before_gelu(
+          net_, near, half_, quarter_, i, b, of_task, [=](int64_t c, int v, VecF z) __attribute__((always_inline)) {
+            if (activated) simd::store(activated + c * kBlock + v * kLanes, simd::gelu(z));
+            simd::store(slope + c * kBlock + v * kLanes, simd::gelu_derivative(z));
+          });
+      propagate(i, b, of_task);
+      if (of_task && sums_) collect(b);
     }
-    if (own && sums_)
+    if (of_task && sums_)
       add_product(grad_pixels_, activated_pixels_, net_.width, sums_ + layout_.out_weight, layout_.out_pitch);
   }
 
   // Block b of the gradient, through the last convolution and the GELU, to the maps of each scale.
-  void propagate(int64_t i, int64_t b, bool own) const {
+  void propagate(int64_t i, int64_t b, bool of_task) const {
     const int64_t mid = net_.mid, columns = full_.columns(b), pitch = full_.pitch;
     const float *block = grad_blocks_ + b * net_.out * kBlock, *const slope = slope_;
     float* row = mixed_grad_[i] + b * kBlock;
@@ -83,7 +84,7 @@ class StripBackward {
         columns, block, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
           simd::store(row + c * pitch + j, keep(inside[j / kLanes], g * simd::load(slope + c * kBlock + j)));
         });
-    if (!own) return;
+    if (!of_task) return;
     net_.out_transposed[1].times(
         columns, block, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
           half_down_.add(c, b * kBlock + j, g * simd::load(slope + (mid + c) * kBlock + j));
@@ -103,7 +104,7 @@ class StripBackward {
   }
 
   const Net& net_;
-  const Layout& layout_;
+  const SumPlaces& layout_;
   const Grid& full_;
   const Image<const T>& grad_;
   const Image<T>* const grad_x_;
@@ -151,7 +152,7 @@ void add_low_row(
 // Second pass over a strip: from the gradients of the low-resolution maps to the input and the parameters.
 template <class T>
 void backward_low_strip(
-    const Net& net, const Layout& layout, const Image<const T>& x, const Image<T>* grad_x,
+    const Net& net, const SumPlaces& layout, const Image<const T>& x, const Image<T>* grad_x,
     const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image, int64_t strip, float* sums) {
   Frame frame;
   const int64_t begin = strip * net.rows_per_strip(), end = std::min(net.height, begin + net.rows_per_strip());
@@ -164,7 +165,7 @@ void backward_low_strip(
     int64_t next, next_grad;
 
     Scale(
-        Frame& frame, const Net& net, const Layout& layout, const Image<const T>& x, const LowGradients& gradients,
+        Frame& frame, const Net& net, const SumPlaces& layout, const Image<const T>& x, const LowGradients& gradients,
         bool need_images, int64_t begin, float* sums)
         : low(gradients), factor(kFactor[low.scale]), height(net.grid[low.scale].height),
           hidden(frame, net, low.scale, x, begin / factor - 1, 3, 3), grad(frame, 3, net.mid, net.grid[low.scale]),
@@ -210,7 +211,7 @@ void sum_over_tasks(int64_t count, int64_t size, double* totals, Work&& work) {
 // so that the gradients between the two passes stay few.
 template <class T>
 void backward(
-    const Net& net, const Layout& layout, const Tensor& grad, const Tensor& x, Tensor* grad_x, bool need_parameters,
+    const Net& net, const SumPlaces& layout, const Tensor& grad, const Tensor& x, Tensor* grad_x, bool need_parameters,
     double* totals) {
   const int64_t strips = net.strips();
   int64_t image_bytes = 1;
@@ -249,7 +250,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 using Depthwise = std::array<Tensor, 2 * kScales>;
 
 Gradients from_totals(
-    const Net& net, const Layout& layout, const double* totals, const Tensor& grad_x, const Tensor& in_weight,
+    const Net& net, const SumPlaces& layout, const double* totals, const Tensor& grad_x, const Tensor& in_weight,
     const Tensor& in_bias, const Depthwise& dw, const Tensor& out_weight, const Tensor& out_bias) {
   std::vector<double> in_w, in_b, out_w;
   Depthwise dw_grad = dw;
@@ -290,7 +291,7 @@ Gradients multiscale_ffn_backward(
     const Tensor& dw_bias4, const Tensor& out_weight, const Tensor& out_bias, bool need_images, bool need_parameters) {
   const Depthwise dw = {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4};
   const Net net(x, in_weight, in_bias, dw, out_weight, out_bias, true);
-  const Layout layout(net);
+  const SumPlaces layout(net);
   Tensor grad_x = need_images
                       ? tensor::empty(x, {net.batch, net.in, net.height, net.width}, tensor::is_channels_last(x))
                       : tensor::empty(x, {0});

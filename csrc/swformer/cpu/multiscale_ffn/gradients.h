@@ -7,11 +7,11 @@
 namespace multiscale_ffn {
 
 // Where the sums of each parameter's gradient lie in the floats of one task; the first pass has those before `second`.
-struct Layout {
+struct SumPlaces {
   int64_t in_weight[kScales], in_bias[kScales], dw[kScales], out_weight, out_bias, second, size;
   int64_t in_pitch, out_pitch;  // of the weights' rows, whole vectors
 
-  explicit Layout(const Net& net)
+  explicit SumPlaces(const Net& net)
       : in_pitch(gemm::round_up(net.in, kLanes)), out_pitch(gemm::round_up(kScales * net.mid, kLanes)) {
     int64_t at = 0;
     auto take = [&](int64_t count) { return std::exchange(at, at + count); };
@@ -68,7 +68,7 @@ inline float* take_block(Frame& frame, int64_t channels) {
 // of its input.
 class ScaleBackward {
  public:
-  ScaleBackward(Frame& frame, const Net& net, const Layout& layout, int scale, bool need_images, float* sums)
+  ScaleBackward(Frame& frame, const Net& net, const SumPlaces& layout, int scale, bool need_images, float* sums)
       : net_(net), layout_(layout), scale_(scale), need_images_(need_images), sums_(sums),
         zeros_(zero_row(frame, net.grid[scale])), block_(take_block(frame, net.mid)),
         grad_pixels_(frame, net.mid, net.grid[scale]), x_pixels_(frame, net.in, net.grid[scale]),
@@ -131,7 +131,7 @@ class ScaleBackward {
   }
 
   const Net& net_;
-  const Layout& layout_;
+  const SumPlaces& layout_;
   const int scale_;
   const bool need_images_;
   float* const sums_;  // null where no parameter needs a gradient
@@ -162,14 +162,14 @@ struct LowGradients {
 
   // Row u of all strips together into the planar row `sum`.
   void gather(int64_t image, int64_t u, float* sum) const {
-    bool found = false;
+    bool started = false;
     for (int64_t strip = 0; strip < strips; ++strip) {
       if (u < first(strip) || u > last(strip)) continue;
       const float* part = row(image, strip, u);
-      for (int64_t j = 0; j < row_size; ++j) sum[j] = found ? sum[j] + part[j] : part[j];
-      found = true;
+      for (int64_t j = 0; j < row_size; ++j) sum[j] = started ? sum[j] + part[j] : part[j];
+      started = true;
     }
-    if (!found) std::fill_n(sum, row_size, 0.0f);
+    if (!started) std::fill_n(sum, row_size, 0.0f);
   }
 };
 

@@ -149,8 +149,8 @@ struct Net {
       : batch(x.size(0)), in(x.size(1)), mid(in_w.size(0) / kScales), out(out_w.size(0)), height(x.size(2)),
         width(x.size(3)), in_bias(tensor::read<float>(in_b)), out_bias(tensor::read<float>(out_b)) {
     const auto first = tensor::read<float>(in_w), last = tensor::read<float>(out_w);
-    const int64_t wide = kScales * mid;
-    out_weight = gemm::Matrix<float>(out, wide, [&](int64_t i, int64_t j) { return last[i * wide + j]; });
+    const int64_t hidden = kScales * mid;
+    out_weight = gemm::Matrix<float>(out, hidden, [&](int64_t i, int64_t j) { return last[i * hidden + j]; });
     for (int s = 0; s < kScales; ++s) {
       grid.emplace_back(kFactor[s], height, width);
       taps[s] = tensor::read<float>(dw[2 * s]);
@@ -163,7 +163,7 @@ struct Net {
       in_transposed[s] =
           gemm::Matrix<float>(in, mid, [&](int64_t i, int64_t j) { return first[(s * mid + j) * in + i]; });
       out_transposed[s] =
-          gemm::Matrix<float>(mid, out, [&](int64_t i, int64_t j) { return last[j * wide + s * mid + i]; });
+          gemm::Matrix<float>(mid, out, [&](int64_t i, int64_t j) { return last[j * hidden + s * mid + i]; });
       flipped[s].resize(taps[s].size());
       for (size_t i = 0; i < flipped[s].size(); ++i) flipped[s][i] = taps[s][i / kTaps * kTaps + kTaps - 1 - i % kTaps];
     }
