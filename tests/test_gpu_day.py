@@ -94,7 +94,7 @@ def test_the_products_come_first() -> None:
     assert list(ARGUMENTS)[:2] == ["multiscale_ffn", "fourier_mix"]
 
 
-@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("dry", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_steps_find_their_tests(dry: bool) -> None:
     """On a GPU's machine there is no time to find out that a name has changed."""
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
