@@ -56,7 +56,7 @@ endef
 # Random calls against the definitions, for so long; a log in .cache/ keeps what was done.
 SECONDS ?= 60
 fuzz: build
-	PYTHONPATH=tests $(PY) -W ignore tests/fuzz.py --seconds $(SECONDS)
+	PYTHONPATH=tests $(PY) -W ignore -m fuzz --seconds $(SECONDS)
 
 # HTML in build/docs; a warning is an error.
 docs: build

@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 import swformer_fast as sf
 
 from .harness import Case, Options
-from .op_cases import copy_floor, op_cases
+from .op_cases import COMPILED_MAPS, MAPS, branch_arguments, copy_floor, op_cases
 
-SHAPES = [
-    (1, 32, 256, 256),
-    (4, 32, 128, 128),
-    (1, 64, 128, 128),
-    (1, 128, 64, 64),
-    (1, 16, 1024, 1024),
-    (2, 24, 63, 65),
-]
+SHAPES = MAPS
 
 
 def targets(kind: str, shape: tuple[int, ...]) -> Mapping[str, float]:
@@ -27,14 +18,11 @@ def targets(kind: str, shape: tuple[int, ...]) -> Mapping[str, float]:
 
 
 def arguments(shape: tuple[int, ...]) -> Sequence[Any]:
-    branch = sf.reference.SpatialBranch(shape[1])
-    parameters = [(p.detach() + 0.01 * torch.randn_like(p)).requires_grad_() for p in branch.arguments()]
-    return torch.randn(shape, requires_grad=True), *parameters
+    return branch_arguments(sf.reference.SpatialBranch, shape)
 
 
 def cases(options: Options) -> list[Case]:
-    shapes = [(2, 24, 63, 65)] if options.quick else SHAPES
-    compiled = [(1, 32, 256, 256), (1, 128, 64, 64)]
+    shapes = SHAPES[-1:] if options.quick else SHAPES
     return op_cases(
-        "depthwise_gelu", arguments, shapes, options, targets=targets, peers=copy_floor, compile_shapes=compiled
+        "depthwise_gelu", arguments, shapes, options, targets=targets, peers=copy_floor, compile_shapes=COMPILED_MAPS
     )

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from .harness import Case, Options, Run, Variant
-from .op_cases import copy_floor, op_cases
+from .op_cases import COMPILED_MAPS, MAPS, copy_floor, op_cases
 
-SHAPES = [
-    (1, 32, 256, 256),
-    (4, 32, 128, 128),
-    (1, 64, 128, 128),
-    (1, 128, 64, 64),
-    (1, 16, 1024, 1024),
-    (2, 24, 63, 65),
-]
+SHAPES = MAPS
 PAGE_FAULTS_RULE = (1, 16, 1024, 1024)
 HAAR = ((0.5**0.5, 0.5**0.5), (0.5**0.5, -(0.5**0.5)))
 
@@ -88,8 +81,7 @@ def peers(args: Sequence[Any]) -> Mapping[str, Variant]:
 
 
 def cases(options: Options) -> list[Case]:
-    shapes = [(2, 24, 63, 65)] if options.quick else SHAPES
-    compiled = [(1, 32, 256, 256), (1, 128, 64, 64)]
+    shapes = SHAPES[-1:] if options.quick else SHAPES
     return [
         *op_cases(
             "haar_dwt2d",
@@ -98,7 +90,9 @@ def cases(options: Options) -> list[Case]:
             options,
             targets=dwt_targets,
             peers=peers,
-            compile_shapes=compiled,
+            compile_shapes=COMPILED_MAPS,
         ),
-        *op_cases("haar_idwt2d", idwt_arguments, shapes, options, targets=idwt_targets, compile_shapes=compiled[:1]),
+        *op_cases(
+            "haar_idwt2d", idwt_arguments, shapes, options, targets=idwt_targets, compile_shapes=COMPILED_MAPS[:1]
+        ),
     ]

@@ -16,6 +16,17 @@ from .harness import Case, Options, Run, Variant, Work, compiled, saved_bytes
 
 Function = Callable[..., Tensor]
 
+MAPS = [(1, 32, 256, 256), (4, 32, 128, 128), (1, 64, 128, 128), (1, 128, 64, 64), (1, 16, 1024, 1024), (2, 24, 63, 65)]
+"""Shapes of what the operators on one map are timed on; the last, odd one is for --quick."""
+COMPILED_MAPS = [(1, 32, 256, 256), (1, 128, 64, 64)]
+
+
+def branch_arguments(branch: Callable[[int], Any], shape: tuple[int, ...]) -> Sequence[Any]:
+    """An image and the parameters of a branch, a little away from where they start."""
+    parameters = branch(shape[1]).arguments()
+    moved_away = [(p.detach() + 0.01 * torch.randn_like(p)).requires_grad_() for p in parameters]
+    return torch.randn(shape, requires_grad=True), *moved_away
+
 
 def as_fp64(args: Any) -> Any:
     def convert(arg: Any) -> Any:

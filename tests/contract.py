@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import compress, product
 from typing import Any
 
+import pytest
 import torch
 from helpers import LAYOUTS, assert_close, fp64, poisoned_memory
 from torch import Tensor
@@ -19,16 +20,16 @@ from swformer_fast.parameters import unflatten
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 KERNELS = [name for name, state in sf.backends().items() if name != "reference" and state.startswith("available")]
 """The backends that can run here beside the reference."""
+needs_cpp = pytest.mark.skipif("cpp" not in KERNELS, reason="the compiled extension was not built")
 Arguments = list[Any]
 GPU = torch.cuda.is_available()
 
 
-def kernels(*names: str) -> list[tuple[str, str]]:
-    """(op, backend) for every op, or these, and every backend beside the reference that has it."""
-    pairs = product(names or CATALOGUE, KERNELS)
+def kernels() -> list[tuple[str, str]]:
+    """(op, backend) for every op and every backend beside the reference that has it."""
     return [
         (name, backend)
-        for name, backend in pairs
+        for name, backend in product(CATALOGUE, KERNELS)
         if "has no" not in (refusal(name, backend, arguments(name, 1, 2, 2, 2, device=device_of(backend))) or "")
     ]
 
@@ -150,10 +151,7 @@ def gradients(
         torch.autograd.grad(
             chosen,
             leaves(args),
-            [
-                g if g.dtype == o.dtype else g.to(o.dtype)
-                for g, o in zip((grads[i] for i in places), chosen, strict=True)
-            ],
+            [grads[i].to(outputs[i]) for i in places],
             retain_graph=True,
             allow_unused=True,
         )

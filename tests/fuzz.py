@@ -1,4 +1,4 @@
-"""Random calls of every op against its definition in fp64: `python tests/fuzz.py --seconds 3600`.
+"""Random calls of every op against its definition in fp64: `make fuzz SECONDS=3600`.
 
 A seed is a case. Failures and the number of cases done go to a log, from which the next run continues; a failure is
 tried on smaller images until it passes, and the smallest is written.
@@ -19,6 +19,8 @@ import torch
 from contract import CATALOGUE, arguments, as_list, detached, differentiable, gradients, op_of, random_grads
 from helpers import LAYOUTS, TOLERANCE, fp64, poisoned_memory, rel_rms
 from torch import Tensor
+
+from benchmarks.records import write_atomically
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -127,10 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end, saved = time.monotonic() + options.seconds, time.monotonic()
 
     def save() -> None:
-        options.log.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.log.with_suffix(".partial")
-        partial.write_text(json.dumps(log, indent=1))
-        partial.replace(options.log)
+        write_atomically(options.log, json.dumps(log, indent=1))
 
     try:
         while time.monotonic() < end:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import swformer_fast as sf
-
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 """Largest relative RMS error, by the dtype under test, against the reference run in fp64."""
 
@@ -164,6 +162,23 @@ def count_macs(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> int:
     return counter.macs
 
 
+def check_launchers(
+    module: Any, reference: Callable[..., Tensor], grad: Tensor, x: Tensor, *parameters: Tensor
+) -> None:
+    """A branch's Triton launchers, with sums and their gradient, against its reference in fp64."""
+    name, grad_sums = reference.__name__, torch.randn(x.shape[:2], device=x.device)
+    with poisoned_memory():
+        y, sums = getattr(module, name)(x, *parameters, True)
+        grads = getattr(module, f"{name}_backward")(grad, grad_sums, x, *parameters, True, True)
+    assert y.dtype == grads[0].dtype == x.dtype
+    assert sums.dtype == torch.float32
+    inputs = tuple(t.double().contiguous().requires_grad_() for t in (x, *parameters))
+    expected = reference(*inputs)
+    assert_close((y, sums), (expected, expected.sum((2, 3))), x.dtype, what="output")
+    grad = grad.double() + grad_sums.double()[..., None, None]
+    assert_close(grads, torch.autograd.grad(expected, inputs, grad), what="gradient")
+
+
 def tf32(x: Tensor) -> Tensor:
     """fp32 numbers rounded to tf32's ten bits of mantissa."""
     bits = x.view(torch.int32)
@@ -193,13 +208,3 @@ def zero_kernel(monkeypatch: pytest.MonkeyPatch, name: str, *outputs: int) -> No
 
     for module in modules:
         monkeypatch.setattr(module, name, Zeroing())
-
-
-def zero_op(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Every op of swformer_fast runs on the reference, and op `name` returns zeros."""
-
-    def zeroed(*args: object) -> object:
-        result = sf.backend.OPS[name].reference(*args)
-        return torch.zeros_like(result) if isinstance(result, Tensor) else tuple(map(torch.zeros_like, result))
-
-    monkeypatch.setattr(sf.backend, "_implementation", lambda op, backend: zeroed if op.name == name else op.reference)

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from contract import needs_cpp
 from helpers import assert_close, fp64, poisoned_memory, randomise, value_and_grads
 from torch import Tensor, nn
 
 import swformer_fast as sf
 from swformer_fast import reference
 
-pytestmark = pytest.mark.skipif(sf.backends()["cpp"] != "available", reason="the extension is not built")
+pytestmark = needs_cpp
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 

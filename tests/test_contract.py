@@ -211,10 +211,7 @@ def test_nothing_where_nothing_is_asked_for(name: str, backend: str) -> None:
     inputs = args[: len(operator.inputs)]
     with sf.use_backend(backend):
         y, *others = outputs = as_list(op_of(name)(*args))
-        kept = [
-            dict(zip(("y", *["sums"] * operator.sums, *operator.outputs[1:]), outputs, strict=True))[k]
-            for k in operator.kept
-        ]
+        kept = [dict(zip(operator.results, outputs, strict=True))[k] for k in operator.kept]
         backward = op_of(operator.backward_name)
         grads = as_list(
             backward(torch.ones_like(y), *[None] * operator.sums, *kept, *inputs, *[False] * len(operator.flags))
@@ -382,7 +379,7 @@ def test_opcheck(name: str, backend: str, optional: bool) -> None:
         if name not in DIFFERENTIABLE:
             return
         outputs = [t.detach() for t in as_list(op_of(name)(*args))]
-        named = dict(zip((operator.outputs[0], *["sums"] * operator.sums, *operator.outputs[1:]), outputs, strict=True))
+        named = dict(zip(operator.results, outputs, strict=True))
         of_sums = [torch.randn(outputs[0].shape[:2], device=outputs[0].device) if optional else None] * operator.sums
         inputs = detached(args[: len(operator.inputs)])
         for flags in ((True, True), (True, False), (False, True)):

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from contract import KERNELS
+from contract import needs_cpp
 from helpers import LAYOUTS, value_and_grads
 
 import swformer_fast as sf
 from swformer_fast import functional
 
 
-@pytest.mark.skipif("cpp" not in KERNELS, reason="the compiled extension was not built")
+@needs_cpp
 def test_gelu_is_exact_to_a_millionth() -> None:
     """A kernel that passes the pixels on shows GELU and, as its gradient, GELU's derivative."""
     x = torch.linspace(-12, 12, 1 << 18).view(1, 1, 1, -1).requires_grad_()

@@ -4,14 +4,13 @@ import itertools
 
 import pytest
 import torch
-from contract import DTYPES, KERNELS, arguments, check, op_of, refusal
+from contract import DTYPES, KERNELS, arguments, check, needs_cpp, op_of, refusal
 from helpers import LAYOUTS, SIZES, assert_close
 
 import swformer_fast as sf
 from swformer_fast.ops import CATALOGUE
 
 NAMES = ("depthwise_gelu", "wavelet_mix")
-needs_cpp = pytest.mark.skipif("cpp" not in KERNELS, reason="the compiled extension was not built")
 needs_triton = pytest.mark.skipif("triton" not in KERNELS, reason="triton is not installed")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from contract import needs_cpp
 from helpers import TOLERANCE, assert_close, fp64, poisoned_memory, rel_rms
 from torch import Tensor
 
@@ -9,7 +10,7 @@ import swformer_fast as sf
 from swformer_fast import fusion
 from swformer_fast.parameters import Convolution, SpatialParameters, WaveletParameters
 
-pytestmark = pytest.mark.skipif(sf.backends()["cpp"] != "available", reason="the extension is not built")
+pytestmark = needs_cpp
 local_branches = torch.ops.swformer_fast.local_branches
 definition = sf.backend.OPS["local_branches"].reference
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from contract import needs_cpp
 from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads, with_field
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from swformer_fast.parameters import Convolution, FfnParameters, flatten
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Arguments = tuple[Tensor, FfnParameters]
 OP = "multiscale_ffn"
-needs_cpp = pytest.mark.skipif(sf.backends()["cpp"] != "available", reason="the extension is not built")
 
 
 @pytest.fixture

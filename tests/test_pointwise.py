@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from contract import KERNELS, check, image, parameter
+from contract import check, image, needs_cpp, parameter
 
 import swformer_fast as sf
 
-pytestmark = pytest.mark.skipif("cpp" not in KERNELS, reason="the extension is not built")
+pytestmark = needs_cpp
 
 
 def arguments(

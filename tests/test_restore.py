@@ -325,6 +325,11 @@ def test_pictures_are_brought_to_srgb(tmp_path: Path) -> None:
     torch.testing.assert_close(
         restore.read_image(tmp_path / "srgb.png"), torch.from_numpy(pixels).permute(2, 0, 1) / 255, atol=0.01, rtol=0
     )
+    swapped = srgb.replace(b"rXYZ", b"____").replace(b"gXYZ", b"rXYZ").replace(b"____", b"gXYZ")
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "swapped.png", icc_profile=swapped)
+    red, green, blue = restore.read_image(tmp_path / "swapped.png").mean((1, 2))
+    assert green > 0.9
+    assert max(red, blue) < 0.1
     plain.save(tmp_path / "broken.png", icc_profile=b"no profile")
     assert restore.read_image(tmp_path / "broken.png").shape == (3, 20, 30)
 

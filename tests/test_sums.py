@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import CATALOGUE, KERNELS, arguments, as_list, check, detached, op_of
+from contract import CATALOGUE, arguments, as_list, check, detached, needs_cpp, op_of
 from helpers import fp64, rel_rms
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import swformer_fast as sf
 
 NAMES = [name for name, operator in CATALOGUE.items() if operator.sums]
-pytestmark = pytest.mark.skipif("cpp" not in KERNELS, reason="the compiled extension was not built")
+pytestmark = needs_cpp
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -33,15 +33,15 @@ def faster_interpreter() -> Iterator[None]:
             yield
 
 
-def _random(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
-    return LAYOUTS[layout]((torch.randn(shape, device=DEVICE) + 0.5).to(dtype))
+def _random(shape: tuple[int, ...], layout: str = "contiguous") -> Tensor:
+    return LAYOUTS[layout](torch.randn(shape, device=DEVICE) + 0.5)
 
 
-def _parameters(dim: int, mid: int, out: int, dtype: torch.dtype = torch.float32) -> Parameters:
+def _parameters(dim: int, mid: int, out: int) -> Parameters:
     """Weights scaled as a trained network's, so that every GELU sees both sides."""
 
     def parameter(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(size, device=DEVICE)).to(dtype)
+        return scale * torch.randn(size, device=DEVICE)
 
     depthwise = (t for _ in range(3) for t in (parameter(mid, 1, 3, 3, scale=1 / 3), parameter(mid)))
     first = parameter(3 * mid, dim, 1, 1, scale=dim**-0.5), parameter(3 * mid)
@@ -52,14 +52,13 @@ def _reference(x: Tensor, *parameters: Tensor) -> Tensor:
     return reference.multiscale_ffn(x, unflatten(FfnParameters, parameters))
 
 
-def _gradient(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def _gradient(*size: int) -> Tensor:
     """Of one sign: sums that cancel are as inexact in PyTorch's own fp32."""
-    return (torch.randint(0, 65, size, device=DEVICE) / 64).to(dtype)
+    return torch.randint(0, 65, size, device=DEVICE) / 64
 
 
-def _check(x: Tensor, parameters: Parameters, grad: Tensor | None = None) -> None:
-    if grad is None:
-        grad = _gradient(x.shape[0], len(parameters[-1]), *x.shape[2:], dtype=x.dtype)
+def _check(x: Tensor, parameters: Parameters) -> None:
+    grad = _gradient(x.shape[0], len(parameters[-1]), *x.shape[2:])
     args = (x, *parameters)
     inputs = tuple(t.double().contiguous().requires_grad_() for t in args)
     expected = _reference(*inputs)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import KERNELS, arguments
+from contract import arguments, needs_cpp
 from helpers import assert_close, assert_matches, poisoned_memory
 
 import swformer_fast as sf
@@ -10,7 +10,6 @@ from swformer_fast import functional, reference
 from swformer_fast.reference.haar_dwt2d import HAAR_HIGH, HAAR_LOW
 
 NAMES = ("x", "weight", "bias", "dec_lo", "dec_hi", "rec_lo", "rec_hi")
-needs_cpp = pytest.mark.skipif("cpp" not in KERNELS, reason="the compiled extension was not built")
 
 
 @needs_cpp

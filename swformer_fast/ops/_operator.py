@@ -139,11 +139,16 @@ class Operator:
         return f"{self.name}_backward"
 
     @property
+    def results(self) -> tuple[str, ...]:
+        """Names of all results, in order."""
+        first, *others = self.outputs
+        return first, *["sums"] * self.sums, *others
+
+    @property
     def schema(self) -> str:
         inputs = [i.schema for i in self.inputs]
         inputs += ["Tensor? residual"] * self.residual + ["bool need_sums"] * self.sums
-        first, *others = self.outputs
-        names = [first, *["sums"] * self.sums, *others]
+        names = self.results
         results = f"({', '.join(f'Tensor {name}' for name in names)})" if len(names) > 1 else "Tensor"
         return f"{self.name}({', '.join(inputs)}) -> {results}"
 
@@ -310,8 +315,8 @@ def register(operator: Operator) -> Operator:
         _define(operator.backward_schema, operator.backward_implementations(), operator.fake_backward)
         _register_gradient(operator.name, _Backward(operator), operator.forward)
         _register_gradient(operator.backward_name, _DoubleBackward(operator), operator.backward)
-        _cast_input_under_autocast(operator.name)
-        _leave_autocast(operator.backward_name)
+        _under_autocast(operator.name, _with_image_cast)
+        _under_autocast(operator.backward_name, _as_they_are)
     return operator
 
 
@@ -323,35 +328,29 @@ def _define(schema: str, implementations: Implementations, fake: Callable[..., A
     torch.library.register_fake(f"{PACKAGE}::{name}", fake, lib=_LIB)
 
 
-def _cast_input_under_autocast(name: str) -> None:
-    """Under autocast the first argument is cast to the autocast dtype; parameters are read in their own dtype."""
-    op = getattr(torch.ops.swformer_fast, name)
-    keys = {device: getattr(torch._C.DispatchKey, f"Autocast{device.upper()}") for device in ("cpu", "cuda")}
-
-    def kernel(device: str) -> Callable[..., Any]:
-        def cast_and_call(x: Tensor, *args: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(keys[device])):
-                return op(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)), *args)
-
-        return cast_and_call
-
-    for device in keys:
-        _LIB.impl(name, kernel(device), f"Autocast{device.upper()}")
-
-
-def _leave_autocast(name: str) -> None:
-    """A backward pass inside autocast computes as one outside it."""
+def _under_autocast(name: str, prepare: Callable[..., tuple[Any, ...]]) -> None:
+    """Under autocast the op takes prepare(device, *args) and computes as outside it."""
     op = getattr(torch.ops.swformer_fast, name)
 
-    def kernel(key: Any) -> Callable[..., Any]:
+    def kernel(device: str, key: Any) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return op(*args)
+                return op(*prepare(device, *args))
 
         return call
 
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _LIB.impl(name, kernel(getattr(torch._C.DispatchKey, key)), key)
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        _LIB.impl(name, kernel(device, getattr(torch._C.DispatchKey, key)), key)
+
+
+def _with_image_cast(device: str, x: Tensor, *args: Any) -> tuple[Any, ...]:
+    """The first argument in the autocast dtype; parameters are read in their own."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)), *args
+
+
+def _as_they_are(device: str, *args: Any) -> tuple[Any, ...]:
+    return args
 
 
 @contextmanager
@@ -430,8 +429,7 @@ class _Backward(_Saved):
 
     def __init__(self, operator: Operator) -> None:
         super().__init__(operator)
-        names = (operator.outputs[0], *["sums"] * operator.sums, *operator.outputs[1:])
-        self.kept = tuple(names.index(name) for name in operator.kept)
+        self.kept = tuple(operator.results.index(name) for name in operator.kept)
         needs = [operator.inputs[i].need for i in self.places]
         self.of_flags = [[i for i, need in zip(self.places, needs, strict=True) if need == f] for f in operator.flags]
         self.backward_op = getattr(torch.ops.swformer_fast, operator.backward_name)
