@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import swformer_fast as sf
-from swformer_fast import _fourier
 
 from .harness import Case, Options, Variant, Work
 from .op_cases import op_cases
@@ -63,17 +61,15 @@ def stages(shape: tuple[int, ...]) -> Work:
     kernels = torch.ops._swformer_fast
     height, width = shape[2:]
 
-    def compose() -> Tensor:
-        return _fourier.compose(1e-5, math.sqrt(height * width), 1, _fourier.in_fp32(parameters))[0]
-
-    spectrum, matrix, out_matrix = kernels.rfft2(x), compose(), parameters.out_weight.flatten(1).contiguous()
+    spectrum, out_weight = kernels.rfft2(x), parameters.out_weight
+    matrix = torch.randn(2 * len(parameters.in_bias), 2 * (shape[1] + 1)) / shape[1] ** 0.5
 
     def mix() -> Tensor:
-        return kernels.spectrum_mix(spectrum, matrix, out_matrix, height, width)
+        return kernels.spectrum_mix(spectrum, matrix, out_weight, height, width)
 
     mixed, frequencies = mix(), shape[0] * height * (width // 2 + 1)
     complex_spectrum = torch.fft.rfft2(torch.randn(shape))
-    columns, products = torch.randn(matrix.shape[1], frequencies), torch.randn(out_matrix.shape[1], 2 * frequencies)
+    columns, products = torch.randn(matrix.shape[1], frequencies), torch.randn(out_weight.shape[1], 2 * frequencies)
 
     def part(run: Callable[[], Any], note: str) -> Variant:
         def without_gradient() -> Any:
@@ -85,11 +81,12 @@ def stages(shape: tuple[int, ...]) -> Work:
     return Work(
         {
             "branch": part(lambda: sf.functional.fourier_mix(x, parameters), "all stages"),
-            "compose": part(compose, "parameters to one matrix"),
             "rfft2": part(lambda: kernels.rfft2(x), "transform"),
             "torch.fft.rfft2": part(lambda: torch.fft.rfft2(x, norm="ortho"), "PyTorch's"),
             "mix": part(mix, "matrix, gate, last conv"),
-            "products": part(lambda: (matrix @ columns, out_matrix @ products), "mix's matrix products by sgemm alone"),
+            "products": part(
+                lambda: (matrix @ columns, out_weight.flatten(1) @ products), "mix's matrix products by sgemm alone"
+            ),
             "irfft2": part(lambda: kernels.irfft2(mixed, parameters.out_bias, x), "inverse transform"),
             "torch.fft.irfft2": part(
                 lambda: torch.fft.irfft2(complex_spectrum, s=(height, width), norm="ortho"), "PyTorch's"

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,10 +34,6 @@ class Implementations:
     reference: Callable[..., Any]
     limits: Callable[..., str | None]
     """limits(backend, *args): why that backend cannot take these arguments, or None."""
-    kernel: str = ""
-    """What the C++ kernel is called, where not like the op."""
-    composed: Callable[..., Any] | None = None
-    """composed(kernels, *args): the op on the C++ kernels, where these are not the op itself."""
     sample: Callable[[torch.Generator, tuple[Any, ...]], tuple[Any, ...]] | None = None
     """sample(generator, args): small random arguments like `args`, on the CPU in fp64, for `self_test`. None where the
     Triton kernels hold no matrix product."""
@@ -104,13 +100,12 @@ class Cpp:
         if device.type != "cpu":
             return f"the tensors are on {device.type}, not on the CPU"
         reason = _extension()
-        if reason is None and not hasattr(torch.ops._swformer_fast, op.kernel or op.name):
+        if reason is None and not hasattr(torch.ops._swformer_fast, op.name):
             reason = f"{op.name} has no C++ kernel"
         return reason or op.limits(self.name, *args)
 
     def implementation(self, op: Implementations) -> Callable[..., Any]:
-        kernels = torch.ops._swformer_fast
-        return getattr(kernels, op.name) if op.composed is None else partial(op.composed, kernels)
+        return getattr(torch.ops._swformer_fast, op.name)
 
 
 def _interpreting() -> bool:

@@ -351,7 +351,7 @@ def test_same_bits_in_every_run_and_for_every_number_of_threads(name: str, backe
 
     with sf.use_backend(backend):
         first = run()
-        for threads in (1, 2, 3) if backend == "cpp" else (1,):
+        for threads in (1, 2, 3, 4, 8) if backend == "cpp" else (1,):
             torch.set_num_threads(threads)
             try:
                 again = run()

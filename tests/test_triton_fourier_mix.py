@@ -10,7 +10,7 @@ from helpers import assert_close, fp64, poisoned_memory, rel_rms, tf32, value_an
 from torch import Tensor
 
 import swformer_fast as sf
-from swformer_fast import _fourier, functional, reference
+from swformer_fast import functional, reference
 from swformer_fast.parameters import Factor, FourierParameters, Norm, flatten, unflatten
 
 spectra = pytest.importorskip("swformer_kernels._spectrum", reason="triton is not installed")
@@ -178,19 +178,47 @@ def _statistics_input(dim: int, mean: float) -> tuple[Tensor, Tensor]:
 Tensors = tuple[Tensor, ...]
 
 
+def _batch_statistics(
+    weight: Tensor, bias: Tensor, moments: Tensor, zero: Tensor, side: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of both factors' inputs, from the moments and the zero frequency of x's spectrum."""
+    batch, dim = zero.shape
+    others = count - batch
+    real = zero @ weight.T + bias * side
+    at_zero = torch.stack((real, torch.zeros_like(real)))
+    sums, gram = moments[..., dim] @ weight.T, moments[..., :dim]
+    spread = (weight @ gram * weight).sum(2) - sums.square() / others
+    mean = (sums + at_zero.sum(1)) / count
+    shift = others * (sums / others - mean).square() + (at_zero - mean.unsqueeze(1)).square().sum(1)
+    return mean.T.flatten(), ((spread + shift) / count).T.flatten()
+
+
+def _half(side: float, in_weight: Tensor, in_bias: Tensor, factor: Factor) -> Tensor:
+    """A factor's half of the matrix: convolution, normalisation and convolution in one."""
+    channels, (mean, variance, scale, shift) = len(in_bias), factor.norm
+    slope = scale * (variance + EPS).rsqrt()
+    mixing = (factor.weight * slope).view(channels, 2, channels, 2).permute(1, 0, 3, 2)
+    constant = (factor.weight @ (shift - mean * slope) + factor.bias).view(channels, 2).T
+    last = torch.stack((constant, mixing[:, :, 0] @ in_bias * side), 2)
+    return torch.cat((mixing @ in_weight, last.unsqueeze(3)), 3).flatten(2).flatten(0, 1)
+
+
 def _defined(
     parameters: Tensors, spectrum: Tensor, moments: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Matrix, statistics and the leaves of `_fourier.compose` in fp64: parameters, then moments and zero frequency."""
+    """Matrix and statistics in fp64, and their leaves: parameters, then moments and zero frequency."""
     side = math.prod(SIZE) ** 0.5
     leaves = [p.double().requires_grad_() for p in parameters]
-    spectral: list[Tensor] = []
+    bundle = unflatten(FourierParameters, [*leaves, None, None])
+    factors, spectral = bundle.factors, []
+    count = spectrum.shape[0] * spectrum.shape[2] * spectrum.shape[3]
     if moments is not None:
         spectral = [moments.clone().requires_grad_(), (spectrum[:, :, 0, 0, 0].double() / side).requires_grad_()]
-    count = spectrum.shape[0] * spectrum.shape[2] * spectrum.shape[3]
-    matrix, statistics = _fourier.compose(
-        EPS, side, count, unflatten(FourierParameters, [*leaves, None, None]), *spectral
-    )
+        batch = zip(*(t.chunk(2) for t in _batch_statistics(*leaves[:2], *spectral, side, count)), strict=True)
+        factors = [f._replace(norm=Norm(*of_f, *f.norm[2:])) for f, of_f in zip(factors, batch, strict=True)]
+    halves = zip(leaves[0].chunk(2), leaves[1].chunk(2), factors, strict=True)
+    matrix = torch.cat([_half(side, *half) for half in halves])
+    statistics = [t for f in factors for t in f.norm[:2]]
     scale = torch.full((matrix.shape[1] // 2,), 1 / side, dtype=torch.float64, device=DEVICE)
     scale[-1] = 1
     statistics = [s * count / (count - 1) if i % 2 else s for i, s in enumerate(statistics)]

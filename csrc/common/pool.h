@@ -2,19 +2,22 @@
 // MiB always, below when enough is free), and fresh pages cost more than most operators' arithmetic on them.
 #pragma once
 
-#if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
-#endif
 
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
-#include <new>
+#include <optional>
 #include <vector>
+
+#include "memory.h"
 
 namespace pool {
 
 constexpr size_t kSmallest = size_t{1} << 22, kKept = size_t{1} << 27, kHugePage = size_t{1} << 21;
+
+class Pool;
+Pool& instance();
 
 class Pool {
  public:
@@ -26,37 +29,22 @@ class Pool {
   // At least `bytes` bytes, in huge pages where the system gives them; to be given back.
   Block take(size_t bytes) {
     bytes = rounded(bytes);
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
-      size_t best = idle_.size();
-      for (size_t i = idle_.size(); i-- > 0;)
-        if (idle_[i].bytes >= bytes && idle_[i].bytes - bytes <= bytes / 4 &&
-            (best == idle_.size() || idle_[i].bytes < idle_[best].bytes))
-          best = i;
-      if (best < idle_.size()) {
-        const Block block = idle_[best];
-        idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(best));
-        kept_ -= block.bytes;
-        return block;
-      }
-      release_beyond(kept_ > bytes ? kept_ - bytes : 0);  // they are of sizes for which there is no use now
-    }
+    if (const std::optional<Block> block = idle(bytes)) return *block;
     void* memory = std::aligned_alloc(kHugePage, bytes);
-    if (!memory) throw std::bad_alloc();
-#if defined(__linux__)
+    if (!memory) {
+      clear();
+      memory = memory::allocate(bytes, kHugePage);
+    }
     madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
     return {memory, bytes};
   }
 
   void give(Block block) {
-    // A child of fork() may find the lock taken by a thread that it does not have.
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && block.bytes <= kKept) {
-      idle_.push_back(block);
-      kept_ += block.bytes;
-      release_beyond(kKept);
-    } else {
-      std::free(block.memory);
-    }
+    if (block.bytes > kKept) return std::free(block.memory);
+    const std::lock_guard lock(mutex_);
+    idle_.push_back(block);
+    kept_ += block.bytes;
+    release_beyond(kKept);
   }
 
   void clear() {
@@ -72,6 +60,24 @@ class Pool {
     return (bytes + step - 1) / step * step;
   }
 
+  // The smallest idle block that wastes little of itself; if there is none, blocks of other sizes make room.
+  std::optional<Block> idle(size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    size_t best = idle_.size();
+    for (size_t i = idle_.size(); i-- > 0;)
+      if (idle_[i].bytes >= bytes && idle_[i].bytes - bytes <= bytes / 4 &&
+          (best == idle_.size() || idle_[i].bytes < idle_[best].bytes))
+        best = i;
+    if (best == idle_.size()) {
+      release_beyond(kept_ > bytes ? kept_ - bytes : 0);
+      return std::nullopt;
+    }
+    const Block block = idle_[best];
+    idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(best));
+    kept_ -= block.bytes;
+    return block;
+  }
+
   // The longest idle first.
   void release_beyond(size_t limit) {
     size_t count = 0;
@@ -80,6 +86,15 @@ class Pool {
       std::free(idle_[count].memory);
     }
     idle_.erase(idle_.begin(), idle_.begin() + static_cast<std::ptrdiff_t>(count));
+  }
+
+  friend Pool& instance();
+  // `give` runs in destructors and may not fail: there is room for all that is ever kept. A child of fork() gets the
+  // pool whole and unlocked, whatever its parent's threads are at.
+  Pool() {
+    idle_.reserve(kKept / kSmallest + 1);
+    pthread_atfork(
+        [] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); }, [] { instance().mutex_.unlock(); });
   }
 
   std::mutex mutex_;

@@ -6,8 +6,9 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
+
+#include "memory.h"
 
 namespace scratch {
 
@@ -37,11 +38,10 @@ class Stack {
 
  private:
   struct Free {
-    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{kAlign}); }
+    void operator()(char* memory) const { std::free(memory); }
   };
   struct Chunk {
-    explicit Chunk(size_t bytes)
-        : memory(static_cast<char*>(::operator new(bytes, std::align_val_t{kAlign}))), size(bytes) {}
+    explicit Chunk(size_t bytes) : memory(static_cast<char*>(memory::allocate(bytes, kAlign))), size(bytes) {}
     std::unique_ptr<char, Free> memory;
     size_t size;
   };

@@ -1,8 +1,12 @@
 // Work cut into tasks by its shape alone, so that sums over the tasks are the same for every number of threads.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 
 #include "scratch.h"
 
@@ -30,6 +34,22 @@ inline int64_t parts(int64_t groups, int64_t count, int64_t fewest, int64_t sums
 
 // Tasks worth a thread of their own, when a task costs about `elements` elements.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements)); }
+
+// work(begin, end) for ranges of [0, count), on torch's threads. An error comes out as it was thrown, which torch's own
+// `parallel_for` would not let it.
+template <class Work>
+inline void parallel(int64_t count, int64_t grain, Work&& work) {
+  std::atomic<bool> failed = false;
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      work(begin, end);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
 
 // `size` sums of each task.
 template <class A = double>

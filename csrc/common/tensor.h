@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "memory.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -24,7 +25,6 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 
 namespace tensor {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -39,16 +39,6 @@ inline bool is_channels_last(const Tensor& x) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
   return c > 1 && !x.is_contiguous() && x.stride(1) == 1 && (w == 1 || x.stride(3) == c) &&
          (h == 1 || x.stride(2) == w * c) && (x.size(0) == 1 || x.stride(0) == h * w * c);
-}
-
-// x itself where its rows are dense, else a contiguous copy.
-inline Tensor with_dense_rows(const Tensor& x) {
-  return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
-
-inline Tensor with_format(const Tensor& x, bool channels_last) {
-  if (channels_last) return is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-  return with_dense_rows(x);
 }
 
 inline size_t size_of(ScalarType dtype) {
@@ -87,13 +77,30 @@ inline Tensor empty(
         aoti_torch_layout_strided(), nullptr, 0,
         [](void* memory, void* context) { pool::instance().give({memory, reinterpret_cast<size_t>(context)}); },
         reinterpret_cast<void*>(block.bytes));
+    if (error != 0) pool::instance().give(block);
     STD_TORCH_CHECK(error == 0, "torch_from_blob failed");
   } else {
     const auto error =
         aoti_torch_empty_strided(rank, size.data(), strides.data(), dtype_code, device_type, device.index(), &handle);
-    STD_TORCH_CHECK(error == 0, "aoti_torch_empty_strided failed");
+    if (error != 0) memory::fail(bytes);
   }
   return Tensor(handle);
+}
+
+// x itself where it is in this format, else a copy.
+inline Tensor as_contiguous(const Tensor& x, bool channels_last = false) {
+  if (channels_last ? is_channels_last(x) : x.is_contiguous()) return x;
+  const auto size = x.sizes();
+  Tensor copy = empty(x, {size.begin(), size.end()}, channels_last);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+// x itself where its rows are dense, else a contiguous copy.
+inline Tensor with_dense_rows(const Tensor& x) { return x.size(3) <= 1 || x.stride(3) == 1 ? x : as_contiguous(x); }
+
+inline Tensor with_format(const Tensor& x, bool channels_last) {
+  return channels_last ? as_contiguous(x, true) : with_dense_rows(x);
 }
 
 // Calls f(static_cast<T*>(nullptr)) with the C++ type of a floating dtype.
@@ -111,7 +118,7 @@ inline void dispatch(ScalarType dtype, F&& f) {
 // The elements of a parameter tensor of any floating dtype and layout.
 template <class A>
 inline std::vector<A> read(const Tensor& parameter) {
-  const Tensor dense = parameter.is_contiguous() ? parameter : torch::stable::contiguous(parameter);
+  const Tensor dense = as_contiguous(parameter);
   std::vector<A> values(dense.numel());
   dispatch(dense.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

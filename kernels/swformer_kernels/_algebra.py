@@ -293,7 +293,7 @@ def compose(
 ) -> Composed:
     """The matrix of the mixing from the parameters of `fourier_mix`; where there are moments, with their statistics.
 
-    Equal to `swformer_fast._fourier.compose` with the columns of the spectrum divided by sqrt(area), area = H * W.
+    The columns of the spectrum are divided by sqrt(area), area = H * W.
     `spectrum` is unscaled, `moments` are those of the scaled one. `differentiable` keeps what `compose_backward` takes.
     """
     contiguous: list[Any] = [None if p is None else p.contiguous() for p in parameters[:14]]

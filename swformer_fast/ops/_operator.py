@@ -92,17 +92,6 @@ class BackwardArguments(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Composed:
-    """An op and its backward op made of several C++ kernels, called as (kernels, *arguments)."""
-
-    kernel: str
-    """One that must be there."""
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
-    """Called where autograd records."""
-
-
-@dataclass(frozen=True)
 class Operator:
     """An op: what it takes and gives, its definition and what its backends cannot take."""
 
@@ -129,8 +118,6 @@ class Operator:
     differentiable: bool = True
     products: bool = False
     """Whether the Triton kernels hold matrix products, which are tested before their first use."""
-    composed: Composed | None = None
-    """The op on C++ kernels that are not the op itself."""
 
     # schemas
 
@@ -237,20 +224,15 @@ class Operator:
     # what the backends run
 
     def implementations(self) -> Implementations:
-        composed = self.composed
         return Implementations(
             self.name,
             self.name,
             self._formatted(self.forward),
             self.limits,
-            composed.kernel if composed else "",
-            self._formatted(composed.forward) if composed else None,
             self.sample if self.products else None,
         )
 
     def backward_implementations(self) -> Implementations:
-        composed = self.composed
-        backward = composed.backward if composed else None
         begin = 1 + self.sums + len(self.kept)
         end = begin + len(self.inputs)
         return replace(
@@ -258,26 +240,14 @@ class Operator:
             name=self.backward_name,
             reference=self.backward,
             limits=lambda backend, *args: self.limits(backend, *args[begin:end]),
-            composed=None if backward is None else self._composed_backward(backward),
             sample=self.backward_sample if self.products else None,
         )
 
     def _formatted(self, implementation: Callable[..., Any]) -> Callable[..., Any]:
-        """Its maps in the memory format that goes with the first image. C++ kernels may stand before that."""
+        """Its maps in the memory format that goes with the first image."""
 
         def call(*args: Any) -> Any:
-            first = next(a for a in args if isinstance(a, Tensor))
-            return _as_result(tuple(as_output(first, result) for result in as_tuple(implementation(*args))))
-
-        return call
-
-    def _composed_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(kernels: Any, *args: Any) -> Any:
-            with recording():
-                grads = backward(kernels, *args)
-            inputs = self.backward_arguments(args).inputs
-            pairs = zip((inputs[i] for i in self.places), as_tuple(grads), strict=True)
-            return _as_result(tuple(g if like is None else as_output(like, g) for like, g in pairs))
+            return _as_result(tuple(as_output(args[0], result) for result in as_tuple(implementation(*args))))
 
         return call
 

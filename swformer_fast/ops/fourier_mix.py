@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _fourier, reference
+from .. import reference
 from .._layout import empty
 from ..parameters import FourierParameters, unflatten
-from ._operator import Composed, Image, Input, Number, Operator, Parameter, Statistic, register
+from ._operator import Image, Input, Number, Operator, Parameter, Statistic, register
 
 _FACTORS = tuple(
     kind(f"{factor}_{name}", optional)
@@ -35,11 +35,19 @@ _INPUTS: tuple[Input, ...] = (
 )
 
 
+def _no_statistics(x: Tensor, parameters: FourierParameters) -> tuple[Tensor, Tensor]:
+    """The moments and statistics of the op where there are none: empty, or 0 for an empty batch."""
+    norm, dim = parameters.gate.norm, x.shape[1]
+    batch_statistics, scale = norm.running_mean is None, norm.weight
+    moments = torch.zeros((2, dim, dim + 1) if batch_statistics else (0,), dtype=torch.float64, device=x.device)
+    return moments, torch.zeros((4, scale.shape[0]) if batch_statistics else (0,), dtype=scale.dtype, device=x.device)
+
+
 def _definition(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *flat, eps = arguments
     parameters = unflatten(FourierParameters, flat)
     batch_statistics = parameters.gate.norm.running_mean is None
-    moments, statistics = _fourier.no_statistics(x, parameters)
+    moments, statistics = _no_statistics(x, parameters)
     if batch_statistics:  # with momentum 1 the running statistics become the batch's
         gate, value = (
             factor._replace(norm=factor.norm._replace(running_mean=mean, running_var=variance))
@@ -58,8 +66,9 @@ def _definition(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     parameters = unflatten(FourierParameters, arguments[:-1])
-    y = empty(x, x.shape[0], _fourier.output_channels(parameters), *x.shape[2:])
-    return y, *_fourier.no_statistics(x, parameters)
+    last = parameters.out_weight
+    channels = parameters.in_weight.shape[0] // 2 if last is None else last.shape[0]
+    return empty(x, x.shape[0], channels, *x.shape[2:]), *_no_statistics(x, parameters)
 
 
 def _example(b: int, c: int, h: int, w: int, optional: bool) -> tuple[Any, ...]:
@@ -81,6 +90,5 @@ OPERATOR = register(
         kept=("moments",),
         sums=True,
         products=True,
-        composed=Composed("spectrum_mix", _fourier.mix, _fourier.mix_backward),
     )
 )

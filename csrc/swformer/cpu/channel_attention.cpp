@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "accumulate.h"
+#include "tasks.h"
 #include "tensor.h"
 
 namespace {
@@ -117,7 +118,7 @@ struct Network {
 template <class Work>
 void for_each_plane(const Tensor& x, Work&& work) {
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (x.size(2) * x.size(3)));
-  torch::stable::parallel_for(0, x.size(0) * x.size(1), grain, [&](int64_t begin, int64_t end) {
+  tasks::parallel(x.size(0) * x.size(1), grain, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) work(plane);
   });
 }

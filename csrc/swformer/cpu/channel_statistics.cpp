@@ -2,6 +2,7 @@
 // cache, and the runs are put together in double, so that a large mean costs no accuracy.
 #include <cmath>
 
+#include "tasks.h"
 #include "tensor.h"
 
 namespace {
@@ -59,7 +60,7 @@ Moments run_moments(const T* x, int64_t count) {
 
 std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
-  const Tensor dense = torch::stable::contiguous(x);
+  const Tensor dense = tensor::as_contiguous(x);
   const auto dtype = x.scalar_type() == tensor::ScalarType::Double ? x.scalar_type() : tensor::ScalarType::Float;
   Tensor statistics = tensor::empty(x, {2, channels}, false, dtype),
          means = tensor::empty(x, {channels}, false, tensor::ScalarType::Double);
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
     constexpr int64_t run = 64 * simd::kLanes<A>;
     const T* data = static_cast<const T*>(dense.const_data_ptr());
     std::vector<Moments> planes(batch * channels);
-    torch::stable::parallel_for(0, batch * channels, 4, [&](int64_t begin, int64_t end) {
+    tasks::parallel(batch * channels, 4, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane)
         for (int64_t i = 0; i < pixels; i += run)
           planes[plane].add(run_moments(data + plane * pixels + i, std::min(run, pixels - i)));
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
 Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const Tensor& x, bool need_images) {
   if (!need_images) return tensor::empty(x, {0});
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
-  const Tensor dense = torch::stable::contiguous(x);
+  const Tensor dense = tensor::as_contiguous(x);
   Tensor grad_x = tensor::empty(x, {batch, channels, x.size(2), x.size(3)});
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -100,7 +101,7 @@ Tensor channel_statistics_backward(const Tensor& grad, const Tensor& mean, const
     const double count = static_cast<double>(batch * pixels);
     const T* data = static_cast<const T*>(dense.const_data_ptr());
     T* out = static_cast<T*>(grad_x.mutable_data_ptr());
-    torch::stable::parallel_for(0, batch * channels, 4, [&](int64_t begin, int64_t end) {
+    tasks::parallel(batch * channels, 4, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane) {
         const int64_t c = plane % channels;
         const A slope = static_cast<A>(2 * upstream[channels + c] / count);

@@ -1,6 +1,7 @@
 // Depthwise k x k convolution and GELU in one pass over the rows, and their gradients, with nothing saved but the
 // input.
 #include "depthwise_gelu.h"
+#include "tasks.h"
 
 namespace {
 
@@ -24,17 +25,16 @@ std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   const Tasks cut(g.batch, g.channels, g.height, F::kStep);
   Frame frame;
   const tasks::Partial<> partial(frame, cut.size(), kSums ? F::kStep : 0);
-  torch::stable::parallel_for(
-      0, cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
-        Frame frame;
-        Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
-        for (int64_t index = begin; index < end; ++index) {
-          const Task task = cut[index];
-          F(memory, g, task)
-              .template run<kSums>(
-                  g, p, task, task.begin, task.end, std::min(g.height, task.end + k / 2), partial.start(index));
-        }
-      });
+  tasks::parallel(cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
+    for (int64_t index = begin; index < end; ++index) {
+      const Task task = cut[index];
+      F(memory, g, task)
+          .template run<kSums>(
+              g, p, task, task.begin, task.end, std::min(g.height, task.end + k / 2), partial.start(index));
+    }
+  });
   return cut.by_plane(partial);
 }
 
@@ -158,12 +158,11 @@ void backward(
   const Tasks cut(g.batch, g.channels, g.height, B::kStep);
   Frame frame;
   const tasks::Partial<> partial(frame, cut.size(), need_parameters ? B::kStep * B::kSums : 0);
-  torch::stable::parallel_for(
-      0, cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
-        Frame frame;
-        Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
-        for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
-      });
+  tasks::parallel(cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
+    for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
+  });
   partial.each([&](int64_t index, const double* sums) {
     const Task task = cut[index];
     for (int64_t channel = task.channel; channel < task.channel + task.lanes; ++channel) {

@@ -91,7 +91,7 @@ void walk(const Walk<T>& problem, const Filters<Acc<T>>& filters, double* correl
   scratch::Frame frame;
   const tasks::Partial<> partial(frame, count, kCorrelate ? 16 : 0);
 
-  torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+  tasks::parallel(count, 4, [&](int64_t begin, int64_t end) {
     const Filters<A> f = filters;  // a local copy that no store can alias stays in registers
     for (int64_t task = begin; task < end; ++task) {
       V vector_sums[16] = {};

@@ -4,6 +4,7 @@
 #include "gather.h"
 #include "gemm.h"
 #include "scratch.h"
+#include "tasks.h"
 #include "wavelet_mix.h"
 
 namespace {
@@ -36,7 +37,7 @@ class LocalBranches {
   std::vector<double> run() const {
     scratch::Frame frame;
     const tasks::Partial<> partial(frame, batch_ * ranges_, 2 * channels_);
-    torch::stable::parallel_for(0, batch_ * ranges_, 1, [&](int64_t begin, int64_t end) {
+    tasks::parallel(batch_ * ranges_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) run_task(task, partial.start(task));
     });
     std::vector<double> sums(2 * batch_ * channels_);
@@ -131,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
     const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& spatial_weight,
     const Tensor& spatial_bias, const Tensor& wavelet_weight, const Tensor& wavelet_bias, const Tensor& dec_lo,
     const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi) {
-  const Tensor dense = torch::stable::contiguous(x);
+  const Tensor dense = tensor::as_contiguous(x);
   const int64_t batch = x.size(0), channels = spatial_weight.size(0);
   const std::vector<int64_t> size{batch, channels, x.size(2), x.size(3)};
   Tensor spatial = tensor::empty(x, size), wavelet = tensor::empty(x, size);

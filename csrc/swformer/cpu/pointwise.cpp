@@ -24,9 +24,9 @@ struct Maps {
   std::vector<Tensor> parts;
   int64_t channels = 0;
   Maps(const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2) {
-    parts.push_back(torch::stable::contiguous(x0));
-    if (x1) parts.push_back(torch::stable::contiguous(*x1));
-    if (x2) parts.push_back(torch::stable::contiguous(*x2));
+    parts.push_back(tensor::as_contiguous(x0));
+    if (x1) parts.push_back(tensor::as_contiguous(*x1));
+    if (x2) parts.push_back(tensor::as_contiguous(*x2));
     for (const Tensor& part : parts) channels += part.size(1);
   }
 };
@@ -180,11 +180,11 @@ Tensor pointwise(
     const auto offset = tensor::read<A>(bias);
     const int64_t offset_stride = bias.dim() == 2 ? outputs : 0;
     std::vector<Tensor> added;
-    if (residual) added.push_back(torch::stable::contiguous(*residual));
+    if (residual) added.push_back(tensor::as_contiguous(*residual));
     const Planes<const T> in(maps.parts), add(added);
     const Planes<T> to({out});
     const Tiles tiles = Tiles::of(x0, maps.channels, A());
-    torch::stable::parallel_for(0, batch * tiles.count, 4, [&](int64_t begin, int64_t end) {
+    tasks::parallel(batch * tiles.count, 4, [&](int64_t begin, int64_t end) {
       scratch::Frame frame;
       A* inputs = frame.take<A>(maps.channels * tiles.size);
       A* products = frame.take<A>(outputs * tiles.size);
@@ -225,7 +225,7 @@ void backward(
   const int64_t size = need_parameters ? outputs * (channels + 1) : 0, cuts = tasks::parts(batch, tiles.count, 1, size);
   scratch::Frame frame;
   const tasks::Partial<> partial(frame, batch * cuts, size);
-  torch::stable::parallel_for(0, batch * cuts, 1, [&](int64_t begin, int64_t end) {
+  tasks::parallel(batch * cuts, 1, [&](int64_t begin, int64_t end) {
     scratch::Frame frame;
     A* left = frame.take<A>(Correlation<A>::padded_left(outputs) * tiles.size);
     A* right = frame.take<A>(Correlation<A>::padded_right(channels) * tiles.size);  // the input, then its gradient
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
     const Tensor& grad, const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2,
     const Tensor& weight, const Tensor& bias, bool need_images, bool need_parameters) {
   const Maps maps(x0, x1, x2);
-  const Tensor dense = torch::stable::contiguous(grad);
+  const Tensor dense = tensor::as_contiguous(grad);
   std::vector<Tensor> grads;
   for (const Tensor& part : maps.parts)
     if (need_images) grads.push_back(tensor::empty(part, {part.size(0), part.size(1), part.size(2), part.size(3)}));

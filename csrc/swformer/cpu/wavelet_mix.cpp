@@ -1,6 +1,7 @@
 // Haar transform, depthwise k x k convolution of the four bands and inverse transform in one pass over pairs of pixel
 // rows, and their gradients, with nothing saved but the input. No band leaves the ring of rows.
 #include "wavelet_mix.h"
+#include "tasks.h"
 
 namespace {
 
@@ -56,18 +57,17 @@ std::vector<double> forward(const Problem<T>& g, const Parameters<Acc<T>>& p) {
   const Tasks cut(g.batch, g.channels, rows, F::kStep);
   Frame frame;
   const tasks::Partial<> partial(frame, cut.size(), kSums ? F::kStep : 0);
-  torch::stable::parallel_for(
-      0, cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
-        Frame frame;
-        Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
-        Acc<T>* mixed = frame.zeros<Acc<T>>(F::run_size(g.width));
-        for (int64_t index = begin; index < end; ++index) {
-          const Task task = cut[index];
-          F(memory, g, task)
-              .template run<kSums>(
-                  g, p, task, task.begin, task.end, std::min(rows, task.end + k / 2), mixed, partial.start(index));
-        }
-      });
+  tasks::parallel(cut.size(), tasks::grain(g.height * g.width * F::kStep), [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Acc<T>* memory = frame.zeros<Acc<T>>(F::size(g.width));
+    Acc<T>* mixed = frame.zeros<Acc<T>>(F::run_size(g.width));
+    for (int64_t index = begin; index < end; ++index) {
+      const Task task = cut[index];
+      F(memory, g, task)
+          .template run<kSums>(
+              g, p, task, task.begin, task.end, std::min(rows, task.end + k / 2), mixed, partial.start(index));
+    }
+  });
   return cut.by_plane(partial);
 }
 
@@ -186,12 +186,11 @@ void backward(const Problem<T>& g, const Parameters<Acc<T>>& p, bool need_parame
   const Tasks cut(g.batch, g.channels, block_rows(g.height), B::kStep);
   Frame frame;
   const tasks::Partial<> partial(frame, cut.size(), need_parameters ? B::kSums : 0);
-  torch::stable::parallel_for(
-      0, cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
-        Frame frame;
-        Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
-        for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
-      });
+  tasks::parallel(cut.size(), tasks::grain(g.height * g.width * B::kStep), [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Acc<T>* memory = frame.zeros<Acc<T>>(B::size(g.width));
+    for (int64_t index = begin; index < end; ++index) B(memory, g, p, cut[index]).run(partial.start(index));
+  });
   partial.each([&](int64_t index, const double* sums) {
     const Task task = cut[index];
     const double* correlations = sums + B::kTapSums * B::kStep;

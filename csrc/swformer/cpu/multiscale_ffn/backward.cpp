@@ -201,7 +201,7 @@ template <class Work>
 void sum_over_tasks(int64_t count, int64_t size, double* totals, Work&& work) {
   Frame frame;
   const tasks::Partial<float> partial(frame, count, size);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+  tasks::parallel(count, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) work(task, partial.start(task));
   });
   partial.add_to(totals);

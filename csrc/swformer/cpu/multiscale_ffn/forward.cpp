@@ -2,6 +2,7 @@
 
 #include "gelu.h"
 #include "rows.h"
+#include "tasks.h"
 
 namespace multiscale_ffn {
 namespace {
@@ -49,7 +50,7 @@ Tensor multiscale_ffn(
   dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const int64_t strips = net.strips(), rows = net.rows_per_strip();
-    torch::stable::parallel_for(0, net.batch * strips, 1, [&](int64_t first, int64_t last) {
+    tasks::parallel(net.batch * strips, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t begin = task % strips * rows, b = task / strips;
         std::optional<Image<const T>> add;

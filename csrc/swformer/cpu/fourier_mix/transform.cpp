@@ -12,7 +12,10 @@
 #include "fft.h"
 #include "scratch.h"
 #include "spectrum.h"
-#include "tensor.h"
+#include "stages.h"
+#include "tasks.h"
+
+namespace fourier {
 
 namespace {
 
@@ -20,7 +23,6 @@ using fft::Complex;
 using simd::VecF;
 using spectrum::kBlock;
 using spectrum::kLanes;
-using tensor::Tensor;
 
 struct Geometry : spectrum::HalfSpectrum {
   int64_t length;  // complex numbers that a row is transformed as
@@ -249,7 +251,7 @@ void for_planes(const Tensor& images, const Geometry& g, F&& f) {
   tensor::dispatch(images.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     if constexpr (!std::is_same_v<T, double>) {
-      torch::stable::parallel_for(0, images.size(0) * images.size(1), 1, [&](int64_t begin, int64_t end) {
+      tasks::parallel(images.size(0) * images.size(1), 1, [&](int64_t begin, int64_t end) {
         scratch::Frame frame;
         const Buffers buffers(frame, g);
         for (int64_t p = begin; p < end; ++p) f(buffers, p, tag);
@@ -260,7 +262,8 @@ void for_planes(const Tensor& images, const Geometry& g, F&& f) {
   });
 }
 
-// (B, C, H, W), contiguous -> (B, C, blocks, 2, kFloats) of fp32.
+}  // namespace
+
 Tensor rfft2(const Tensor& x) {
   const Geometry g(x.size(2), x.size(3), false);
   Tensor out = tensor::empty(x, {x.size(0), x.size(1), g.blocks, 2, kLanes}, false, tensor::ScalarType::Float);
@@ -274,7 +277,6 @@ Tensor rfft2(const Tensor& x) {
   return out;
 }
 
-// The inverse, plus the channels' biases, in the size (but for its channels) and dtype of `like`.
 Tensor irfft2(const Tensor& spectrum, const std::optional<Tensor>& bias, const Tensor& like) {
   const int64_t channels = spectrum.size(1);
   const Geometry g(like.size(2), like.size(3), true);
@@ -290,7 +292,7 @@ Tensor irfft2(const Tensor& spectrum, const std::optional<Tensor>& bias, const T
   return out;
 }
 
-}  // namespace
+}  // namespace fourier
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def("rfft2(Tensor x) -> Tensor");
@@ -298,6 +300,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
-  m.impl("rfft2", TORCH_BOX(&rfft2));
-  m.impl("irfft2", TORCH_BOX(&irfft2));
+  m.impl("rfft2", TORCH_BOX(&fourier::rfft2));
+  m.impl("irfft2", TORCH_BOX(&fourier::irfft2));
 }

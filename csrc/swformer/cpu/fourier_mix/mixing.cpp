@@ -4,7 +4,7 @@
 // A tile's input rows are, for each part r (real, imaginary), the channels and one more row: 1 (r = 0), or 1 in the
 // zero frequency and else 0 (r = 1). With s for such a column, `matrix` (2, 2, C, 2, D + 1) gives the pre-activations
 // (gate, value) of all output parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is
-// out_weight y, or y where that is empty.
+// out_weight y, or y where there is none.
 #include <algorithm>
 
 #include "accumulate.h"
@@ -12,8 +12,10 @@
 #include "gemm.h"
 #include "scratch.h"
 #include "spectrum.h"
+#include "stages.h"
 #include "tasks.h"
-#include "tensor.h"
+
+namespace fourier {
 
 namespace {
 
@@ -21,7 +23,6 @@ using gemm::kRows;
 using scratch::Frame;
 using simd::kFloats;
 using simd::VecF;
-using tensor::Tensor;
 
 constexpr int64_t kTile = 192;
 constexpr int64_t kTilesPerFlush = 4;  // float sums stay this short before they are added up in double
@@ -164,7 +165,7 @@ std::vector<double> reduce(int64_t tiles, int64_t size, Task&& task) {
   const int64_t count = tasks::parts(1, tiles, kFewestTiles, size);
   Frame frame;
   const tasks::Partial<> partial(frame, count, size);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  tasks::parallel(count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const tasks::Range range = tasks::part(i, count, tiles);
       task(range.begin, range.end, partial.start(i));
@@ -186,23 +187,25 @@ void transpose_parts(int64_t count, int64_t channels, const float* tile, float* 
     gemm::transpose(channels, count, tile + r * (channels + 1) * kTile, kTile, out + r * channels, ld);
 }
 
-Tensor to_tensor(const Tensor& like, std::initializer_list<int64_t> size, const double* values) {
-  Tensor out = tensor::empty(like, size, false, tensor::ScalarType::Double);
-  std::copy(values, values + out.numel(), static_cast<double*>(out.mutable_data_ptr()));
-  return out;
+// The last convolution's weight (E, C), or empty.
+std::vector<float> last_weight(const std::optional<Tensor>& out_weight) {
+  return out_weight ? tensor::read<float>(*out_weight) : std::vector<float>();
 }
 
+}  // namespace
+
 Tensor spectrum_mix(
-    const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height, int64_t width) {
+    const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight, int64_t height,
+    int64_t width) {
   const Spectra g(spectrum, height, width);
-  const bool has_last = out_weight.dim() == 2;
-  const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight.size(0) : c;
+  const bool has_last = out_weight.has_value();
+  const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight->size(0) : c;
   const Gate gate(matrix);
-  const float* w = data(out_weight);
+  const auto w = last_weight(out_weight);
   const Matrix last(has_last ? e : 0, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
   Tensor mixed = g.empty(spectrum, e);
   float* result = static_cast<float*>(mixed.mutable_data_ptr());
-  torch::stable::parallel_for(0, g.count(), 1, [&](int64_t begin, int64_t end) {
+  tasks::parallel(g.count(), 1, [&](int64_t begin, int64_t end) {
     Frame frame;
     float *in = frame.take<float>(gate.inputs * kTile), *y = frame.take<float>(gate.outputs * kTile);
     float* out = frame.take<float>(2 * e * kTile);
@@ -220,6 +223,8 @@ Tensor spectrum_mix(
   return mixed;
 }
 
+namespace {
+
 // The backward pass of the mixing: what is done with a tile, in the scratch of one thread.
 class MixBackward {
  public:
@@ -230,10 +235,11 @@ class MixBackward {
     Matrix matrix_t, last_t;
     int64_t n() const { return 2 * d + 2; }
 
-    Factors(const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight)
-        : d(spectrum.size(1)), c(matrix.size(0) / 4), e(out_weight.dim() == 2 ? out_weight.size(0) : c),
-          has_last(out_weight.dim() == 2), gate(matrix) {
-      const float *m = data(matrix), *w = data(out_weight);
+    Factors(const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight)
+        : d(spectrum.size(1)), c(matrix.size(0) / 4), e(out_weight ? out_weight->size(0) : c),
+          has_last(out_weight.has_value()), gate(matrix) {
+      const float* m = data(matrix);
+      const auto w = last_weight(out_weight);
       matrix_t = Matrix(2 * d, 4 * c, [&](int64_t i, int64_t j) { return m[j * n() + i + i / d]; });
       if (has_last) last_t = Matrix(c, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
     }
@@ -310,12 +316,14 @@ class MixBackward {
   VecF* const constants;
 };
 
-std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
-    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Tensor& out_weight, int64_t height,
-    int64_t width, bool need_images, bool need_parameters) {
+}  // namespace
+
+MixGradients spectrum_mix_backward(
+    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight,
+    int64_t height, int64_t width, bool need_spectrum, bool need_parameters) {
   const Spectra g(spectrum, height, width);
   const MixBackward::Factors f(spectrum, matrix, out_weight);
-  Tensor grad_spectrum = need_images ? g.empty(spectrum, f.d) : tensor::empty(spectrum, {0});
+  Tensor grad_spectrum = need_spectrum ? g.empty(spectrum, f.d) : tensor::empty(spectrum, {0});
   float* result = static_cast<float*>(grad_spectrum.mutable_data_ptr());
   const int64_t of_matrix = 4 * f.c * f.n();
   const auto totals = reduce(g.count(), of_matrix + f.e * f.c, [&](int64_t begin, int64_t end, double* total) {
@@ -324,19 +332,15 @@ std::tuple<Tensor, Tensor, Tensor> spectrum_mix_backward(
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
       tile.differentiate(g, t, data(spectrum), data(grad));
-      if (need_images) tile.store_spectrum(g, t, result);
+      if (need_spectrum) tile.store_spectrum(g, t, result);
       if (!need_parameters) continue;
       tile.add(t, total);
       if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) tile.flush(total);
     }
   });
-  return {
-      grad_spectrum, to_tensor(spectrum, {4 * f.c, f.n()}, totals.data()),
-      to_tensor(spectrum, {f.has_last ? f.e : 0, f.c}, totals.data() + of_matrix)};
+  return {grad_spectrum, {totals.begin(), totals.begin() + of_matrix}, {totals.begin() + of_matrix, totals.end()}};
 }
 
-// Over all frequencies but zero: of each part, the channels' products with each other, and in the last column their
-// sums.
 Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
   const int64_t d = spectrum.size(1), n = d + 1, ld = vectors(d), ld_in = vectors(2 * d) + kFloats;
@@ -360,31 +364,28 @@ Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
       }
     }
   });
-  return to_tensor(spectrum, {2, d, n}, totals.data());
+  return tensor::write(spectrum, {2, d, n}, tensor::ScalarType::Double, totals.data());
 }
 
-// The spectrum's gradient `grad` plus what comes through its moments.
-Tensor spectrum_moments_backward(
-    const Tensor& grad, const Tensor& spectrum, const Tensor& grad_moments, int64_t height, int64_t width) {
+void spectrum_moments_backward(
+    Tensor& grad, const Tensor& spectrum, const std::vector<double>& grad_moments, int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
   const int64_t d = spectrum.size(1), n = d + 1;
-  const double* q = static_cast<const double*>(grad_moments.const_data_ptr());
   std::vector<Matrix> parts;
   for (int r = 0; r < 2; ++r)
     parts.emplace_back(d, n, [&](int64_t i, int64_t j) {
-      const double* part = q + r * d * n;
+      const double* part = &grad_moments[r * d * n];
       return static_cast<float>(part[i * n + j] + (j < d ? part[j * n + i] : 0.0));
     });
-  Tensor out = g.empty(spectrum, d);
-  float* result = static_cast<float*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, g.count(), 1, [&](int64_t begin, int64_t end) {
+  float* result = static_cast<float*>(grad.mutable_data_ptr());
+  tasks::parallel(g.count(), 1, [&](int64_t begin, int64_t end) {
     Frame frame;
     float *in = frame.take<float>(2 * n * kTile), *out = frame.take<float>(2 * d * kTile);
     float *alpha = frame.take<float>(kTile), *inverse = frame.take<float>(kTile);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
       load_centred(g, t, data(spectrum), d, in);
-      load(g, t, data(grad), d, d, out);
+      load(g, t, result, d, d, out);
       multiplicity(g, t, alpha, inverse);
       for (int r = 0; r < 2; ++r)
         parts[r].times(
@@ -395,24 +396,12 @@ Tensor spectrum_moments_backward(
       store(g, t, out, d, result);
     }
   });
-  return out;
 }
 
-}  // namespace
+}  // namespace fourier
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
-  m.def("spectrum_mix(Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width) -> Tensor");
-  m.def(
-      "spectrum_mix_backward(Tensor grad, Tensor spectrum, Tensor matrix, Tensor out_weight, int height, int width,"
-      " bool need_images, bool need_parameters) -> (Tensor, Tensor, Tensor)");
-  m.def("spectrum_moments(Tensor spectrum, int height, int width) -> Tensor");
-  m.def(
-      "spectrum_moments_backward(Tensor grad, Tensor spectrum, Tensor grad_moments, int height, int width) -> Tensor");
+  m.def("spectrum_mix(Tensor spectrum, Tensor matrix, Tensor? out_weight, int height, int width) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
-  m.impl("spectrum_mix", TORCH_BOX(&spectrum_mix));
-  m.impl("spectrum_mix_backward", TORCH_BOX(&spectrum_mix_backward));
-  m.impl("spectrum_moments", TORCH_BOX(&spectrum_moments));
-  m.impl("spectrum_moments_backward", TORCH_BOX(&spectrum_moments_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) { m.impl("spectrum_mix", TORCH_BOX(&fourier::spectrum_mix)); }

@@ -1,0 +1,203 @@
+// The Fourier branch: transform, one matrix made of all parameters, gate, last convolution, inverse transform.
+#include <cmath>
+#include <tuple>
+
+#include "parameters.h"
+#include "stages.h"
+
+namespace {
+
+using fourier::Statistics;
+using tensor::ScalarType;
+using tensor::Tensor;
+using Optional = std::optional<Tensor>;
+
+// Of a batch of images.
+struct Problem {
+  int64_t images, height, width;
+  double side;
+
+  explicit Problem(const Tensor& x)
+      : images(x.size(0)), height(x.size(2)), width(x.size(3)), side(std::sqrt(static_cast<double>(height * width))) {}
+  double count() const { return static_cast<double>(images * height * (width / 2 + 1)); }
+};
+
+fourier::Factor read_factor(
+    const Optional& mean, const Optional& variance, const Tensor& scale, const Tensor& shift, const Tensor& weight,
+    const Tensor& bias) {
+  auto statistic = [&](const Optional& t) { return t ? tensor::read<double>(*t) : std::vector<double>(scale.numel()); };
+  return {
+      statistic(mean),
+      statistic(variance),
+      tensor::read<double>(scale),
+      tensor::read<double>(shift),
+      tensor::read<double>(weight),
+      tensor::read<double>(bias)};
+}
+
+// The zero frequency of each channel's spectrum, which is real.
+float* zero_frequency(Tensor& spectrum, int64_t image, int64_t channel) {
+  return static_cast<float*>(spectrum.mutable_data_ptr()) + image * spectrum.stride(0) + channel * spectrum.stride(1);
+}
+
+Statistics read_statistics(const Problem& problem, Tensor& spectrum, const Tensor& moments) {
+  Statistics batch;
+  batch.count = problem.count();
+  batch.moments = static_cast<const double*>(moments.const_data_ptr());
+  batch.zero = fourier::Rows<double>(problem.images, spectrum.size(1));
+  for (int64_t b = 0; b < problem.images; ++b)
+    for (int64_t c = 0; c < batch.zero.columns; ++c) batch.zero[b][c] = *zero_frequency(spectrum, b, c);
+  return batch;
+}
+
+Tensor matrix_of(const Tensor& x, const fourier::Parameters& p) {
+  Tensor matrix = tensor::empty(x, {4 * p.channels, 2 * (p.dim + 1)}, false, ScalarType::Float);
+  fourier::compose(p, static_cast<float*>(matrix.mutable_data_ptr()));
+  return matrix;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fourier_mix(
+    const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Optional& gate_mean,
+    const Optional& gate_variance, const Tensor& gate_scale, const Tensor& gate_shift, const Tensor& gate_weight,
+    const Tensor& gate_bias, const Optional& value_mean, const Optional& value_variance, const Tensor& value_scale,
+    const Tensor& value_shift, const Tensor& value_weight, const Tensor& value_bias, const Optional& out_weight,
+    const Optional& out_bias, double eps, bool need_sums) {
+  const Problem problem(x);
+  const int64_t dim = x.size(1), channels = in_bias.numel() / 2, outputs = out_weight ? out_weight->size(0) : channels;
+  const bool batch_statistics = !gate_mean, is_empty = problem.images == 0;
+  fourier::Parameters p{
+      channels,
+      dim,
+      tensor::read<double>(in_weight),
+      tensor::read<double>(in_bias),
+      {read_factor(gate_mean, gate_variance, gate_scale, gate_shift, gate_weight, gate_bias),
+       read_factor(value_mean, value_variance, value_scale, value_shift, value_weight, value_bias)},
+      eps,
+      problem.side};
+  Tensor z = fourier::rfft2(tensor::as_contiguous(x));
+  std::vector<double> table(4 * 2 * channels);
+  const std::vector<int64_t> none = {0};
+  Tensor moments = tensor::empty(x, none, false, ScalarType::Double);
+  if (batch_statistics) {
+    moments = fourier::spectrum_moments(z, problem.height, problem.width);
+    if (!is_empty) {
+      Statistics batch = read_statistics(problem, z, moments);
+      fourier::take_statistics(p, batch);
+    }
+    const double unbiased = problem.count() / std::max(problem.count() - 1, 1.0);
+    double* row = table.data();
+    for (const auto& factor : p.factors) {
+      row = std::copy(factor.mean.begin(), factor.mean.end(), row);
+      for (double variance : factor.variance) *row++ = variance * unbiased;
+    }
+  }
+  Tensor mixed = fourier::spectrum_mix(z, matrix_of(x, p), out_weight, problem.height, problem.width);
+  const Tensor y = tensor::with_format(fourier::irfft2(mixed, out_bias, x), tensor::is_channels_last(x));
+  Tensor sums =
+      tensor::empty(x, need_sums ? std::vector<int64_t>{problem.images, outputs} : none, false, ScalarType::Float);
+  if (need_sums) {
+    const auto bias = out_bias ? tensor::read<double>(*out_bias) : std::vector<double>(outputs);
+    float* sum = static_cast<float*>(sums.mutable_data_ptr());
+    for (int64_t b = 0; b < problem.images; ++b)
+      for (int64_t c = 0; c < outputs; ++c)
+        *sum++ =
+            static_cast<float>(*zero_frequency(mixed, b, c) * problem.side + bias[c] * problem.side * problem.side);
+  }
+  const ScalarType dtype = gate_scale.scalar_type();
+  return {
+      y, sums, moments,
+      batch_statistics ? tensor::write(x, {4, 2 * channels}, dtype, table.data())
+                       : tensor::empty(x, none, false, dtype)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+fourier_mix_backward(
+    const Tensor& grad, const Optional& grad_sums, const Tensor& moments, const Tensor& x, const Tensor& in_weight,
+    const Tensor& in_bias, const Optional& gate_mean, const Optional& gate_variance, const Tensor& gate_scale,
+    const Tensor& gate_shift, const Tensor& gate_weight, const Tensor& gate_bias, const Optional& value_mean,
+    const Optional& value_variance, const Tensor& value_scale, const Tensor& value_shift, const Tensor& value_weight,
+    const Tensor& value_bias, const Optional& out_weight, const Optional& out_bias, double eps, bool need_images,
+    bool need_parameters) {
+  const Problem problem(x);
+  const bool batch_statistics = !gate_mean && problem.images > 0;
+  fourier::Parameters p{
+      in_bias.numel() / 2,
+      x.size(1),
+      tensor::read<double>(in_weight),
+      tensor::read<double>(in_bias),
+      {read_factor(gate_mean, gate_variance, gate_scale, gate_shift, gate_weight, gate_bias),
+       read_factor(value_mean, value_variance, value_scale, value_shift, value_weight, value_bias)},
+      eps,
+      problem.side};
+  Tensor z = fourier::rfft2(tensor::as_contiguous(x)), grad_mixed = fourier::rfft2(tensor::as_contiguous(grad));
+  const int64_t outputs = grad.size(1);
+  if (grad_sums) {
+    const auto of_sums = tensor::read<double>(*grad_sums);
+    for (int64_t i = 0; i < grad_sums->numel(); ++i)
+      *zero_frequency(grad_mixed, i / outputs, i % outputs) += static_cast<float>(of_sums[i] * problem.side);
+  }
+  Statistics batch;
+  if (batch_statistics) {
+    batch = read_statistics(problem, z, moments);
+    fourier::take_statistics(p, batch);
+  }
+  fourier::MixGradients through = fourier::spectrum_mix_backward(
+      grad_mixed, z, matrix_of(x, p), out_weight, problem.height, problem.width, need_images,
+      need_parameters || batch_statistics);
+  fourier::Gradients g;
+  if (problem.images > 0 && (need_parameters || batch_statistics))
+    g = fourier::compose_backward(p, through.matrix.data(), batch_statistics ? &batch : nullptr);
+  Tensor grad_x = tensor::empty(x, {0});
+  if (need_images) {
+    if (batch_statistics) {
+      for (int64_t b = 0; b < problem.images; ++b)
+        for (int64_t c = 0; c < p.dim; ++c) *zero_frequency(through.spectrum, b, c) += static_cast<float>(g.zero[b][c]);
+      fourier::spectrum_moments_backward(through.spectrum, z, g.moments, problem.height, problem.width);
+    }
+    grad_x = tensor::with_format(fourier::irfft2(through.spectrum, std::nullopt, x), tensor::is_channels_last(x));
+  }
+  std::vector<double> of_out_bias(out_bias ? outputs : 0);
+  for (size_t c = 0; c < of_out_bias.size(); ++c)
+    for (int64_t b = 0; b < problem.images; ++b) of_out_bias[c] += *zero_frequency(grad_mixed, b, c) * problem.side;
+  auto result = [&](const Optional& like, std::vector<double> values) {
+    if (!like || !need_parameters) return tensor::empty(x, {0});
+    if (problem.images == 0) values.assign(like->numel(), 0.0);
+    return tensor::write(*like, values.data());
+  };
+  return {
+      grad_x,
+      result(in_weight, g.in_weight),
+      result(in_bias, g.in_bias),
+      result(gate_scale, g.factors[0].scale),
+      result(gate_shift, g.factors[0].shift),
+      result(gate_weight, g.factors[0].weight),
+      result(gate_bias, g.factors[0].bias),
+      result(value_scale, g.factors[1].scale),
+      result(value_shift, g.factors[1].shift),
+      result(value_weight, g.factors[1].weight),
+      result(value_bias, g.factors[1].bias),
+      result(out_weight, through.out_weight),
+      result(out_bias, of_out_bias)};
+}
+
+constexpr char kInputs[] =
+    "Tensor x, Tensor in_weight, Tensor in_bias, Tensor? gate_mean, Tensor? gate_variance, Tensor gate_scale,"
+    " Tensor gate_shift, Tensor gate_weight, Tensor gate_bias, Tensor? value_mean, Tensor? value_variance,"
+    " Tensor value_scale, Tensor value_shift, Tensor value_weight, Tensor value_bias, Tensor? out_weight,"
+    " Tensor? out_bias, float eps";
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
+  const std::string inputs = kInputs;
+  m.def(("fourier_mix(" + inputs + ", bool need_sums) -> (Tensor, Tensor, Tensor, Tensor)").c_str());
+  m.def(("fourier_mix_backward(Tensor grad, Tensor? grad_sums, Tensor moments, " + inputs +
+         ", bool need_images, bool need_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+         " Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+            .c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
+  m.impl("fourier_mix", TORCH_BOX(&fourier_mix));
+  m.impl("fourier_mix_backward", TORCH_BOX(&fourier_mix_backward));
+}
