@@ -270,7 +270,8 @@ def empty_cache() -> None:
     """Give back the memory that the C++ kernels keep for their next large results.
 
     Results of 4 MiB and more come from a pool that keeps at most 128 MiB of what was freed: fresh pages would cost
-    more than most operators' arithmetic. (torch 2.10 lacks the means for it; there nothing is kept.)
+    more than most operators' arithmetic. Such a result cannot be resized to more than it has (clone it first): its
+    memory is not its allocator's. (torch 2.10 lacks the means for it; there nothing is kept.)
     """
     if _extension() is None:
         torch.ops._swformer_fast.empty_cache()

@@ -321,7 +321,8 @@ def update_running(running: Iterable[Tensor | None], batch: Iterable[Tensor], mo
     with torch.no_grad():
         for old, new in zip(running, batch, strict=True):
             if old is not None:
-                old.lerp_(new.to(old.dtype), momentum)
+                dtype = torch.promote_types(old.dtype, new.dtype)  # a batch's may be out of a half type's range
+                old.copy_(old.to(dtype).lerp_(new.to(dtype), momentum))
 
 
 def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool, momentum: float, eps: float) -> bool:

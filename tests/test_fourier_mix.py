@@ -213,6 +213,20 @@ def test_inf_and_nan_propagate(backend: str, value: float, training: bool) -> No
     assert torch.equal(y.isfinite()[0, :, 0, 0], torch.tensor([True, False, True]))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_running_statistics_in_half_precision(backend: str) -> None:
+    """A batch's variance, here beyond fp16's range, takes the momentum first."""
+    x, mine = image(2, 3, 8, 9, dtype=torch.float16), parameters(3, 4, 5, torch.float16)
+    mine = tree_map(torch.detach, mine._replace(in_weight=400 * mine.in_weight))
+    theirs = fp64(mine)
+    with sf.use_backend(backend):
+        functional.fourier_mix(x, mine, training=True, momentum=0.01)
+    reference.fourier_mix(x.double(), theirs, training=True, momentum=0.01)
+    for ours, expected in zip(mine.factors, theirs.factors, strict=True):
+        assert expected.norm.running_var.max() > 660  # of 65504 at most, a hundredth each
+        assert_close(ours.norm[:2], expected.norm[:2], torch.float16)
+
+
 @pytest.mark.parametrize("running", [False, True])
 def test_no_outputs(kernels: str, running: bool) -> None:
     x, arguments = image(2, 3, 6, 9), parameters(3, 4, 0, running=running)

@@ -1,5 +1,6 @@
 """The memory that the C++ kernels keep for large results: never shared by two tensors, bounded, given back."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -113,6 +114,113 @@ def test_memory_is_bounded_and_given_back() -> None:
     assert 100 < kept < 140 if KEEPS else kept < 20
     assert after_emptying < 20
     assert after_a_block_twice_as_large < 60
+
+
+STARVED = """
+import resource, sys, threading
+from pathlib import Path
+import torch, swformer_fast as sf
+
+unlimited = resource.getrlimit(resource.RLIMIT_AS)
+block, x = sf.SWFormerBlock(8, scale_init=0.5), torch.randn(1, 8, 256, 258)
+outcomes = []
+
+def results():
+    leaf = x.clone().requires_grad_()
+    y = block(leaf)
+    return [y.detach(), *torch.autograd.grad(y.square().mean(), [leaf, *block.parameters()])]
+
+def starved(extra):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (used + extra, unlimited[1]))
+    try:
+        results()
+        outcomes.append("")
+    except (RuntimeError, MemoryError) as error:
+        outcomes.append(str(error))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+"""
+"""A block's results and gradients in an address space with so many bytes left; after every failure the same bits."""
+IN_FRESH_THREADS = """
+small = [bytes(30000) for _ in range(400)]
+del small  # what is small finds room in the heap: glibc ends a process that lacks memory for a thread's own variables
+torch.set_num_threads(1)
+expected = results()
+sf.empty_cache()
+while not outcomes or outcomes[-1]:
+    thread = threading.Thread(target=starved, args=(len(outcomes) << 20,))  # whose scratch memory does not exist yet
+    thread.start()
+    thread.join()
+    sf.empty_cache()
+    assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
+    sf.empty_cache()
+"""
+IN_WORKERS = """
+image, weight, bias = torch.randn(2, 64, 32, 600), torch.randn(64, 1, 3, 3), torch.randn(64)
+results = lambda: sf.functional.depthwise_gelu(image, weight, bias)
+torch.set_num_threads(1)
+expected = results()
+results()  # leaves the pool a block for the next result
+torch.set_num_threads(2)
+torch.ones(1 << 20).sqrt()  # the threads exist, but not their scratch memory
+starved(0)
+assert torch.equal(results(), expected)
+outcomes.append("")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(("where", "most"), [(IN_FRESH_THREADS, 100), (IN_WORKERS, 1)], ids=["caller", "worker"])
+def test_a_failed_allocation_says_how_much_and_leaves_a_usable_state(where: str, most: int) -> None:
+    """Every large piece of memory is a mapping of its own there, so that each of them fails for some limit."""
+    tunables = ("mmap_threshold=65536", "trim_threshold=1000000000", "arena_max=1")
+    output = subprocess.run(
+        [sys.executable, "-c", STARVED + where + "print(*outcomes, sep='@')"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{t}" for t in tunables)},
+    ).stdout
+    failures = output.split("@")[:-1]
+    assert min(most, 10) <= len(failures) <= most
+    assert all("DefaultCPUAllocator: can't allocate memory: you tried to allocate" in f for f in failures)
+
+
+FORKED = """
+import os, threading, torch, swformer_fast as sf
+image, stop = torch.ones(1, 4, 512, 512), threading.Event()
+def work():
+    while not stop.is_set():
+        sf.functional.haar_dwt2d(image)
+torch.set_num_threads(1)
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+try:
+    for _ in range(40):
+        child = os.fork()
+        if child == 0:
+            sf.empty_cache()
+            y = sf.functional.haar_dwt2d(image)
+            os._exit(int(not torch.allclose(y[:, :4], torch.tensor(2.0))))
+        assert os.waitpid(child, 0)[1] == 0
+finally:
+    stop.set()
+"""
+
+
+def test_fork_beside_threads_that_use_the_pool() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)
+
+
+@needs_pool
+def test_large_results_cannot_grow() -> None:
+    y = large()
+    assert y.resize_(1, 8, 256, 256).shape == (1, 8, 256, 256)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        large().resize_(1, 64, 512, 512)
+    assert large().clone().resize_(1, 64, 512, 512).shape == (1, 64, 512, 512)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")

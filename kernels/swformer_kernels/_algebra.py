@@ -310,7 +310,7 @@ def compose(
     with torch.cuda.device_of(spectrum):
         if moments is not None:
             table = moments.new_empty(4, 2 * channels)
-            statistics = torch.empty_like(table, dtype=parameters[4].dtype)
+            statistics = torch.empty_like(table, dtype=torch.promote_types(parameters[4].dtype, torch.float32))
             if differentiable:
                 products = moments.new_empty(2, 2 * channels, dim)
                 zeros = moments.new_empty(batch, 2 * channels)

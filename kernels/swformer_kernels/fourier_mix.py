@@ -57,7 +57,8 @@ def fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
         outputs = channels // 2 if out_weight is None else len(out_weight)
         sums = sums.view(0, outputs) if need_sums else sums
         no_moments = torch.zeros((2, dim, dim + 1) if of_batch else 0, dtype=torch.float64, device=x.device)
-        statistics = torch.zeros((4, channels) if of_batch else 0, dtype=parameters[4].dtype, device=x.device)
+        dtype = torch.promote_types(parameters[4].dtype, torch.float32)
+        statistics = torch.zeros((4, channels) if of_batch else 0, dtype=dtype, device=x.device)
         return empty(x, 0, outputs, height, width), sums, no_moments, statistics
     scale = 1 / math.sqrt(height * width)
     spectrum = _transform(x)

@@ -38,9 +38,9 @@ _INPUTS: tuple[Input, ...] = (
 def _no_statistics(x: Tensor, parameters: FourierParameters) -> tuple[Tensor, Tensor]:
     """The moments and statistics of the op where there are none: empty, or 0 for an empty batch."""
     norm, dim = parameters.gate.norm, x.shape[1]
-    batch_statistics, scale = norm.running_mean is None, norm.weight
+    batch_statistics, dtype = norm.running_mean is None, torch.promote_types(norm.weight.dtype, torch.float32)
     moments = torch.zeros((2, dim, dim + 1) if batch_statistics else (0,), dtype=torch.float64, device=x.device)
-    return moments, torch.zeros((4, scale.shape[0]) if batch_statistics else (0,), dtype=scale.dtype, device=x.device)
+    return moments, torch.zeros((4, norm.weight.shape[0]) if batch_statistics else (0,), dtype=dtype, device=x.device)
 
 
 def _definition(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

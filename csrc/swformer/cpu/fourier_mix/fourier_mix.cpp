@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fourier_mix(
         *sum++ =
             static_cast<float>(*zero_frequency(mixed, b, c) * problem.side + bias[c] * problem.side * problem.side);
   }
-  const ScalarType dtype = gate_scale.scalar_type();
+  const ScalarType dtype = gate_scale.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   return {
       y, sums, moments,
       batch_statistics ? tensor::write(x, {4, 2 * channels}, dtype, table.data())
