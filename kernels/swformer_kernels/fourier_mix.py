@@ -52,12 +52,11 @@ def fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     batch, dim, height, width = x.shape
     channels, of_batch = len(parameters[1]), parameters[2] is None
     out_weight, out_bias = (None if p is None else p.contiguous() for p in parameters[14:])
-    sums = x.new_empty(0, dtype=torch.float32)
+    sums, dtype = x.new_empty(0, dtype=torch.float32), torch.promote_types(parameters[4].dtype, torch.float32)
     if batch == 0:
         outputs = channels // 2 if out_weight is None else len(out_weight)
         sums = sums.view(0, outputs) if need_sums else sums
         no_moments = torch.zeros((2, dim, dim + 1) if of_batch else 0, dtype=torch.float64, device=x.device)
-        dtype = torch.promote_types(parameters[4].dtype, torch.float32)
         statistics = torch.zeros((4, channels) if of_batch else 0, dtype=dtype, device=x.device)
         return empty(x, 0, outputs, height, width), sums, no_moments, statistics
     scale = 1 / math.sqrt(height * width)
@@ -70,7 +69,7 @@ def fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
         sums = mixed[:, :, 0, 0, 0] * (height * width)
     y = _image(mixed, x)
     if moments is None or composed.statistics is None:
-        return y, sums, x.new_empty(0, dtype=torch.float64), parameters[4].new_empty(0)
+        return y, sums, x.new_empty(0, dtype=torch.float64), x.new_empty(0, dtype=dtype)
     return y, sums, moments, composed.statistics
 
 
