@@ -71,7 +71,9 @@ def results(function: Any, args: Sequence[Any], grads: Sequence[Tensor], places:
 def problem(c: Case) -> str | None:
     """What is wrong with this case, or None.
 
-    Random sums cancel now and then: twice the tolerance, and where fp32 cannot do better PyTorch's own error.
+    Random sums cancel now and then: twice the tolerance, then PyTorch's own error in this dtype, then what rounding the
+    inputs to it does to the exact result; sums over runs of pixels in that dtype are up to 32 times as far off.
+    Normalised over a few values, what comes out hardly depends on what goes in: there the gradient is all cancellation.
     """
     torch.manual_seed(c.seed)
     operator, dtype = CATALOGUE[c.name], DTYPES[c.dtype]
@@ -79,6 +81,7 @@ def problem(c: Case) -> str | None:
     args = arguments(c.name, *c.shape, dtype=dtype, layout=layout, optional=c.optional, kernel=c.kernel, mean=c.mean)
     args = detached(args, lambda i: operator.differentiable and i in operator.places and bool(c.needs >> i & 1))
     places = differentiable(operator, args) if any(isinstance(a, Tensor) and a.requires_grad for a in args) else []
+    few = 100 * (c.name == "fourier_mix" and not c.optional and c.shape[0] * c.shape[2] * (c.shape[3] // 2 + 1) < 8)
     exact = fp64(args)
     grads = random_grads(as_list(operator.fake_forward(*args)))
     if grads and grads[0].dim() == 4 and grads[0].numel():
@@ -101,10 +104,23 @@ def problem(c: Case) -> str | None:
         if not torch.equal(a.isfinite(), e.isfinite()):
             return f"result {i}: other numbers are finite"
         a, e, r = (t.where(t.isfinite(), 0) for t in (a, e, r))
-        error, limit = rel_rms(a, e), max(2 * TOLERANCE[dtype], 4 * rel_rms(r, e))
+        error, limit = rel_rms(a, e), max(2 * TOLERANCE[dtype], 4 * rel_rms(r, e), few * TOLERANCE[dtype])
         if not (error <= limit or (a.double() - e).abs().max() < 1e-7):
-            return f"result {i}: relative RMS error {error:.1e} > {limit:.1e}"
+            near = (results(operator.forward, moved(exact, dtype), grads, places)[i] for _ in range(4))
+            limit = max(limit, *(32 * rel_rms(t.where(t.isfinite(), 0), e) for t in near))
+            if not error <= limit:
+                return f"result {i}: relative RMS error {error:.1e} > {limit:.1e}"
     return None
+
+
+def moved(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """The arguments, each number off by up to half a unit in the last place of `dtype`."""
+
+    def one(t: Tensor) -> Tensor:
+        off = (torch.rand(t.shape, dtype=t.dtype) - 0.5) * torch.finfo(dtype).eps
+        return (t.detach() * (1 + off)).requires_grad_(t.requires_grad)
+
+    return [one(a) if isinstance(a, Tensor) else a for a in args]
 
 
 def smallest(c: Case) -> Case:

@@ -182,3 +182,12 @@ def depthwise(*shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Convolu
 def test_errors(error: type[Exception], message: str, args: Callable[[], tuple]) -> None:
     with pytest.raises(error, match=message):
         functional.multiscale_ffn(*args())
+
+
+@needs_cpp
+def test_the_gradient_of_a_mean_over_a_large_image(cpp: object) -> None:
+    """Millions of equal numbers are summed: each of three channels' biases has a third."""
+    x, parameters = arguments((1, 1, 1080, 1920), mid=1, out=3)
+    bias = parameters.out_bias
+    (grad,) = torch.autograd.grad(functional.multiscale_ffn(x, parameters).mean(), bias)
+    torch.testing.assert_close(grad, torch.full_like(grad, 1 / 3), rtol=1e-6, atol=0)

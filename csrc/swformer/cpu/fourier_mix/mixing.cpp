@@ -284,14 +284,21 @@ class MixBackward {
     store(g, t, grad_in, f_.d, result);
   }
 
-  // Adds to the sums, or where a column of the matrix has one frequency alone, to `total`: matrix, then out_weight.
+  // Adds to the sums, and what belongs to the zero frequency, far larger than the others, to `total`: matrix, then
+  // out_weight.
   void add(const Tile& t, double* total) const {
     const int64_t d = f_.d, c = f_.c, e = f_.e, n = f_.n();
     transpose_parts(t.count, d, in, in_t, ld_in());
+    if (t.zero_frequency()) {
+      std::fill(in_t, in_t + 2 * d, 0.0f);
+      for (int64_t row = 0; row < 4 * c; ++row) {
+        const double of_zero = grad_pre[row * kTile];
+        for (int64_t j = 0; j < d; ++j) total[row * n + j] += of_zero * in[j * kTile];
+        total[row * n + n - 1] += of_zero;
+      }
+    }
     accumulate_product(t.count, 4 * c, grad_pre, 2 * d, in_t, ld_in(), group, matrix, ld());
     accumulate::add_rows(4 * c, t.count, grad_pre, kTile, constants);
-    if (t.zero_frequency())
-      for (int64_t row = 0; row < 4 * c; ++row) total[row * n + n - 1] += grad_pre[row * kTile];
     for (int r = 0; f_.has_last && r < 2; ++r) {
       gemm::transpose(c, t.count, y + r * c * kTile, kTile, y_t, vectors(c));
       accumulate_product(t.count, e, grad + r * e * kTile, c, y_t, vectors(c), group, out_weight, vectors(c));

@@ -8,6 +8,7 @@
 namespace multiscale_ffn {
 namespace {
 
+constexpr int64_t kEqual = 32;  // of a mean's gradients, one number again and again, are summed in float
 constexpr int64_t kGroupBytes = int64_t{32} << 20;  // of gradients between the two passes
 
 // First pass over a strip. `grad_x` gets what comes through the first scale; `sums` is null where no parameter needs a
@@ -29,7 +30,7 @@ class StripBackward {
         activated_(take_block(frame, kScales * net.mid)), slope_(take_block(frame, kScales * net.mid)),
         grad_blocks_(frame.take<float>((full_.blocks * net.out + kLanes) * kBlock)),
         activated_pixels_(frame, kScales * net.mid, full_), grad_pixels_(frame, net.out, full_),
-        out_bias_(frame, net.out) {}
+        out_bias_(frame, net.out, kEqual) {}
 
   void run() {
     int64_t next = begin_;
@@ -69,8 +70,8 @@ class StripBackward {
       propagate(i, b, of_task);
       if (of_task && sums_) collect(b);
     }
-    if (of_task && sums_)
-      add_product(grad_pixels_, activated_pixels_, net_.width, sums_ + layout_.out_weight, layout_.out_pitch);
+    if (!of_task || !sums_) return;
+    add_product(grad_pixels_, activated_pixels_, net_.width, sums_ + layout_.out_weight, layout_.out_pitch);
   }
 
   // Block b of the gradient, through the last convolution and the GELU, to the maps of each scale.
@@ -96,11 +97,12 @@ class StripBackward {
   }
 
   // For the gradients of the last convolution.
-  void collect(int64_t b) const {
+  void collect(int64_t b) {
     const float* block = grad_blocks_ + b * net_.out * kBlock;
     activated_pixels_.set(b, activated_);
     grad_pixels_.set(b, block);
     accumulate::add_rows(net_.out, full_.columns(b), block, kBlock, out_bias_.sums);
+    out_bias_.added(kVectors);
   }
 
   const Net& net_;
@@ -118,7 +120,7 @@ class StripBackward {
   const Rows mixed_grad_, result_;
   float *const activated_, *const slope_, *const grad_blocks_;
   const PixelMajor activated_pixels_, grad_pixels_;
-  const VectorSums out_bias_;
+  VectorSums out_bias_;
 };
 
 // image[row i] += half + quarter, each sample for all its pixels.

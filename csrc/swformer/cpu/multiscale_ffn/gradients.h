@@ -49,14 +49,27 @@ inline void add_product(const PixelMajor& a, const PixelMajor& b, int64_t pixels
       gemm::into<true>(sum, pitch, a.channels));
 }
 
-// Sums kept in vectors until a task ends.
+// Sums of a task, in vectors for runs of `longest` and in double beyond.
 struct VectorSums {
-  int64_t count;
+  int64_t count, longest, terms = 0;
   VecF* sums;
+  double* totals;
 
-  VectorSums(Frame& frame, int64_t n) : count(n), sums(frame.zeros<VecF>(n)) {}
-  void finish(float* out) const {
-    for (int64_t i = 0; i < count; ++i) accumulate::flush(sums[i], out[i]);
+  VectorSums(Frame& frame, int64_t count, int64_t longest = 128)
+      : count(count), longest(longest), sums(frame.zeros<VecF>(count)), totals(frame.zeros<double>(count)) {}
+  // So many vectors were added to each sum.
+  void added(int64_t vectors) {
+    if ((terms += vectors) >= longest) flush();
+  }
+  void finish(float* out) {
+    flush();
+    for (int64_t i = 0; i < count; ++i) out[i] += static_cast<float>(totals[i]);
+  }
+
+ private:
+  void flush() {
+    for (int64_t i = 0; i < count; ++i) accumulate::flush(sums[i], totals[i]);
+    terms = 0;
   }
 };
 
@@ -102,7 +115,10 @@ class ScaleBackward {
         x_pixels_.set(b, x + b * net_.in * kBlock);
       }
     }
-    if (sums_) add_product(grad_pixels_, x_pixels_, grid.width, sums_ + layout_.in_weight[scale_], layout_.in_pitch);
+    if (!sums_) return;
+    add_product(grad_pixels_, x_pixels_, grid.width, sums_ + layout_.in_weight[scale_], layout_.in_pitch);
+    tap_sums_.added(grid.blocks * kVectors);
+    bias_sums_.added(grid.blocks * kVectors);
   }
 
   void finish() {
@@ -138,7 +154,7 @@ class ScaleBackward {
   const float* const zeros_;
   float* const block_;
   const PixelMajor grad_pixels_, x_pixels_;
-  const VectorSums tap_sums_, bias_sums_;
+  VectorSums tap_sums_, bias_sums_;
 };
 
 // Gradients of the low-resolution maps, by image, strip and row: a strip holds what its own pixels add to the rows it
