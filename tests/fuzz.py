@@ -89,20 +89,18 @@ def attempt(c: Case) -> tuple[str | None, int]:
     if grads and grads[0].dim() == 4 and grads[0].numel():
         grads[0] = LAYOUTS[c.grad_layout](grads[0].to(dtype))
 
-    def ours(threads: int) -> list[Tensor]:
+    def run(function: Any, args: Sequence[Any], threads: int = 1) -> list[Tensor]:
         torch.set_num_threads(threads)
         try:
             with poisoned_memory():
-                return results(op_of(c.name), args, grads, places)
+                return results(function, args, grads, places)
         finally:
             torch.set_num_threads(1)
 
-    def definition(args: Sequence[Any]) -> list[Tensor]:
-        return results(operator.forward, args, grads, places)
-
+    ours, definition = op_of(c.name), operator.forward
     try:
         exact = fp64(args)
-        actual, again, expected = ours(c.threads), ours(c.threads % 3 + 1), definition(exact)
+        actual, again, expected = run(ours, args, c.threads), run(ours, args, c.threads % 3 + 1), run(definition, exact)
     except Exception as error:
         # That much PyTorch refuses too.
         return None if "more than 1 value per channel" in str(error) else f"{type(error).__name__}: {error}", calls
@@ -115,9 +113,9 @@ def attempt(c: Case) -> tuple[str | None, int]:
         error, limit = rel_rms(a, e), max(2, few) * TOLERANCE[dtype]
         if error <= limit or (a.double() - e).abs().max() < 1e-7:
             continue
-        in_dtype = zip(definition(args), expected, strict=True)
+        in_dtype = zip(run(definition, args, c.threads), expected, strict=True)
         limit = max(limit, *(4 * rel_rms(t.where(t.isfinite(), 0), e.where(e.isfinite(), 0)) for t, e in in_dtype))
-        near = (definition(moved(exact, dtype))[i] for _ in range(4))
+        near = (run(definition, moved(exact, dtype))[i] for _ in range(4))
         limit = max(limit, *(32 * rel_rms(t.where(t.isfinite(), 0), e) for t in near))
         if not error <= limit:
             return f"result {i}: relative RMS error {error:.1e} > {limit:.1e}", calls
