@@ -89,7 +89,10 @@ def local_branches(
     """
     check_local_branches(x, conv, spatial, wavelet)
     ops = torch.ops.swformer_fast
-    if not torch.is_grad_enabled() and has_cpp(x.device.type):
+    needs_grad = torch.is_grad_enabled()
+    if torch.jit.is_tracing():  # what is traced in one mode runs in the other too
+        needs_grad = any(t.requires_grad for t in (x, *conv, *spatial, *wavelet))
+    if not needs_grad and has_cpp(x.device.type):
         return ops.local_branches(x, *conv, *spatial, *wavelet)
     weights, biases = conv.weight[None].chunk(2, 1), conv.bias.chunk(2)
     # One after the other: their inputs do not exist at a time.

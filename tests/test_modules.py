@@ -241,3 +241,16 @@ def test_flops_of_a_network(first: str) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.85 < float(run.stdout) <= 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_jit_trace(grad: bool) -> None:
+    """Traced with gradients or without, for other sizes, and used with them."""
+    block, x = sf.SWFormerBlock(4, scale_init=0.5).eval(), torch.randn(1, 4, 12, 13)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(block, (torch.randn(2, 4, 8, 9),))
+    expected, actual = block(x), traced(x)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(y.square().sum(), list(block.parameters())) for y in (actual, expected)]
+    assert_close(*grads)
