@@ -17,6 +17,7 @@ from .ops import MAX_TERMS
 from .schedulers import CLIPPING, affine_sensitivities, refuse_by_config
 from .solver import NotAffineError, Solver, config, on_cpu
 
+SKETCH = 64
 LONGEST_HISTORY = 3
 # Relative residuals of a true recurrence: rounding alone. Some schedulers work in float32 whatever they are given.
 TOLERANCE, TOLERANCE_IN_FLOAT32 = 1e-11, 2e-7
@@ -141,6 +142,9 @@ def recurrences(solver: Solver) -> dict[int, Recurrence]:
     drawn, first = drawn_noise(solver), 1 + len(solver)
     units = torch.eye(first + sum(map(len, drawn.values())), dtype=torch.float64)[:, None, None, None, :]
     x, tolerance = units[0], _tolerance(solver)
+    # Random combinations of a state's many elements, from which its few coefficients follow as well.
+    draw = torch.Generator().manual_seed(0)
+    sketch = torch.randn(SKETCH, len(units), generator=draw, dtype=torch.float64)
     states: dict[int, Tensor] = {}
     rules = {}
     with pass_with_noise(solver, units[1 + len(solver) :] if len(units) > first else None) as run:
@@ -149,7 +153,7 @@ def recurrences(solver: Solver) -> dict[int, Recurrence]:
             scale = _input_scale(run, x, i, tolerance)
             following = run.step(units[1 + i], i, x)
             of_noise = slice(first, first + len(drawn[i]))
-            rules[i] = _recurrence(solver, i, states, units, following, scale, tolerance, of_noise, drawn[i])
+            rules[i] = _recurrence(solver, i, states, units, sketch, following, scale, tolerance, of_noise, drawn[i])
             x, first = following, of_noise.stop
     return rules
 
@@ -159,6 +163,7 @@ def _recurrence(
     i: int,
     states: dict[int, Tensor],
     units: Tensor,
+    sketch: Tensor,
     following: Tensor,
     scale: float,
     tolerance: float,
@@ -173,7 +178,8 @@ def _recurrence(
         columns = [states[i], *(states[i - j] for j in back), *(units[1 + i - j] for j in back)]
         basis = torch.stack([column.flatten() for column in columns], dim=1)
         norms = basis.norm(dim=0)
-        solution = torch.linalg.lstsq(basis / norms, target[:, None], driver="gelsd").solution[:, 0]
+        few_rows = (sketch @ (basis / norms), sketch @ target[:, None])
+        solution = torch.linalg.lstsq(*few_rows, driver="gelsd").solution[:, 0]
         if (basis / norms @ solution - target).norm() <= tolerance * (target.norm() + abs(b)):
             solution[solution.abs() <= 1e-2 * tolerance * solution.abs().max()] = 0
             a, *factors = (solution / norms).tolist()
