@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ._progress import bar
+from .arguments import check_flag, check_sequence, is_integer, number
 from .noise import each
-from .sampler import ShortcutSampler, check_latents
-from .solver import is_integer
+from .sampler import ShortcutSampler, check_latents, check_sampler
 
 # Coarse to fine as it was measured: the last fifth of the updates on the full schedule.
 COARSE_SHARE = 0.8
@@ -104,6 +104,16 @@ def optimize_latents(
         NonFiniteLossError: the loss or its gradient is not finite; with the result so far.
         ValueError: the loss is not a scalar, or does not depend on the image.
     """
+    check_sampler(sampler)
+    for name, function in (("loss_fn", loss_fn), ("callback", callback)):
+        if not callable(function) and (name == "loss_fn" or function is not None):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    lr = number("lr", lr, 0)
+    check_sequence("betas", betas)
+    if len(betas) != 2 or not all(0 <= number("betas", beta, 0) < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    check_flag("keep_norm", keep_norm)
+    check_flag("progress", progress)
     generator = sampler_kwargs.get("generator")
     check_latents(latents, generator)
     if not is_integer(steps) or steps < 0:

@@ -247,7 +247,7 @@ def use_backend(name: str) -> Iterator[None]:
     entered and not yet left counts. A backward pass takes the backend in force while it runs. The environment variable
     SWFORMER_FAST_BACKEND sets the default.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
     entry = _Asked(name)
     _asked.append(entry)
@@ -315,7 +315,7 @@ def why_not(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> st
     from . import functional
 
     name: Any = getattr(function, "__name__", function)
-    public = getattr(functional, name) if name in functional.__all__ else None
+    public = getattr(functional, name) if isinstance(name, str) and name in functional.__all__ else None
     exists = name in OPS if isinstance(function, str) else public is not None and function is public
     if not exists:
         names = ", ".join(sorted({*functional.__all__, *OPS}))
