@@ -23,7 +23,7 @@ def is_integer(value: Any) -> TypeGuard[int]:
 
 def number(name: str, value: Any, least: float = -math.inf) -> float:
     """`value`, which must be a finite real number, as Python's own."""
-    if not isinstance(value, (int, float)):
+    if type(value) is not float and type(value) is not int:
         if not isinstance(value, Real):
             raise TypeError(f"{name} must be a finite number, got {value!r}")
         value = float(value)

@@ -192,6 +192,8 @@ def _check_out(
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {out.dtype}")
     if torch.compiler.is_compiling():
         return
+    if out.is_neg():  # PyTorch's fallback for such views cannot write
+        raise ValueError(f"{name} must hold its own numbers, got a negative view of others")
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError(f"{name} must have memory of its own, got a tensor whose elements share it (expanded?)")
     begin, end = _span(out)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._progress import bar
-from .arguments import check_flag, check_sequence, is_integer, number
+from .arguments import check_flag, is_integer, number, number_list
 from .noise import each
 from .sampler import ShortcutSampler, check_latents, check_sampler
 
@@ -109,15 +109,19 @@ def optimize_latents(
         if not callable(function) and (name == "loss_fn" or function is not None):
             raise TypeError(f"{name} must be a function, got {type(function).__name__}")
     lr = number("lr", lr, 0)
-    check_sequence("betas", betas)
-    if len(betas) != 2 or not all(0 <= number("betas", beta, 0) < 1 for beta in betas):
+    shares = number_list("betas", betas)
+    if len(shares) != 2 or not all(0 <= share < 1 for share in shares):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    betas = (shares[0], shares[1])
     check_flag("keep_norm", keep_norm)
     check_flag("progress", progress)
     generator = sampler_kwargs.get("generator")
     check_latents(latents, generator)
     if not is_integer(steps) or steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
+    if coarse_steps is not None and (not is_integer(coarse_steps) or coarse_steps < 1):
+        raise ValueError(f"coarse_steps must be a positive integer or None, got {coarse_steps!r}")
+    steps = int(steps)
     coarse_until = 0 if coarse_steps is None else math.floor(COARSE_SHARE * steps)
     coarse = None if coarse_steps is None else sampler.with_steps(coarse_steps)
     noise = [g.get_state() for g in each(generator)]

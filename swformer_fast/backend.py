@@ -166,6 +166,8 @@ class Triton:
 
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Reference(), Cpp(), Triton())}
 BACKENDS = ("auto", *_BACKENDS)
+LARGEST = 2**40
+"""Elements of an image, far more than memory holds."""
 
 
 # the chooser ----------------------------------------------------------------------------------------------------------
@@ -202,7 +204,10 @@ def default_backend() -> str:
 
 def choose(op: Implementations, args: tuple[Any, ...]) -> Choice:
     """The backend that runs `op` on `args`."""
-    device = next(a for a in args if isinstance(a, Tensor)).device
+    first = next(a for a in args if isinstance(a, Tensor))
+    if first.numel() > LARGEST:  # an expanded view: it would end as an allocation's failure in C++
+        raise ValueError(f"the image must have at most {LARGEST} elements, got shape {tuple(first.shape)}")
+    device = first.device
     asked = default_backend()
     fast = asked if asked != "auto" else "cpp" if device.type == "cpu" and not _as_on_gpu else "triton"
     reason = _BACKENDS[fast].problem(op, device, args)

@@ -131,7 +131,7 @@ def _shape(parameter: Any) -> Any:
 def _outputs(name: str, weight: Any, shape: str, parts: int = 1) -> int:
     """The first extent of a weight of rank 4, a multiple of `parts`; `shape`: what it must have, in words."""
     check_dense(name, weight)
-    if weight.dim() != 4 or weight.shape[0] % parts:
+    if weight.dim() != 4 or weight.shape[0] % parts or weight.shape[0] == 0:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
     return weight.shape[0]
 
@@ -177,7 +177,7 @@ def haar_dwt2d(x: Tensor, dec_lo: Tensor | None = None, dec_hi: Tensor | None = 
         (B, 4 * C, ceil(H / 2), ceil(W / 2)), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, filter shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, filter shape or device; an empty image.
 
     Falls back to the reference where neither the compiled extension (CPU) nor Triton (GPU; no float64) can run:
     `swformer_fast.why_not("haar_dwt2d", x, dec_lo, dec_hi)`.
@@ -210,7 +210,8 @@ def haar_idwt2d(
         (B, C, H, W), in y's dtype.
 
     Raises:
-        TypeError, ValueError: as `haar_dwt2d`; channels that 4 does not divide; an output_size that does not fit.
+        TypeError, ValueError: as `haar_dwt2d`; channels that 4 does not divide; an output_size that is no
+            pair of ints or does not fit.
 
     Falls back as `haar_dwt2d` does. Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
@@ -249,7 +250,7 @@ def wavelet_mix(
         (B, C, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight.
 
     Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
@@ -273,7 +274,7 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, C, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight.
 
     Source: SWFormer (arXiv 2505.05504), spatial branch.
     """
@@ -323,8 +324,8 @@ def fourier_mix(
         (B, E, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image; in training, one value per
-            channel (B = H = W = 1).
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight; in
+            training, one value per channel (B = H = W = 1).
 
     Backward recomputes everything from x. Falls back to the reference for float64.
 
@@ -411,7 +412,7 @@ def multiscale_ffn(x: Tensor, parameters: FfnParameters) -> Tensor:
         (B, E, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight.
 
     Backward recomputes everything from x and the parameters; sums over pixels are taken in fp32 within a strip of rows
     and in fp64 over the strips. Falls back to the reference for float64 and where k is not 3.
@@ -447,7 +448,7 @@ def channel_attention(x: Tensor, parameters: AttentionParameters) -> Tensor:
         (B, C, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight.
 
     On the CPU falls back to the reference for channels_last images. Source: SWFormer (arXiv 2505.05504), channel
     attention.

@@ -67,7 +67,7 @@ def conv_parameters(conv: nn.Module) -> tuple[Tensor, Tensor]:
     return cast(Tensor, conv.weight), cast(Tensor, conv.bias)
 
 
-# arguments: each returns Python's own number for a number of numpy's ----------------------------------------------------
+# arguments (numpy's numbers come back as Python's) --------------------------------------------------------------------
 
 LARGEST = 2**31 - 1
 """More channels, blocks or pixels than that are a mistake, and overflow somewhere."""
@@ -96,7 +96,7 @@ def check_odd(name: str, value: Any) -> int:
 
 
 def check_number(name: str, value: Any, least: float = -math.inf) -> float:
-    if not isinstance(value, (int, float)):
+    if type(value) is not float and type(value) is not int:
         if not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
         value = float(value)
@@ -106,9 +106,10 @@ def check_number(name: str, value: Any, least: float = -math.inf) -> float:
     return value
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (int, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def check_sequence(name: str, value: Any, length: int) -> None:

@@ -143,7 +143,7 @@ class FourierBranch(nn.Module):
         dim = check_positive("dim", dim)
         momentum = None if momentum is None else check_number("momentum", momentum)
         eps = check_number("eps", eps, 0)
-        check_flag("track_running_stats", track_running_stats)
+        track_running_stats = check_flag("track_running_stats", track_running_stats)
         check_choice("layout", layout, LAYOUTS)
         self.layout = layout
         self.conv_in = nn.Conv2d(dim, 2 * dim, 1)

@@ -60,8 +60,7 @@ class HaarDWT2d(nn.Module):
 
     def __init__(self, learnable: bool = True) -> None:
         super().__init__()
-        check_flag("learnable", learnable)
-        self.learnable = learnable
+        self.learnable = learnable = check_flag("learnable", learnable)
         self.register_parameter("dec_lo", nn.Parameter(torch.tensor(HAAR_LOW)) if learnable else None)
         self.register_parameter("dec_hi", nn.Parameter(torch.tensor(HAAR_HIGH)) if learnable else None)
 

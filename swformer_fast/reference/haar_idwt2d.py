@@ -44,8 +44,7 @@ class HaarIDWT2d(nn.Module):
 
     def __init__(self, learnable: bool = True) -> None:
         super().__init__()
-        check_flag("learnable", learnable)
-        self.learnable = learnable
+        self.learnable = learnable = check_flag("learnable", learnable)
         self.register_parameter("rec_lo", nn.Parameter(torch.tensor(HAAR_LOW)) if learnable else None)
         self.register_parameter("rec_hi", nn.Parameter(torch.tensor(HAAR_HIGH)) if learnable else None)
 
