@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_GREATEST = sys.float_info.max
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -21,14 +21,18 @@ def is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def number(name: str, value: Any, least: float = -math.inf) -> float:
+def number(name: str, value: Any, least: float = -_GREATEST) -> float:
     """`value`, which must be a finite real number, as Python's own."""
-    if type(value) is not float and type(value) is not int:
+    if type(value) is float and least <= value <= _GREATEST:
+        return value
+    if type(value) is not int:
+        if isinstance(value, torch.SymFloat):
+            return cast(float, value)
         if not isinstance(value, Real):
             raise TypeError(f"{name} must be a finite number, got {value!r}")
         value = float(value)
-    if not (least <= value and -sys.float_info.max <= value <= sys.float_info.max):
-        bound = "" if least == -math.inf else f", {least} or more"
+    if not least <= value <= _GREATEST:
+        bound = "" if least == -_GREATEST else f", {least} or more"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return value
 

@@ -71,7 +71,8 @@ def sampler_step(
     where the extension was not built. Source: classifier-free guidance, arXiv 2207.12598; DDIM, arXiv 2010.02502.
 
     Raises:
-        TypeError, ValueError: an argument is no tensor, or of another dtype, shape or device than x.
+        TypeError, ValueError: an argument is no dense tensor, or of another dtype, shape or device than x; a number is
+            not finite, or clip is below 0.
         RuntimeError: `out` is given while gradients are recorded for an input.
     """
     check_floating("x", x)

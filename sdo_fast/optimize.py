@@ -102,7 +102,8 @@ def optimize_latents(
 
     Raises:
         NonFiniteLossError: the loss or its gradient is not finite; with the result so far.
-        ValueError: the loss is not a scalar, or does not depend on the image.
+        TypeError, ValueError: an argument is of the wrong type, not finite or out of range; the loss is not a scalar,
+            or does not depend on the image.
     """
     check_sampler(sampler)
     for name, function in (("loss_fn", loss_fn), ("callback", callback)):

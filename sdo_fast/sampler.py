@@ -34,7 +34,8 @@ class SamplerConfig:
     """The options of a `ShortcutSampler`.
 
     Raises:
-        ValueError, TypeError: `guidance_scale` is neither a finite number nor a floating tensor nor None.
+        ValueError, TypeError: `guidance_scale` is neither a finite number nor a dense floating tensor nor None; a flag
+            is no bool, or `reuse` no TrajectoryCache. The sampler checks the others against its scheduler.
     """
 
     num_inference_steps: int | None = 50

@@ -39,8 +39,8 @@ def restore_tiled(
         The restored image in the shape, dtype and device of `image`.
 
     Raises:
-        TypeError, ValueError: image is no floating tensor of rank 3 or 4; tile or overlap out of range; the model
-            returns something else for the first tile.
+        TypeError, ValueError: image is no dense floating tensor of rank 3 or 4, or is empty; tile or overlap is no int
+            or out of range; the model cannot be called, or returns something else for the first tile.
     """
     if not callable(model):
         raise TypeError(f"model must be an nn.Module or a function of a tile, got {type(model).__name__}")

@@ -1,6 +1,5 @@
 """What the reference modules share: a same-padded convolution and checks of constructor arguments."""
 
-import math
 import sys
 from collections.abc import Collection
 from numbers import Integral, Real
@@ -69,6 +68,7 @@ def conv_parameters(conv: nn.Module) -> tuple[Tensor, Tensor]:
 
 # arguments (numpy's numbers come back as Python's) --------------------------------------------------------------------
 
+_GREATEST = sys.float_info.max
 LARGEST = 2**31 - 1
 """More channels, blocks or pixels than that are a mistake, and overflow somewhere."""
 
@@ -95,13 +95,17 @@ def check_odd(name: str, value: Any) -> int:
     return value
 
 
-def check_number(name: str, value: Any, least: float = -math.inf) -> float:
-    if type(value) is not float and type(value) is not int:
+def check_number(name: str, value: Any, least: float = -_GREATEST) -> float:
+    if type(value) is float and least <= value <= _GREATEST:
+        return value
+    if type(value) is not int:
+        if isinstance(value, torch.SymFloat):
+            return cast(float, value)
         if not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
         value = float(value)
-    if not (least <= value and -sys.float_info.max <= value <= sys.float_info.max):
-        bound = "" if least == -math.inf else f", {least} or more"
+    if not least <= value <= _GREATEST:
+        bound = "" if least == -_GREATEST else f", {least} or more"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return value
 
