@@ -139,7 +139,7 @@ def use_backend(name: str) -> Iterator[None]:
     variable SDO_FAST_BACKEND sets the default.
     """
     global _chosen
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
     mine = _Choice(name, threading.get_ident())
     with _lock:
@@ -165,7 +165,7 @@ def why_not(op_name: str, *args: Any) -> str:
     >>> why_not("sampler_step", x, cond)
     'cpp runs'
     """
-    if op_name not in OPS:
+    if not isinstance(op_name, str) or op_name not in OPS:
         raise ValueError(f"op_name must be one of {', '.join(sorted(OPS))}, got {op_name!r}")
     if not args or not isinstance(args[0], Tensor):
         raise TypeError(f"args must begin with the tensor that {op_name} takes first, got {args!r}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .arguments import check_floating, check_guidance, check_like, check_sequence, number, number_list, numbers
 from .model import guided_by_tensor
 
 _OUT_RECORDS_NOTHING = "out must be None where gradients are recorded (or use torch.no_grad()), got a tensor"
@@ -70,26 +71,28 @@ def sampler_step(
     where the extension was not built. Source: classifier-free guidance, arXiv 2207.12598; DDIM, arXiv 2010.02502.
 
     Raises:
-        TypeError, ValueError: an argument is no tensor, or of another dtype, shape or device than x.
+        TypeError, ValueError: an argument is no dense tensor, or of another dtype, shape or device than x; a number is
+            not finite, or clip is below 0.
         RuntimeError: `out` is given while gradients are recorded for an input.
     """
-    _check_floating("x", x)
-    _check_like("cond", cond, "x", x)
+    check_floating("x", x)
+    check_like("cond", cond, "x", x)
     if uncond is not None:
-        _check_like("uncond", uncond, "x", x)
+        check_like("uncond", uncond, "x", x)
     if isinstance(guidance, Tensor):
         if uncond is None:
             raise ValueError("uncond must be given with a tensor guidance, which guides from it, got None")
+        check_guidance("guidance", guidance, "x", x)
         cond, uncond, guidance = guided_by_tensor(uncond.to(x.dtype), cond.to(x.dtype), guidance), None, 1.0
-        if cond.shape != x.shape:
-            raise ValueError(
-                f"guidance must broadcast against x {tuple(x.shape)}, got one that gives {tuple(cond.shape)}"
-            )
+    check_sequence("terms", terms)
     for k, term in enumerate(terms):
-        _check_like(f"terms[{k}]", term, "x", x)
+        check_like(f"terms[{k}]", term, "x", x)
+    scales = number_list("scales", scales)
+    clip = None if clip is None else number("clip", clip, 0)
+    guidance, a, b, c, pred_x, pred_eps = numbers(guidance=guidance, a=a, b=b, c=c, pred_x=pred_x, pred_eps=pred_eps)
     if len(terms) != len(scales):
         raise ValueError(f"scales must have one number for each of the {len(terms)} terms, got {len(scales)}")
-    arguments = (x, cond, uncond, guidance, a, b, list(terms), list(scales), c, pred_x, pred_eps, clip)
+    arguments = (x, cond, uncond, guidance, a, b, list(terms), scales, c, pred_x, pred_eps, clip)
     if out is None:
         return ops.step(*arguments)
     _check_out("out", out, "x", x, (x, cond, uncond, *terms))
@@ -144,13 +147,16 @@ def shortcut_backward(
         TypeError, ValueError: as in `sampler_step`, or `clip` without x and cond.
         RuntimeError: `out` is given while gradients are recorded for `grad`.
     """
-    _check_floating("grad", grad)
+    check_floating("grad", grad)
+    clip = None if clip is None else number("clip", clip, 0)
+    a, b, c, pred_x, pred_eps = numbers(a=a, b=b, c=c, pred_x=pred_x, pred_eps=pred_eps)
+    guidance = None if guidance is None else number("guidance", guidance)
     inputs = {"x": x, "cond": cond, "uncond": uncond} if clip is not None else {}
     for name, tensor in inputs.items():
         if tensor is None and (name != "uncond" or guidance is not None):
             raise ValueError(f"{name} must be given with clip, to tell what was clipped, got None")
         if tensor is not None:
-            _check_like(name, tensor, "grad", grad)
+            check_like(name, tensor, "grad", grad)
     if clip is not None and guidance is None and uncond is not None:
         raise ValueError("uncond must be None where guidance is, for nothing would use it, got a tensor")
     arguments = (grad, a, b, 1.0 if guidance is None else guidance, *(inputs.get(n) for n in ("x", "cond", "uncond")))
@@ -158,6 +164,8 @@ def shortcut_backward(
     if out is None:
         grad_x, grad_cond, grad_uncond = ops.shortcut(*arguments, True, True, guidance is not None)
         return grad_x, grad_cond, grad_uncond if guidance is not None else None
+    if not isinstance(out, (list, tuple)) or len(out) != 3:
+        raise TypeError(f"out must be a tuple of grad_x, grad_cond and grad_uncond, got {type(out).__name__}")
     if guidance is None and out[2] is not None:
         raise ValueError("out must have None in the third place without guidance (no uncond half), got a tensor")
     for k, name in enumerate(("grad_x", "grad_cond", "grad_uncond")):
@@ -172,24 +180,6 @@ def shortcut_backward(
     return out
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in ops.DTYPES:
-        raise TypeError(f"{name} must have dtype float32, float64, float16 or bfloat16, got {tensor.dtype}")
-
-
-def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.shape != other.shape:
-        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
-        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
-
-
 def _check_out(
     name: str,
     out: Tensor,
@@ -198,11 +188,13 @@ def _check_out(
     inputs: Sequence[Tensor | None],
     others: Sequence[Tensor | None] = (),
 ) -> None:
-    _check_like(name, out, other_name, other)
+    check_like(name, out, other_name, other)
     if out.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {out.dtype}")
     if torch.compiler.is_compiling():
         return
+    if out.is_neg():  # PyTorch's fallback for such views cannot write
+        raise ValueError(f"{name} must hold its own numbers, got a negative view of others")
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError(f"{name} must have memory of its own, got a tensor whose elements share it (expanded?)")
     begin, end = _span(out)

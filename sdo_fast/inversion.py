@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ._progress import bar
-from .sampler import ShortcutSampler, check_latents
+from .arguments import check_flag, is_integer
+from .sampler import ShortcutSampler, check_latents, check_sampler
 from .schedulers import noise_levels, step_coefficients
-from .solver import is_integer
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def invert(
     Needs a deterministic affine scheduler without history (DDIM, Euler, FlowMatchEuler): its timesteps, guidance and
     model are the sampler's, its `start` is not used. Raises ValueError or NotAffineError for others.
     """
-    check_latents(image_latents)
+    check_sampler(sampler)
+    check_latents(image_latents, name="image_latents")
+    check_flag("progress", progress)
     solver = sampler.solver.starting_at(0)
     if not is_integer(upto) or not 0 <= upto < len(solver):
         raise ValueError(f"upto must be an index into the {len(solver)} timesteps, got {upto!r}")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .arguments import check_mapping
+
 
 class GuidedModel:
     """eps(x, t) = model(x, t, **model_kwargs), or with guidance_scale w (classifier-free guidance, arXiv 2207.12598)
@@ -52,9 +54,8 @@ class GuidedModel:
                 "uncond_kwargs must be None without guidance_scale, where nothing would use them, "
                 f"got {type(uncond_kwargs).__name__}"
             )
-        for name, value in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
-            if value is not None and not isinstance(value, Mapping):
-                raise TypeError(f"{name} must be a mapping of argument names to values, got {type(value).__name__}")
+        check_mapping("model_kwargs", model_kwargs)
+        check_mapping("uncond_kwargs", uncond_kwargs)
         self.model = model
         self.batch = batch
         self.timestep_by_name = _takes_timestep_by_name(model)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .arguments import DTYPES
 from .backend import OPS, Op, kernel, run
 from .reference.shortcut import shortcut_backward, unclipped
 from .reference.step import sampler_step
@@ -21,7 +22,6 @@ from .reference.step import sampler_step
 NAMESPACE = "sdo_fast"
 MAX_TERMS = 8
 MAX_DIMENSIONS = 6
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LIB = torch.library.Library(NAMESPACE, "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 

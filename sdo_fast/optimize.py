@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ._progress import bar
+from .arguments import check_flag, is_integer, number, number_list
 from .noise import each
-from .sampler import ShortcutSampler, check_latents
-from .solver import is_integer
+from .sampler import ShortcutSampler, check_latents, check_sampler
 
 # Coarse to fine as it was measured: the last fifth of the updates on the full schedule.
 COARSE_SHARE = 0.8
@@ -102,12 +102,27 @@ def optimize_latents(
 
     Raises:
         NonFiniteLossError: the loss or its gradient is not finite; with the result so far.
-        ValueError: the loss is not a scalar, or does not depend on the image.
+        TypeError, ValueError: an argument is of the wrong type, not finite or out of range; the loss is not a scalar,
+            or does not depend on the image.
     """
+    check_sampler(sampler)
+    for name, function in (("loss_fn", loss_fn), ("callback", callback)):
+        if not callable(function) and (name == "loss_fn" or function is not None):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    lr = number("lr", lr, 0)
+    shares = number_list("betas", betas)
+    if len(shares) != 2 or not all(0 <= share < 1 for share in shares):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    betas = (shares[0], shares[1])
+    check_flag("keep_norm", keep_norm)
+    check_flag("progress", progress)
     generator = sampler_kwargs.get("generator")
     check_latents(latents, generator)
     if not is_integer(steps) or steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
+    if coarse_steps is not None and (not is_integer(coarse_steps) or coarse_steps < 1):
+        raise ValueError(f"coarse_steps must be a positive integer or None, got {coarse_steps!r}")
+    steps = int(steps)
     coarse_until = 0 if coarse_steps is None else math.floor(COARSE_SHARE * steps)
     coarse = None if coarse_steps is None else sampler.with_steps(coarse_steps)
     noise = [g.get_state() for g in each(generator)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .solver import Solver, is_integer
+from .arguments import is_integer
+from .solver import Solver
 
 
 def grad_step_choices(grad_step: str | int, solver: Solver) -> list[int]:
@@ -13,7 +14,7 @@ def grad_step_choices(grad_step: str | int, solver: Solver) -> list[int]:
     if isinstance(grad_step, str) and grad_step in named:
         return named[grad_step]
     if is_integer(grad_step) and grad_step in solver.steps:
-        return [grad_step]
+        return [int(grad_step)]
     raise ValueError(
         f"grad_step must be one of {', '.join(map(repr, named))} or an integer from {solver.start} to "
         f"{len(solver) - 1}, got {grad_step!r}"

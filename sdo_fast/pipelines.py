@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_generator, check_mapping, is_integer
 from .model import GuidedModel
 from .noise import Generators, randn
 from .sampler import ShortcutSampler, check_latents
@@ -58,6 +59,7 @@ class PipelineSampler(ShortcutSampler):
 
     def prepare_latents(self, generator: Generators = None) -> Tensor:
         """Noise for step 0, in the network's dtype and on its device."""
+        check_generator(generator)
         parameter = next(self.network.parameters())
         target = execution_device(self.network, parameter.device)
         return randn(self.shape, generator, target, torch.float32).to(parameter.dtype) * getattr(
@@ -66,6 +68,7 @@ class PipelineSampler(ShortcutSampler):
 
     def decode(self, x0: Tensor) -> Tensor:
         """The image in [0, 1] (clamped, as the authors' losses see it)."""
+        check_latents(x0, name="x0")
         if self.vae is not None:
             x0 = x0 / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
             x0 = self._autoencoder("decode", x0).sample
@@ -73,7 +76,7 @@ class PipelineSampler(ShortcutSampler):
 
     def encode(self, image: Tensor) -> Tensor:
         """The x_0 of an image in [0, 1]: the mean of the encoder's distribution."""
-        check_latents(image)
+        check_latents(image, name="image")
         x0 = 2 * image - 1
         if self.vae is not None:
             x0 = self._autoencoder("encode", x0).latent_dist.mean
@@ -143,8 +146,11 @@ def from_pipeline(
     default = network.config.sample_size
     default = (default, default) if isinstance(default, int) else default
     for name, side in (("height", height), ("width", width)):
-        if side is not None and (side < 1 or side % factor):
-            raise ValueError(f"{name} must be a positive multiple of {factor} pixels for this pipeline, got {side}")
+        if side is not None and (not is_integer(side) or side < 1 or side % factor):
+            raise ValueError(f"{name} must be a positive multiple of {factor} pixels for this pipeline, got {side!r}")
+    if not is_integer(images_per_prompt) or images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be a positive integer, got {images_per_prompt!r}")
+    check_mapping("encode_kwargs", encode_kwargs)
     size = (height // factor if height else default[0], width // factor if width else default[1])
 
     if not hasattr(pipe, "encode_prompt"):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .arguments import check_choice, check_flag, is_integer, number
 from .schedulers import affine_sensitivities, output_jacobians, refuse_stochastic
-from .solver import Solver, is_integer
+from .solver import Solver
 
 LARGEST_GAP = 0.5
 
@@ -46,12 +47,12 @@ class TrajectoryCache:
     """
 
     def __init__(self, refresh: float = 0.1, exact_every: int = 10, cache: str = "v", batched: bool = False) -> None:
-        if not (isinstance(refresh, (int, float)) and 0 < refresh <= 1):
+        if not 0 < number("refresh", refresh) <= 1:
             raise ValueError(f"refresh must be a share of the steps in (0, 1], got {refresh!r}")
         if not is_integer(exact_every) or exact_every < 1:
             raise ValueError(f"exact_every must be a positive integer, got {exact_every!r}")
-        if cache not in ("v", "eps", "x0"):
-            raise ValueError(f"cache must be one of 'v', 'eps', 'x0', got {cache!r}")
+        check_choice("cache", cache, ("v", "eps", "x0"))
+        check_flag("batched", batched)
         self.refresh = refresh
         self.exact_every = exact_every
         self.cache = cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ._progress import bar
+from .arguments import check_batch, check_flag, check_floating, check_generator, check_guidance, is_integer, number
 from .gradients import ScaleGradient, Slopes
 from .graphs import CapturedModel
 from .model import GuidedModel
@@ -34,7 +34,8 @@ class SamplerConfig:
     """The options of a `ShortcutSampler`.
 
     Raises:
-        ValueError, TypeError: `guidance_scale` is neither a finite number nor a floating tensor nor None.
+        ValueError, TypeError: `guidance_scale` is neither a finite number nor a dense floating tensor nor None; a flag
+            is no bool, or `reuse` no TrajectoryCache. The sampler checks the others against its scheduler.
     """
 
     num_inference_steps: int | None = 50
@@ -93,10 +94,13 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         scale = self.guidance_scale
         if isinstance(scale, Tensor):
-            if not scale.is_floating_point():
-                raise TypeError(f"guidance_scale must have a floating dtype, got {scale.dtype}")
-        elif scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-            raise ValueError(f"guidance_scale must be a finite number, a tensor or None, got {scale!r}")
+            check_floating("guidance_scale", scale)
+        elif scale is not None:
+            number("guidance_scale", scale)
+        for name in ("checkpoint", "normalize", "fused", "inference_mode", "cuda_graph"):
+            check_flag(name, getattr(self, name))
+        if self.reuse is not None and not isinstance(self.reuse, TrajectoryCache):
+            raise TypeError(f"reuse must be a TrajectoryCache or None, got {type(self.reuse).__name__}")
 
 
 def _show_options(sampler: type[Sampler]) -> type[Sampler]:
@@ -199,7 +203,7 @@ class ShortcutSampler:
                 which the first draws the step; None takes torch's global one.
             progress: show a bar.
         """
-        check_latents(latents, generator)
+        check_generator(generator)
         return self.sample(latents, self.draw_grad_step(generator), model_kwargs, uncond_kwargs, generator, progress)
 
     def with_options(self, **changes: Any) -> ShortcutSampler:
@@ -238,6 +242,9 @@ class ShortcutSampler:
         progress: bool = False,
     ) -> Tensor:
         """`__call__` with the step of the gradient given (None for the identity gradient)."""
+        check_latents(latents, generator)
+        if grad_step is not None and not (is_integer(grad_step) and grad_step in self.solver.steps):
+            raise ValueError(f"grad_step must be None or one of the steps {self.solver.steps}, got {grad_step!r}")
         latents, model_kwargs, uncond_kwargs = _out_of_inference_mode((latents, model_kwargs, uncond_kwargs))
         eps = self.guided(latents, model_kwargs, uncond_kwargs)
         steps = bar(self.solver.steps, "sampling", progress)
@@ -338,8 +345,10 @@ class ShortcutSampler:
         self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
     ) -> GuidedModel:
         """The model with its guidance and arguments, as the steps call it."""
-        variance = self.solver.learned_variance
-        eps = GuidedModel(self.model, len(latents), self.config.guidance_scale, model_kwargs, uncond_kwargs, variance)
+        variance, scale = self.solver.learned_variance, self.config.guidance_scale
+        if isinstance(scale, Tensor):
+            check_guidance("guidance_scale", scale, "latents", latents)
+        eps = GuidedModel(self.model, len(latents), scale, model_kwargs, uncond_kwargs, variance)
         if self._captured is not None:
             self._captured.check(latents, eps)
         return eps
@@ -383,19 +392,15 @@ def _gradient_scale(solver: Solver) -> float:
     return 1 / abs(a_start)
 
 
-def check_latents(latents: Tensor, generator: Generators = None) -> None:
-    if not isinstance(latents, Tensor):
-        raise TypeError(f"latents must be a torch.Tensor (B, C, ...), got {type(latents).__name__}")
-    if not latents.is_floating_point():
-        raise TypeError(f"latents must have a floating dtype, got {latents.dtype}")
-    if latents.ndim < 2:
-        raise ValueError(f"latents must have shape (B, C, ...), got {tuple(latents.shape)}")
-    many = isinstance(generator, (list, tuple)) and all(isinstance(g, torch.Generator) for g in generator)
-    if generator is not None and not many and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator, one for each image, or None, got {type(generator).__name__}"
-        )
-    if many and len(each(generator)) != len(latents):
+def check_sampler(sampler: ShortcutSampler) -> None:
+    if not isinstance(sampler, ShortcutSampler):
+        raise TypeError(f"sampler must be a ShortcutSampler, got {type(sampler).__name__}")
+
+
+def check_latents(latents: Tensor, generator: Generators = None, name: str = "latents") -> None:
+    check_batch(name, latents)
+    check_generator(generator)
+    if isinstance(generator, (list, tuple)) and len(each(generator)) != len(latents):
         raise ValueError(f"generator must hold one for each of {len(latents)} images, got {len(each(generator))}")
     if transformed():
         raise RuntimeError("a sampler's gradient is one step's: there is no forward mode, and no torch.func transform")

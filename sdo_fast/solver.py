@@ -8,12 +8,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .arguments import check_mapping, is_integer
 from .noise import Generators, SeededNoise
 
 
@@ -64,10 +65,12 @@ class Solver:
     ) -> None:
         self.name = type(scheduler).__name__
         for method in ("set_timesteps", "step"):
-            if not callable(getattr(scheduler, method, None)):
+            if isinstance(scheduler, type) or not callable(getattr(scheduler, method, None)):
                 raise TypeError(f"scheduler must be a diffusers scheduler or have its {method}(), got {self.name}")
         if num_inference_steps is not None and (not is_integer(num_inference_steps) or num_inference_steps < 1):
             raise ValueError(f"num_inference_steps must be a positive integer or None, got {num_inference_steps!r}")
+        check_mapping("step_kwargs", step_kwargs)
+        check_mapping("schedule_kwargs", schedule_kwargs)
         if num_inference_steps is None and not schedule_kwargs:
             raise ValueError(
                 "schedule_kwargs must hold the timesteps or sigmas where num_inference_steps is None, "
@@ -77,7 +80,7 @@ class Solver:
         for attribute, value in vars(scheduler).items():
             if isinstance(value, Tensor):
                 setattr(scheduler, attribute, value.cpu())
-        positional = () if num_inference_steps is None else (num_inference_steps,)
+        positional = () if num_inference_steps is None else (int(num_inference_steps),)
         scheduler.set_timesteps(*positional, **dict(schedule_kwargs or {}))
         steps = len(scheduler.timesteps)
         if not is_integer(start) or not 0 <= start < steps:
@@ -90,7 +93,7 @@ class Solver:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)
         self.scheduler = scheduler
-        self.start = start
+        self.start = int(start)
         self.step_kwargs = dict(step_kwargs or {})
         self.schedule_kwargs = dict(schedule_kwargs or {})
         parameters = inspect.signature(scheduler.step).parameters
@@ -187,7 +190,3 @@ def _detached_copy(scheduler: Any) -> Any:
     # A scheduler that was used before may hold tensors of a graph, which deepcopy refuses; set_timesteps drops them.
     graph = [leaf for leaf in tree_leaves(vars(scheduler)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
     return copy.deepcopy(scheduler, {id(tensor): tensor for tensor in graph})
-
-
-def is_integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -161,6 +161,8 @@ class Triton:
 
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Reference(), Cpp(), Triton())}
 BACKENDS = ("auto", *_BACKENDS)
+LARGEST = 2**40
+"""Elements of an image, far more than memory holds."""
 
 
 # the chooser ----------------------------------------------------------------------------------------------------------
@@ -197,7 +199,10 @@ def default_backend() -> str:
 
 def choose(op: Implementations, args: tuple[Any, ...]) -> Choice:
     """The backend that runs `op` on `args`."""
-    device = next(a for a in args if isinstance(a, Tensor)).device
+    first = next(a for a in args if isinstance(a, Tensor))
+    if first.numel() > LARGEST:  # an expanded view: it would end as an allocation's failure in C++
+        raise ValueError(f"the image must have at most {LARGEST} elements, got shape {tuple(first.shape)}")
+    device = first.device
     asked = default_backend()
     fast = asked if asked != "auto" else "cpp" if device.type == "cpu" and not _as_on_gpu else "triton"
     reason = _BACKENDS[fast].problem(op, device, args)
@@ -242,7 +247,7 @@ def use_backend(name: str) -> Iterator[None]:
     entered and not yet left counts. A backward pass takes the backend in force while it runs. The environment variable
     SWFORMER_FAST_BACKEND sets the default.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
     entry = _Asked(name)
     _asked.append(entry)
@@ -311,7 +316,7 @@ def why_not(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> st
     from . import functional
 
     name: Any = getattr(function, "__name__", function)
-    public = getattr(functional, name) if name in functional.__all__ else None
+    public = getattr(functional, name) if isinstance(name, str) and name in functional.__all__ else None
     exists = name in OPS if isinstance(function, str) else public is not None and function is public
     if not exists:
         names = ", ".join(sorted({*functional.__all__, *OPS}))

@@ -13,12 +13,12 @@ vmap calls an op for one element after the other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import ops  # noqa: F401
 from .parameters import (
@@ -32,6 +32,7 @@ from .parameters import (
     WaveletParameters,
     flatten,
 )
+from .reference.common import check_flag, check_integer, check_number, check_sequence
 from .reference.haar_dwt2d import haar_filters
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def autocasts(x: Tensor) -> bool:
@@ -54,27 +56,56 @@ def autocasts(x: Tensor) -> bool:
     return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
 
 
-def _check_image(name: str, x: Tensor) -> None:
+def check_dense(name: str, x: Any) -> None:
+    """Raise unless it is a tensor with strides: of any other PyTorch says no more than what it cannot run."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+
+
+def check_floating(name: str, x: Any) -> None:
+    check_dense(name, x)
     if x.dtype not in _FLOATING:
         raise TypeError(f"{name} must have dtype float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def _check_real(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise where one of them is a FakeTensor that the other cannot meet."""
+    for fake, real in ((x, other), (other, x)):
+        if isinstance(fake, FakeTensor) and type(real) in _PLAIN and not fake.fake_mode.allow_non_fake_inputs:
+            got = "one" if fake is x else "none"
+            raise TypeError(f"{name} must be a FakeTensor where {other_name} is one, and else none, got {got}")
+
+
+def check_input(name: str, x: Tensor, parameter: Tensor) -> None:
+    """Raise unless a module with this parameter can take the image x. Devices may differ: hooks bring parameters."""
+    check_image(name, x)
+    if x.is_meta and not parameter.is_meta:
+        raise ValueError(f"{name} must be on the device of the parameters, {parameter.device}, got {x.device}")
+    _check_real(name, x, "the parameters", parameter)
+
+
+def check_image(name: str, x: Any) -> None:
+    check_floating(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}")
     if 0 in x.shape[1:]:
         raise ValueError(f"{name} must have at least one channel, row and column, got shape {tuple(x.shape)}")
 
 
-def _check_parameter(name: str, parameter: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_parameter(name: str, parameter: Any, shape: tuple[int, ...], x: Tensor) -> None:
     if (
-        isinstance(parameter, Tensor)
+        type(parameter) in _PLAIN
+        and type(x) in _PLAIN
+        and parameter.layout is torch.strided
+        and not parameter.is_nested
         and parameter.shape == shape
         and parameter.dtype in (x.dtype, torch.float32)
         and parameter.device == x.device
     ):
         return
-    if not isinstance(parameter, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(parameter).__name__}")
+    check_dense(name, parameter)
     if tuple(parameter.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
     if parameter.dtype not in (x.dtype, torch.float32) and not autocasts(x):
@@ -83,6 +114,7 @@ def _check_parameter(name: str, parameter: Tensor | None, shape: tuple[int, ...]
         raise TypeError(f"{name} must be a floating tensor, got {parameter.dtype}")
     if parameter.device != x.device:
         raise ValueError(f"{name} must be on the image's device, {x.device}, got {parameter.device}")
+    _check_real(name, parameter, "the image", x)
 
 
 def _check_bundle(name: str, bundle: Any, kind: type[tuple[Any, ...]]) -> None:
@@ -96,11 +128,10 @@ def _shape(parameter: Any) -> Any:
     return tuple(parameter.shape) if isinstance(parameter, Tensor) else type(parameter).__name__
 
 
-def _outputs(name: str, weight: Tensor | None, shape: str, parts: int = 1) -> int:
+def _outputs(name: str, weight: Any, shape: str, parts: int = 1) -> int:
     """The first extent of a weight of rank 4, a multiple of `parts`; `shape`: what it must have, in words."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.dim() != 4 or weight.shape[0] % parts:
+    check_dense(name, weight)
+    if weight.dim() != 4 or weight.shape[0] % parts or weight.shape[0] == 0:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
     return weight.shape[0]
 
@@ -146,13 +177,13 @@ def haar_dwt2d(x: Tensor, dec_lo: Tensor | None = None, dec_hi: Tensor | None = 
         (B, 4 * C, ceil(H / 2), ceil(W / 2)), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, filter shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, filter shape or device; an empty image.
 
     Falls back to the reference where neither the compiled extension (CPU) nor Triton (GPU; no float64) can run:
     `swformer_fast.why_not("haar_dwt2d", x, dec_lo, dec_hi)`.
     Source: SWFormer (arXiv 2505.05504), wavelet branch; filters as in the authors' PW-FNet.
     """
-    _check_image("x", x)
+    check_image("x", x)
     dec_lo, dec_hi = _taps("dec_lo", dec_lo, "dec_hi", dec_hi, x)
     return torch.ops.swformer_fast.haar_dwt2d(x, dec_lo, dec_hi)
 
@@ -179,16 +210,20 @@ def haar_idwt2d(
         (B, C, H, W), in y's dtype.
 
     Raises:
-        TypeError, ValueError: as `haar_dwt2d`; channels that 4 does not divide; an output_size that does not fit.
+        TypeError, ValueError: as `haar_dwt2d`; channels that 4 does not divide; an output_size that is no
+            pair of ints or does not fit.
 
     Falls back as `haar_dwt2d` does. Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
-    _check_image("y", y)
+    check_image("y", y)
     if y.shape[1] % 4:
         raise ValueError(f"y must have 4 * C channels (LL, LH, HL, HH), got {y.shape[1]}")
     rec_lo, rec_hi = _taps("rec_lo", rec_lo, "rec_hi", rec_hi, y)
     rows, cols = y.shape[2], y.shape[3]
-    height, width = (2 * rows, 2 * cols) if output_size is None else output_size
+    height, width = 2 * rows, 2 * cols
+    if output_size is not None:
+        check_sequence("output_size", output_size, 2)
+        height, width = (check_integer(f"output_size[{i}]", side) for i, side in enumerate(output_size))
     if (height + 1) // 2 != rows or (width + 1) // 2 != cols:
         raise ValueError(
             f"output_size must be ({2 * rows - 1} or {2 * rows}, {2 * cols - 1} or {2 * cols}) for y of "
@@ -215,11 +250,11 @@ def wavelet_mix(
         (B, C, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight.
 
     Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
-    _check_image("x", x)
+    check_image("x", x)
     _check_depthwise("", weight, bias, 4 * x.shape[1], x)
     for name, taps in (("dec_lo", dec_lo), ("dec_hi", dec_hi), ("rec_lo", rec_lo), ("rec_hi", rec_hi)):
         _check_parameter(name, taps, (2,), x)
@@ -239,18 +274,18 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, C, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight.
 
     Source: SWFormer (arXiv 2505.05504), spatial branch.
     """
-    _check_image("x", x)
+    check_image("x", x)
     _check_depthwise("", weight, bias, x.shape[1], x)
     return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias, False)[0]
 
 
 def check_local_branches(x: Tensor, conv: Convolution, spatial: SpatialParameters, wavelet: WaveletParameters) -> None:
     """Raise unless they fit: the kernels of the fused block read parameters of other modules."""
-    _check_image("x", x)
+    check_image("x", x)
     channels = spatial.weight.shape[0]
     _check_parameter("conv.weight", conv.weight, (2 * channels, x.shape[1]), x)
     _check_parameter("conv.bias", conv.bias, (2 * channels,), x)
@@ -289,8 +324,8 @@ def fourier_mix(
         (B, E, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image; in training, one value per
-            channel (B = H = W = 1).
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight; in
+            training, one value per channel (B = H = W = 1).
 
     Backward recomputes everything from x. Falls back to the reference for float64.
 
@@ -303,7 +338,8 @@ def fourier_mix_and_sums(
     x: Tensor, parameters: FourierParameters, training: bool, momentum: float, eps: float, need_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """`fourier_mix` and the sums of its result over the pixels, (B, E); empty unless needed."""
-    batch_statistics = _check_fourier(x, parameters, training, momentum, eps)
+    momentum, eps = check_number("momentum", momentum), check_number("eps", eps, 0)
+    batch_statistics = _check_fourier(x, parameters, training)
     gate, value = parameters.gate, parameters.value
     norms = gate.norm, value.norm
     if batch_statistics:
@@ -325,9 +361,9 @@ def update_running(running: Iterable[Tensor | None], batch: Iterable[Tensor], mo
                 old.copy_(old.to(dtype).lerp_(new.to(dtype), momentum))
 
 
-def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool, momentum: float, eps: float) -> bool:
+def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> bool:
     """Raise unless they fit; whether the batch's statistics are used."""
-    _check_image("x", x)
+    check_image("x", x)
     _check_bundle("parameters", parameters, FourierParameters)
     in_weight, out_weight, out_bias = parameters.in_weight, parameters.out_weight, parameters.out_bias
     inner = _outputs("in_weight", in_weight, f"(2 * C, {x.shape[1]}, 1, 1)", 2)
@@ -345,14 +381,11 @@ def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool, mom
         for part, tensor in zip(Norm._fields, factor.norm, strict=True):
             if tensor is not None or not part.startswith("running"):
                 _check_parameter(f"{name}.norm.{part}", tensor, (inner,), x)
+    check_flag("training", training)
     norms = parameters.gate.norm, parameters.value.norm
     if len({t is None for norm in norms for t in (norm.running_mean, norm.running_var)}) == 2:
         raise ValueError("gate.norm and value.norm must both have running statistics, or neither")
     batch_statistics = training or norms[0].running_mean is None
-    if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
-        raise ValueError(f"eps must be a finite number, 0 or more, got {eps!r}")
-    if not (isinstance(momentum, (int, float)) and math.isfinite(momentum)):
-        raise ValueError(f"momentum must be a finite number, got {momentum!r}")
     if batch_statistics and x.shape[0] * x.shape[2] * (x.shape[3] // 2 + 1) == 1:
         raise ValueError(f"x must have more than 1 value per channel to be normalised, got shape {tuple(x.shape)}")
     return batch_statistics
@@ -380,13 +413,13 @@ def multiscale_ffn(x: Tensor, parameters: FfnParameters) -> Tensor:
         (B, E, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight.
 
     Backward recomputes everything from x and the parameters; sums over pixels are taken in fp32 within a strip of rows
     and in fp64 over the strips. Falls back to the reference for float64 and where k is not 3.
     Source: SWFormer (arXiv 2505.05504), multi-scale FFN.
     """
-    _check_image("x", x)
+    check_image("x", x)
     _check_bundle("parameters", parameters, FfnParameters)
     in_weight, in_bias, depthwise, out_weight, out_bias = parameters
     hidden = _outputs("in_weight", in_weight, f"(3 * M, {x.shape[1]}, 1, 1)", 3)
@@ -416,12 +449,12 @@ def channel_attention(x: Tensor, parameters: AttentionParameters) -> Tensor:
         (B, C, H, W), in x's dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, shape or device; an empty image.
+        TypeError, ValueError: wrong type, layout, dtype, rank, shape or device; an empty image or weight.
 
     On the CPU falls back to the reference for channels_last images. Source: SWFormer (arXiv 2505.05504), channel
     attention.
     """
-    _check_image("x", x)
+    check_image("x", x)
     _check_bundle("parameters", parameters, AttentionParameters)
     w1, b1, w2, b2 = parameters
     channels = x.shape[1]

@@ -65,6 +65,7 @@ class MultiDomainMixer(reference.MultiDomainMixer):
     attention_type = ChannelAttention
 
     def forward(self, x: Tensor) -> Tensor:
+        functional.check_image("x", x)
         if not (self.fusible and fusion.foldable(x)):
             return super().forward(x)
         return self.mix(x, Convolution(*conv_parameters(self.conv_in)), None, None)
@@ -104,6 +105,7 @@ class SWFormerBlock(reference.SWFormerBlock):
     ffn_type = MultiScaleFFN
 
     def forward(self, x: Tensor) -> Tensor:
+        functional.check_input("x", x, self.beta)
         mixer, ffn = cast(MultiDomainMixer, self.mixer), self.ffn
         defined = as_defined(MultiDomainMixer, mixer) and mixer.fusible
         defined = defined and as_defined(MultiScaleFFN, ffn) and ffn.readable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import fusion, reference
+from . import functional, fusion, reference
 from .modules import HaarDWT2d, SWFormerBlock
 from .parameters import Convolution
 from .reference import PRESETS
@@ -29,3 +29,7 @@ class SWFormer(reference.SWFormer):
     block_type = SWFormerBlock
     dwt_type = HaarDWT2d
     merge_type = Merge
+
+    def _pad(self, image: Tensor) -> Tensor:
+        functional.check_input("image", image, next(self.parameters()))
+        return super()._pad(image)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .functional import check_floating
+from .reference.common import check_flag, check_integer, check_positive
+
 MULTIPLE = 16
 
 
@@ -36,13 +39,16 @@ def restore_tiled(
         The restored image in the shape, dtype and device of `image`.
 
     Raises:
-        TypeError, ValueError: image is no floating tensor of rank 3 or 4; tile or overlap out of range; the model
-            returns something else for the first tile.
+        TypeError, ValueError: image is no dense floating tensor of rank 3 or 4, or is empty; tile or overlap is no int
+            or out of range; the model cannot be called, or returns something else for the first tile.
     """
-    if not isinstance(image, Tensor) or not image.is_floating_point():
-        raise TypeError(f"image must be a floating tensor, got {getattr(image, 'dtype', type(image).__name__)}")
-    if image.dim() not in (3, 4):
+    if not callable(model):
+        raise TypeError(f"model must be an nn.Module or a function of a tile, got {type(model).__name__}")
+    check_floating("image", image)
+    if image.dim() not in (3, 4) or 0 in image.shape[-3:]:
         raise ValueError(f"image must have shape (C, H, W) or (B, C, H, W), got {tuple(image.shape)}")
+    tile, overlap = check_positive("tile", tile), check_integer("overlap", overlap)
+    check_flag("progress", progress)
     if tile < MULTIPLE or tile % MULTIPLE:
         raise ValueError(f"tile must be a positive multiple of {MULTIPLE}, got {tile}")
     if not 0 <= overlap < tile / 2:

@@ -57,9 +57,9 @@ def test_guidance_may_change_and_is_checked() -> None:
     sampler.guidance_scale = 3.0
     expected = ShortcutSampler(sampler.model, ddim(), 4, guidance_scale=3.0)(x, **call)
     assert torch.equal(sampler(x, **call), expected)
-    with pytest.raises(ValueError, match="guidance_scale must be a finite number, a tensor or None, got nan"):
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number, got nan"):
         sampler.guidance_scale = float("nan")
-    with pytest.raises(TypeError, match=r"guidance_scale must have a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"guidance_scale must have dtype float32, .*, got torch.int64"):
         sampler.guidance_scale = torch.tensor(3)
     assert sampler.guidance_scale == 3.0
 
@@ -108,7 +108,7 @@ def test_inversion_leaves_why_not_alone() -> None:
 def test_the_reference_knows_no_kernel() -> None:
     """Nor do the parts that its loops share with the sampler."""
     folder = Path(sdo_fast.__file__).parent
-    shared = {"model", "noise", "paths", "solver"}
+    shared = {"arguments", "model", "noise", "paths", "solver"}
     for file in [*(folder / "reference").glob("*.py"), *(folder / f"{name}.py" for name in shared)]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == (2 if file.parent.name == "reference" else 1):

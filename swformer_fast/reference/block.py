@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .channel_attention import ChannelAttention
-from .common import check_choice, check_positive
+from .common import LARGEST, check_choice, check_number, check_odd, check_positive, check_sequence
 from .depthwise_gelu import SpatialBranch
 from .fourier_mix import FourierBranch
-from .multiscale_ffn import MultiScaleFFN
+from .multiscale_ffn import MultiScaleFFN, hidden_channels
 from .wavelet_mix import WaveletBranch
 
 BRANCHES = ("spatial", "wavelet", "fourier")
@@ -52,11 +52,17 @@ class MultiDomainMixer(nn.Module):
         reduction: int = 4,
     ) -> None:
         super().__init__()
-        check_positive("dim", dim)
-        if len(split) != len(BRANCHES) or any(ratio * dim < 1 or ratio * dim % 1 for ratio in split):
+        dim = check_positive("dim", dim)
+        check_sequence("split", split, len(BRANCHES))
+        if any(check_number("split", ratio) * dim % 1 or not 1 <= ratio * dim <= LARGEST for ratio in split):
             raise ValueError(f"split must be three multiples of dim that give whole channels, got {split} of {dim}")
-        if sorted(order) != sorted(BRANCHES):
+        check_sequence("order", order, len(BRANCHES))
+        for branch in order:
+            check_choice("order", branch, BRANCHES)
+        if len(set(order)) != len(BRANCHES):
             raise ValueError(f"order must hold each of {BRANCHES} once, got {tuple(order)}")
+        spatial_kernel = check_odd("spatial_kernel", spatial_kernel)
+        wavelet_kernel = check_odd("wavelet_kernel", wavelet_kernel)
         widths = {branch: int(ratio * dim) for branch, ratio in zip(BRANCHES, split, strict=True)}
         self.order = tuple(order)
         self.widths = [widths[branch] for branch in self.order]
@@ -116,6 +122,9 @@ class SWFormerBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("norm_position", norm_position, NORM_POSITIONS)
+        dim, scale_init = check_positive("dim", dim), check_number("scale_init", scale_init)
+        ffn_kernel = check_odd("ffn_kernel", ffn_kernel)
+        hidden_channels("ffn_ratio", ffn_ratio, dim)
         self.norm_position = norm_position
         self.mixer = self.mixer_type(dim, **mixer_options)
         self.norm1 = nn.BatchNorm2d(dim)

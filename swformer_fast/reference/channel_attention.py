@@ -30,9 +30,8 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, dim: int, reduction: int = 4) -> None:
         super().__init__()
-        check_positive("dim", dim)
-        check_positive("reduction", reduction)
-        hidden = max(1, dim // reduction)
+        dim = check_positive("dim", dim)
+        hidden = max(1, dim // check_positive("reduction", reduction))
         self.conv1 = nn.Conv2d(dim, hidden, 1)
         self.conv2 = nn.Conv2d(hidden, dim, 1)
 

@@ -1,8 +1,12 @@
 """What the reference modules share: a same-padded convolution and checks of constructor arguments."""
 
+import sys
 from collections.abc import Collection
-from typing import cast
+from numbers import Integral, Real
+from typing import Any, cast
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,19 +66,61 @@ def conv_parameters(conv: nn.Module) -> tuple[Tensor, Tensor]:
     return cast(Tensor, conv.weight), cast(Tensor, conv.bias)
 
 
-def check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+# arguments (numpy's numbers come back as Python's) --------------------------------------------------------------------
+
+_GREATEST = sys.float_info.max
+LARGEST = 2**31 - 1
+"""More channels, blocks or pixels than that are a mistake, and overflow somewhere."""
+
+
+def check_integer(name: str, value: Any) -> int:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return cast(int, value)
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
-def check_odd(name: str, value: int) -> None:
-    check_positive(name, value)
+def check_positive(name: str, value: Any) -> int:
+    value = check_integer(name, value)
+    if not 1 <= value <= LARGEST:
+        raise ValueError(f"{name} must be at least 1 and at most {LARGEST}, got {value}")
+    return value
+
+
+def check_odd(name: str, value: Any) -> int:
+    value = check_positive(name, value)
     if value % 2 == 0:
         raise ValueError(f"{name} must be odd, got {value}")
+    return value
 
 
-def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
+def check_number(name: str, value: Any, least: float = -_GREATEST) -> float:
+    if type(value) is float and least <= value <= _GREATEST:
+        return value
+    if type(value) is not int:
+        if isinstance(value, torch.SymFloat):
+            return cast(float, value)
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+        value = float(value)
+    if not least <= value <= _GREATEST:
+        bound = "" if least == -_GREATEST else f", {least} or more"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (int, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def check_sequence(name: str, value: Any, length: int) -> None:
+    if not isinstance(value, (list, tuple)) or len(value) != length:
+        raise ValueError(f"{name} must be a list or tuple of {length}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -30,8 +30,7 @@ class SpatialBranch(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int = 3) -> None:
         super().__init__()
-        check_positive("dim", dim)
-        check_odd("kernel_size", kernel_size)
+        dim, kernel_size = check_positive("dim", dim), check_odd("kernel_size", kernel_size)
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     @property

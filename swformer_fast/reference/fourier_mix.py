@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parameters import Factor, FourierParameters, Norm
-from .common import as_defined, check_choice, check_positive, conv2d, conv_parameters, plain
+from .common import (
+    as_defined,
+    check_choice,
+    check_flag,
+    check_number,
+    check_positive,
+    conv2d,
+    conv_parameters,
+    plain,
+)
 
 LAYOUTS = ("interleaved", "concatenated")
 
@@ -131,7 +140,10 @@ class FourierBranch(nn.Module):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__()
-        check_positive("dim", dim)
+        dim = check_positive("dim", dim)
+        momentum = None if momentum is None else check_number("momentum", momentum)
+        eps = check_number("eps", eps, 0)
+        track_running_stats = check_flag("track_running_stats", track_running_stats)
         check_choice("layout", layout, LAYOUTS)
         self.layout = layout
         self.conv_in = nn.Conv2d(dim, 2 * dim, 1)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .common import check_flag
+
 HAAR_LOW = (math.sqrt(0.5), math.sqrt(0.5))
 HAAR_HIGH = (math.sqrt(0.5), -math.sqrt(0.5))
 
@@ -58,7 +60,7 @@ class HaarDWT2d(nn.Module):
 
     def __init__(self, learnable: bool = True) -> None:
         super().__init__()
-        self.learnable = learnable
+        self.learnable = learnable = check_flag("learnable", learnable)
         self.register_parameter("dec_lo", nn.Parameter(torch.tensor(HAAR_LOW)) if learnable else None)
         self.register_parameter("dec_hi", nn.Parameter(torch.tensor(HAAR_HIGH)) if learnable else None)
 

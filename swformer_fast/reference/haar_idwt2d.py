@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .common import check_flag
 from .haar_dwt2d import HAAR_HIGH, HAAR_LOW, filter_bank
 
 
@@ -43,7 +44,7 @@ class HaarIDWT2d(nn.Module):
 
     def __init__(self, learnable: bool = True) -> None:
         super().__init__()
-        self.learnable = learnable
+        self.learnable = learnable = check_flag("learnable", learnable)
         self.register_parameter("rec_lo", nn.Parameter(torch.tensor(HAAR_LOW)) if learnable else None)
         self.register_parameter("rec_hi", nn.Parameter(torch.tensor(HAAR_HIGH)) if learnable else None)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parameters import Convolution, FfnParameters
-from .common import check_choice, check_odd, check_positive, conv2d, conv_parameters, plain
+from .common import LARGEST, check_choice, check_number, check_odd, check_positive, conv2d, conv_parameters, plain
 
 SCALES = (1, 2, 4)
 POOLS: dict[str, Callable[..., Tensor]] = {"avg": F.avg_pool2d, "max": F.max_pool2d}
@@ -72,6 +72,14 @@ def _after_first(
     return last(F.gelu(torch.cat(outputs, dim=1)))
 
 
+def hidden_channels(name: str, ratio: float, dim: int) -> int:
+    """ratio * dim, a third for each scale; `name`: of the ratio."""
+    hidden = check_number(name, ratio) * dim
+    if not 3 <= hidden <= LARGEST or hidden % 3:
+        raise ValueError(f"{name} * dim must be a positive multiple of 3, got {ratio} * {dim}")
+    return int(hidden)
+
+
 class MultiScaleFFN(nn.Module):
     """`multiscale_ffn` with its parameters and `ratio * dim` hidden channels, a third for each scale.
 
@@ -82,14 +90,11 @@ class MultiScaleFFN(nn.Module):
         self, dim: int, ratio: float = 3, kernel_size: int = 3, pool: str = "avg", upsample: str = "bilinear"
     ) -> None:
         super().__init__()
-        check_positive("dim", dim)
-        check_odd("kernel_size", kernel_size)
+        dim, kernel_size = check_positive("dim", dim), check_odd("kernel_size", kernel_size)
         check_choice("pool", pool, POOLS)
         check_choice("upsample", upsample, UPSAMPLINGS)
-        width = ratio * dim / len(SCALES)
-        if width < 1 or width != int(width):
-            raise ValueError(f"ratio * dim must be a positive multiple of 3, got {ratio} * {dim}")
-        width, hidden = int(width), int(ratio * dim)
+        hidden = hidden_channels("ratio", ratio, dim)
+        width = hidden // len(SCALES)
         self.pool, self.upsample = pool, upsample
         self.conv_in = nn.Conv2d(dim, hidden, 1)
         self.dw = nn.ModuleList(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block import SWFormerBlock
-from .common import check_choice, check_positive
+from .common import check_choice, check_flag, check_positive, check_sequence
 from .haar_dwt2d import HaarDWT2d
 
 if TYPE_CHECKING:
@@ -115,12 +115,13 @@ class SWFormer(nn.Module):
         **block_options: Any,
     ) -> None:
         super().__init__()
-        check_positive("in_channels", in_channels)
-        if len(widths) != 3 or len(depths) != 5:
-            raise ValueError(f"need three widths and five depths, got widths={widths} and depths={depths}")
-        for name, values in (("widths", widths), ("depths", depths)):
-            for value in values:
-                check_positive(name, value)
+        in_channels = check_positive("in_channels", in_channels)
+        check_sequence("widths", widths, 3)
+        check_sequence("depths", depths, 5)
+        widths, depths = (
+            [check_positive(name, value) for value in values]
+            for name, values in (("widths", widths), ("depths", depths))
+        )
         if any(width % 4 for width in widths[1:]):
             raise ValueError(f"the second and third of widths must be multiples of 4, got {tuple(widths)}")
         check_choice("pyramid", pyramid, PYRAMIDS)
@@ -180,6 +181,7 @@ class SWFormer(nn.Module):
         Raises:
             ValueError: for another rank, number of channels, or a side below 16.
         """
+        check_flag("all_scales", all_scales)
         p0, p1, p2 = self._transforms(self._pad(image))
         encoded = [self.stages[0](self.embeddings[0](p0))]  # popped where they are merged: no map outlives its use
         encoded.append(self.stages[1](self.fusions[0](self.downs[0](encoded[0]), self.embeddings[1](p1))))

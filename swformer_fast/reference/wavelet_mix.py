@@ -42,8 +42,7 @@ class WaveletBranch(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int = 3) -> None:
         super().__init__()
-        check_positive("dim", dim)
-        check_odd("kernel_size", kernel_size)
+        dim, kernel_size = check_positive("dim", dim), check_odd("kernel_size", kernel_size)
         self.dec_lo = nn.Parameter(torch.tensor(HAAR_LOW))
         self.dec_hi = nn.Parameter(torch.tensor(HAAR_HIGH))
         self.rec_lo = nn.Parameter(torch.tensor(HAAR_LOW))
