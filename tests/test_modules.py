@@ -1,5 +1,6 @@
 """The fast modules and the network equal the reference's, with the same weights and state_dict keys."""
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -254,3 +255,24 @@ def test_jit_trace(grad: bool) -> None:
     torch.testing.assert_close(actual, expected)
     grads = [torch.autograd.grad(y.square().sum(), list(block.parameters())) for y in (actual, expected)]
     assert_close(*grads)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("width", [16, 40, 48])
+def test_a_block_gives_the_same_bits_in_every_run(width: int, training: bool) -> None:
+    """Output, gradients and running statistics, at widths of the presets and for every number of threads."""
+    block, x = sf.SWFormerBlock(width, scale_init=0.5), torch.randn(2, width, 16, 18)
+    state = copy.deepcopy(block.state_dict())
+
+    def run() -> list[Tensor]:
+        block.load_state_dict(state)
+        y = block.train(training)(x)
+        return [y, *torch.autograd.grad(y.square().sum(), list(block.parameters())), *(b.clone() for b in block.buffers())]
+
+    for threads in (1, 2, 3, 4, 8):
+        torch.set_num_threads(threads)
+        try:
+            pairs = zip(run(), run(), strict=True)
+        finally:
+            torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in pairs)
