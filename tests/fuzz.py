@@ -1,4 +1,4 @@
-"""Random calls of every op against its definition in fp64: `make fuzz SECONDS=3600`.
+"""Random calls of every op and module against its definition in fp64: `make fuzz SECONDS=3600`.
 
 A seed is a case. Failures and the number of cases done go to a log, from which the next run continues; a failure is
 tried on smaller images until it passes, and the smallest is written.
@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from contract import CATALOGUE, arguments, as_list, detached, differentiable, gradients, op_of, random_grads
-from helpers import LAYOUTS, TOLERANCE, fp64, poisoned_memory, rel_rms
-from torch import Tensor
+from helpers import LAYOUTS, TOLERANCE, fp64, perturb, poisoned_memory, rel_rms
+from torch import Tensor, nn
 
+import sdo_fast
 import swformer_fast as sf
 from benchmarks.records import write_atomically
+from swformer_fast import reference
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -42,6 +45,26 @@ class Case:
     """Bits: which inputs need a gradient."""
 
 
+MODULES: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "HaarDWT2d": lambda dim, kernel: {},
+    "HaarIDWT2d": lambda dim, kernel: {},
+    "SpatialBranch": lambda dim, kernel: {"dim": dim, "kernel_size": kernel},
+    "WaveletBranch": lambda dim, kernel: {"dim": dim, "kernel_size": kernel},
+    "FourierBranch": lambda dim, kernel: {"dim": dim, "track_running_stats": kernel != 5},
+    "ChannelAttention": lambda dim, kernel: {"dim": dim, "reduction": kernel},
+    "MultiScaleFFN": lambda dim, kernel: {"dim": dim, "kernel_size": kernel},
+    "MultiDomainMixer": lambda dim, kernel: {"dim": dim, "wavelet_kernel": kernel},
+    "SWFormerBlock": lambda dim, kernel: {
+        "dim": dim,
+        "scale_init": 0.5,
+        "spatial_kernel": kernel,
+        "norm_position": "post" if kernel == 5 else "pre",
+    },
+}
+"""Options of each module for a number of channels and a side of kernels."""
+NAMES = (*CATALOGUE, *MODULES, "sampler_step")
+
+
 def case(seed: int) -> Case:
     rng = random.Random(seed)
 
@@ -50,7 +73,7 @@ def case(seed: int) -> Case:
 
     return Case(
         seed,
-        rng.choice(list(CATALOGUE)),
+        rng.choice(NAMES),
         (rng.randint(0, 3), rng.choice((rng.randint(1, 6), rng.randint(1, 40))), side(), side()),
         rng.choice(("float32", "float32", *DTYPES)),
         rng.choice(list(LAYOUTS)),
@@ -69,6 +92,80 @@ def results(function: Any, args: Sequence[Any], grads: Sequence[Tensor], places:
     return [t for t in (*outputs, *found) if t is not None]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A function of ours, its definition, and arguments for both."""
+
+    ours: Callable[..., Any]
+    definition: Callable[..., Any]
+    args: Sequence[Any]
+    places: list[int]
+    """Of the results that have a gradient."""
+    is_kernel: bool
+    """Whether one kernel runs: the same bits for every number of threads, and the definition's numbers are finite."""
+    values: float = math.inf
+    """Over how many the batch is normalised."""
+
+
+def op(c: Case) -> Subject:
+    operator = CATALOGUE[c.name]
+    layout = "contiguous" if c.layout == "expanded" and c.shape[0] == 0 else c.layout
+    options = {"layout": layout, "optional": c.optional, "kernel": c.kernel, "mean": c.mean}
+    args = arguments(c.name, *c.shape, dtype=DTYPES[c.dtype], **options)
+    args = detached(args, lambda i: operator.differentiable and i in operator.places and bool(c.needs >> i & 1))
+    chosen = sf.backend.choose(sf.backend.OPS[c.name], tuple(args)).backend
+    b, _, h, w = c.shape
+    values = b * h * (w // 2 + 1) if c.name == "fourier_mix" and not c.optional else math.inf
+    places = differentiable(operator, args)
+    return Subject(op_of(c.name), operator.forward, args, places, chosen != "reference", values)
+
+
+def module(c: Case) -> Subject:
+    """As a function of the image, the parameters and the buffers: the output and the buffers afterwards."""
+    dtype, (b, dim, h, w) = DTYPES[c.dtype], c.shape
+    options = MODULES[c.name](dim, c.kernel)
+    expected, actual = getattr(reference, c.name)(**options), getattr(sf, c.name)(**options)
+    perturb(expected)
+    actual.load_state_dict(expected.state_dict())
+    channels = 4 * dim if c.name == "HaarIDWT2d" else dim
+    tensors = {name: t.detach() for name, t in expected.named_parameters()}
+    buffers = {name: t for name, t in expected.named_buffers() if t.is_floating_point()}
+    image = LAYOUTS[c.layout if b else "contiguous"]((torch.randn(b, channels, h, w) + c.mean).to(dtype))
+
+    def call(module: nn.Module) -> Callable[..., list[Tensor]]:
+        module.train(c.optional)
+
+        def run(x: Tensor, *args: Tensor) -> list[Tensor]:
+            values = dict(zip((*tensors, *buffers), args, strict=True))
+            values |= {name: values[name].detach().clone() for name in buffers}
+            y = torch.func.functional_call(module, values, (x,))
+            return [y, *(values[name] for name in buffers)]
+
+        return run
+
+    leaves = [t.detach().to(dtype).requires_grad_(bool(c.needs >> i & 1)) for i, t in enumerate(tensors.values())]
+    args = [image.detach().requires_grad_(c.needs < 0), *leaves, *(t.to(dtype) for t in buffers.values())]
+    statistics = c.optional or c.kernel == 5
+    return Subject(call(actual), call(expected), args, [0], False, b * h * (w // 2 + 1) if statistics else math.inf)
+
+
+def step(c: Case) -> Subject:
+    count, guided = c.kernel % 5, c.optional
+    scales = [0.3, -1.5, 0.7, 2.0][:count]
+
+    def call(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, cond: Tensor, *others: Tensor) -> Tensor:
+            uncond, terms = (others[0], others[1:]) if guided else (None, others)
+            return function(x, cond, uncond, 3.5, a=1.25, b=-0.75, terms=terms, scales=scales)
+
+        return run
+
+    layout = LAYOUTS[c.layout if c.shape[0] else "contiguous"]
+    tensors = (layout((torch.randn(c.shape) + c.mean).to(DTYPES[c.dtype])) for _ in range(2 + guided + count))
+    args = [t.detach().requires_grad_(bool(c.needs >> i & 1)) for i, t in enumerate(tensors)]
+    return Subject(call(sdo_fast.functional.sampler_step), call(sdo_fast.reference.sampler_step), args, [0], True)
+
+
 def attempt(c: Case) -> tuple[str | None, int]:
     """What is wrong with this case, or None, and how many calls of ours it took.
 
@@ -77,17 +174,12 @@ def attempt(c: Case) -> tuple[str | None, int]:
     Normalised over a few values, what comes out hardly depends on what goes in: there the gradient is all cancellation.
     """
     torch.manual_seed(c.seed)
-    operator, dtype = CATALOGUE[c.name], DTYPES[c.dtype]
-    layout = "contiguous" if c.layout == "expanded" and c.shape[0] == 0 else c.layout
-    args = arguments(c.name, *c.shape, dtype=dtype, layout=layout, optional=c.optional, kernel=c.kernel, mean=c.mean)
-    args = detached(args, lambda i: operator.differentiable and i in operator.places and bool(c.needs >> i & 1))
-    places = differentiable(operator, args) if any(isinstance(a, Tensor) and a.requires_grad for a in args) else []
-    few = 100 * (c.name == "fourier_mix" and not c.optional and c.shape[0] * c.shape[2] * (c.shape[3] // 2 + 1) < 8)
-    by_definition = sf.backend.choose(sf.backend.OPS[c.name], tuple(args)).backend == "reference"
+    dtype = DTYPES[c.dtype]
+    subject = op(c) if c.name in CATALOGUE else module(c) if c.name in MODULES else step(c)
+    args, ours, definition = subject.args, subject.ours, subject.definition
+    places = subject.places if any(isinstance(a, Tensor) and a.requires_grad for a in args) else []
+    few = 100 if subject.values < 8 else 1
     calls = 2 * (1 + bool(places))
-    grads = random_grads(as_list(operator.fake_forward(*args)))
-    if grads and grads[0].dim() == 4 and grads[0].numel():
-        grads[0] = LAYOUTS[c.grad_layout](grads[0].to(dtype))
 
     def run(function: Any, args: Sequence[Any], threads: int = 1) -> list[Tensor]:
         torch.set_num_threads(threads)
@@ -97,17 +189,19 @@ def attempt(c: Case) -> tuple[str | None, int]:
         finally:
             torch.set_num_threads(1)
 
-    ours, definition = op_of(c.name), operator.forward
     try:
         exact = fp64(args)
+        grads = random_grads(as_list(definition(*args)))
+        if grads[0].dim() == 4 and grads[0].numel():
+            grads[0] = LAYOUTS[c.grad_layout](grads[0].to(dtype))
         actual, again, expected = run(ours, args, c.threads), run(ours, args, c.threads % 3 + 1), run(definition, exact)
     except Exception as error:
         # That much PyTorch refuses too.
-        return None if "more than 1 value per channel" in str(error) else f"{type(error).__name__}: {error}", calls
+        return None if "1 value per channel" in str(error) else f"{type(error).__name__}: {error}", calls
     for i, (a, same, e) in enumerate(zip(actual, again, expected, strict=True)):
-        if not by_definition and not torch.equal(a.nan_to_num(), same.nan_to_num()):
+        if subject.is_kernel and not torch.equal(a.nan_to_num(), same.nan_to_num()):
             return f"result {i}: other bits with another number of threads", calls
-        if not by_definition and not torch.equal(a.isfinite(), e.isfinite()):
+        if subject.is_kernel and not torch.equal(a.isfinite(), e.isfinite()):
             return f"result {i}: other numbers are finite", calls
         a, e = (t.where(t.isfinite(), 0) for t in (a, e))
         error, limit = rel_rms(a, e), max(2, few) * TOLERANCE[dtype]
@@ -133,7 +227,7 @@ def moved(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
         off = (torch.rand(t.shape, dtype=t.dtype) - 0.5) * torch.finfo(dtype).eps
         return (t.detach() * (1 + off)).requires_grad_(t.requires_grad)
 
-    return [one(a) if isinstance(a, Tensor) else a for a in args]
+    return [one(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
 
 
 def smallest(c: Case) -> Case:

@@ -126,6 +126,17 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def perturb(module: nn.Module) -> None:
+    """Move every weight and statistic away from its special starting value."""
+    for tensor in module.parameters():
+        tensor.data.add_(torch.randn_like(tensor), alpha=0.1)
+    for name, tensor in module.named_buffers():
+        if name.endswith("running_mean"):
+            tensor.normal_(std=0.1)
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2.0)
+
+
 def randomise(module: nn.Module) -> nn.Module:
     """Move scales (beta, gamma) and running statistics away from their starting values, as training does."""
     with torch.no_grad():

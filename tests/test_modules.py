@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, assert_close, fp64, value_and_grads
+from helpers import LAYOUTS, assert_close, fp64, perturb, value_and_grads
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -27,21 +27,10 @@ MODULES = {
 }
 
 
-def randomise(module: nn.Module) -> None:
-    """Weights and statistics far from their special starting values."""
-    for tensor in module.parameters():
-        tensor.data.add_(torch.randn_like(tensor), alpha=0.1)
-    for name, tensor in module.named_buffers():
-        if name.endswith("running_mean"):
-            tensor.normal_(std=0.1)
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2.0)
-
-
 def pair(name: str, *arguments: object) -> tuple[nn.Module, nn.Module]:
     """A fast module and the reference's in fp64, with the same weights."""
     expected = getattr(reference, name)(*arguments)
-    randomise(expected)
+    perturb(expected)
     actual = getattr(sf, name)(*arguments)
     assert list(actual.state_dict()) == list(expected.state_dict())
     actual.load_state_dict(expected.state_dict())
@@ -116,7 +105,7 @@ def test_fused_forward_counts_a_batch_once(name: str, momentum: float | None) ->
 @pytest.mark.parametrize("size", [(64, 64), (50, 70)])
 def test_derain_s_equals_reference(size: tuple[int, int]) -> None:
     expected = reference.SWFormer.from_preset("derain-s").eval()
-    randomise(expected)
+    perturb(expected)
     actual = sf.SWFormer.from_preset("derain-s").eval()
     actual.load_state_dict(expected.state_dict())
     image = torch.rand(1, 3, *size)
@@ -185,7 +174,7 @@ class Wrapper(nn.Module):
 
 def test_accelerate_swaps_classes_and_keeps_everything_else() -> None:
     model = Wrapper()
-    randomise(model)
+    perturb(model)
     model.train()
     calls = []
     model.first.mixer.wavelet.register_forward_hook(lambda *_: calls.append(1))
@@ -267,7 +256,11 @@ def test_a_block_gives_the_same_bits_in_every_run(width: int, training: bool) ->
     def run() -> list[Tensor]:
         block.load_state_dict(state)
         y = block.train(training)(x)
-        return [y, *torch.autograd.grad(y.square().sum(), list(block.parameters())), *(b.clone() for b in block.buffers())]
+        return [
+            y,
+            *torch.autograd.grad(y.square().sum(), list(block.parameters())),
+            *(b.clone() for b in block.buffers()),
+        ]
 
     for threads in (1, 2, 3, 4, 8):
         torch.set_num_threads(threads)
