@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from ._progress import bar
 from .arguments import check_flag, is_integer, number, number_list
@@ -104,6 +105,7 @@ def optimize_latents(
         NonFiniteLossError: the loss or its gradient is not finite; with the result so far.
         TypeError, ValueError: an argument is of the wrong type, not finite or out of range; the loss is not a scalar,
             or does not depend on the image.
+        RuntimeError: the model did something else when its call was repeated for the backward pass.
     """
     check_sampler(sampler)
     for name, function in (("loss_fn", loss_fn), ("callback", callback)):
@@ -187,7 +189,13 @@ def _norms(z: Tensor) -> Tensor:
 
 
 def _gradient(loss: Tensor, z: Tensor) -> Tensor:
-    gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+    try:
+        gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+    except CheckpointError as error:
+        raise RuntimeError(
+            "model must do the same when its call is repeated for the backward pass, got other activations: one that "
+            "keeps some of them between calls (DeepCache and its like) takes a sampler with checkpoint=False"
+        ) from error
     if gradient is None:
         raise ValueError(
             "loss_fn must return a loss of the image, got one that does not depend on it (was it detached?)"

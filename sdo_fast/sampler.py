@@ -55,7 +55,8 @@ class SamplerConfig:
     float32 (float64 for float64)."""
     checkpoint: bool = True
     """Recompute the one step in backward instead of keeping its activations, so that they never overlap with those of
-    the loss; costs one more model call and changes no bit of the result."""
+    the loss; costs one more model call and changes no bit of the result. A model that keeps activations between calls
+    (DeepCache and its like) does not repeat itself: PyTorch's CheckpointError then asks for False."""
     normalize: bool = False
     """Divide the gradient, not the value, by |A_start|. It can be large (157 with epsilon prediction and a linear beta
     schedule begun at t = 999): harmless to Adam, fatal to a plain SGD learning rate or to float16. Affine schedulers

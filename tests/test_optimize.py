@@ -185,3 +185,22 @@ def test_progress_bar_shows_the_loss(capsys):
     shown = capsys.readouterr().err
     assert "optimising" in shown
     assert "loss=" in shown
+
+
+class Caching(ConvModel):
+    """Keeps what its layers gave and takes it again at every second call, as DeepCache does."""
+
+    turn = 0
+
+    def forward(self, x, t):
+        self.turn += 1
+        if self.turn % 2:
+            self.kept = super().forward(x, t)
+        return self.kept
+
+
+def test_a_model_that_caches_is_told_about_checkpoint():
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+    sampler = ShortcutSampler(Caching(scale=0.15), scheduler, 5)
+    with pytest.raises(RuntimeError, match=r"DeepCache.*checkpoint=False"):
+        optimize_latents(sampler, torch.randn(1, 3, 6, 6), squared(0.0), steps=2, progress=False)
