@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError
 from ._progress import bar
 from .arguments import check_flag, is_integer, number, number_list
 from .noise import each
-from .sampler import ShortcutSampler, check_latents, check_sampler
+from .sampler import CACHES, ShortcutSampler, check_latents, check_sampler
 
 # Coarse to fine as it was measured: the last fifth of the updates on the full schedule.
 COARSE_SHARE = 0.8
@@ -192,10 +192,7 @@ def _gradient(loss: Tensor, z: Tensor) -> Tensor:
     try:
         gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
     except CheckpointError as error:
-        raise RuntimeError(
-            "model must do the same when its call is repeated for the backward pass, got other activations: one that "
-            "keeps some of them between calls (DeepCache and its like) takes a sampler with checkpoint=False"
-        ) from error
+        raise RuntimeError(CACHES) from error
     if gradient is None:
         raise ValueError(
             "loss_fn must return a loss of the image, got one that does not depend on it (was it detached?)"

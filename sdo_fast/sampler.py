@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as run_checkpointed
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ._progress import bar
 from .arguments import check_batch, check_flag, check_floating, check_generator, check_guidance, is_integer, number
@@ -27,6 +28,10 @@ from .solver import Solver
 from .steppers import Stepper, stepper_for
 
 Sampler = TypeVar("Sampler", bound="ShortcutSampler")
+CACHES = (
+    "model must do the same when its call is repeated for the backward pass, got something else: one that keeps "
+    "activations between calls (DeepCache and its like) takes a sampler with checkpoint=False"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +61,7 @@ class SamplerConfig:
     checkpoint: bool = True
     """Recompute the one step in backward instead of keeping its activations, so that they never overlap with those of
     the loss; costs one more model call and changes no bit of the result. A model that keeps activations between calls
-    (DeepCache and its like) does not repeat itself: PyTorch's CheckpointError then asks for False."""
+    (DeepCache and its like) does not repeat itself: it raises RuntimeError in backward and takes False."""
     normalize: bool = False
     """Divide the gradient, not the value, by |A_start|. It can be large (157 with epsilon prediction and a linear beta
     schedule begun at t = 999): harmless to Adam, fatal to a plain SGD learning rate or to float16. Affine schedulers
@@ -369,13 +374,36 @@ class ShortcutSampler:
             return tuple(output.clone() for output in outputs)
         # torch 2.10 would take the weights as autocast cast them for the calls without gradients.
         torch.clear_autocast_cache()
-        if self.config.checkpoint:
-            return run_checkpointed(self._counted, eps, x, t, use_reentrant=False)
-        return self._counted(eps, x, t)
+        return self._repeated(eps, x, t) if self.config.checkpoint else self._counted(eps, x, t)
+
+    def _repeated(self, eps: GuidedModel, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """Checkpointed; what the repeated call gives is compared with what the first one gave."""
+        first: list[tuple[Tensor, ...]] = []
+
+        def call(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+            outputs = self._counted(eps, x, t)
+            if first:
+                _check_repetition(first[0], outputs)
+            else:
+                first.append(tuple(output.detach() for output in outputs))
+            return outputs
+
+        with set_checkpoint_early_stop(False):  # the output too is computed again
+            return run_checkpointed(call, x, t, use_reentrant=False)
 
     def _counted(self, eps: GuidedModel, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         self.model_calls += eps.evaluations
         return eps.evaluate(x, t)
+
+
+def _check_repetition(first: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> None:
+    """Raise where a model gave other outputs, beyond what kernels that sum in any order do, for the same inputs."""
+    if first[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    for one, other in zip(first, again, strict=True):
+        tolerance = 5e-2 if one.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if (other.detach() - one).norm() > tolerance * one.norm():
+            raise RuntimeError(CACHES)
 
 
 def _out_of_inference_mode(values: Any) -> Any:

@@ -204,3 +204,24 @@ def test_a_model_that_caches_is_told_about_checkpoint():
     sampler = ShortcutSampler(Caching(scale=0.15), scheduler, 5)
     with pytest.raises(RuntimeError, match=r"DeepCache.*checkpoint=False"):
         optimize_latents(sampler, torch.randn(1, 3, 6, 6), squared(0.0), steps=2, progress=False)
+
+
+class Reusing(ConvModel):
+    """Adds at every call what it gave at the last one."""
+
+    last = 0.0
+
+    def forward(self, x, t):
+        y = super().forward(x, t)
+        y, self.last = y + 0.5 * self.last, y.detach()
+        return y
+
+
+def test_a_model_that_does_not_repeat_itself_has_no_wrong_gradient():
+    """Its activations have the same shapes, by which PyTorch notices nothing."""
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+    latents = torch.randn(1, 3, 6, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"DeepCache.*checkpoint=False"):
+        ShortcutSampler(Reusing(scale=0.15), scheduler, 5)(latents).sum().backward()
+    ShortcutSampler(Reusing(scale=0.15), scheduler, 5, checkpoint=False)(latents).sum().backward()
+    assert latents.grad.isfinite().all()
