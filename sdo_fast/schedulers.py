@@ -69,8 +69,11 @@ def affine_sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
     refuse_by_config(solver)
     draw = torch.Generator().manual_seed(0)
     points = torch.randn(2, 1 + len(solver), generator=draw, dtype=torch.float64) * 10
-    a, b = sensitivities(solver)
-    origin, moved = (solver.trial(point[0].reshape(1, 1, 1, 1), point[1:]).item() for point in points)
+    a, b = (t.clone() for t in solver.sensitivities)
+    # In one pass, unless each element would have its own noise.
+    batches = points.T.unsqueeze(0) if not solver.noise_sources else points.unsqueeze(2)
+    ends = [solver.trial(batch[0].reshape(1, 1, 1, -1), batch[1:]).flatten() for batch in batches]
+    origin, moved = torch.cat(ends).tolist()
     terms = (points[1] - points[0])[[0, *(1 + i for i in solver.steps)]] * torch.cat(
         [a[solver.start, None], b[solver.start :]]
     )
@@ -80,18 +83,6 @@ def affine_sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
             f"scheduler must be affine, got {solver.name}, whose result is not an affine function of the latents and "
             "model outputs"
         )
-    return a, b
-
-
-@on_cpu
-def sensitivities(solver: Solver) -> tuple[Tensor, Tensor]:
-    """d x_0 / d x_i and d x_0 / d eps_i at zero, NaN before `start`: A and B where the scheduler is affine."""
-    shifts = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
-    outputs = torch.zeros(len(solver), dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
-        x0 = solver.trial(torch.zeros(1, 1, 1, 1, dtype=torch.float64), outputs, shifts)
-        a, b = torch.autograd.grad(x0.sum(), (shifts, outputs), allow_unused=True, materialize_grads=True)
-    a[: solver.start] = b[: solver.start] = torch.nan
     return a, b
 
 
@@ -200,10 +191,11 @@ def usable_steps(solver: Solver) -> tuple[list[int], bool]:
     if flags and hasattr(solver.scheduler, "register_to_config"):
         unclipped = copy.copy(solver)
         unclipped.noise_sources = solver.noise_sources  # clipping draws none
+        vars(unclipped).pop("sensitivities", None)
         unclipped.scheduler = copy.deepcopy(solver.scheduler)
         unclipped.scheduler.register_to_config(**dict.fromkeys(flags, False))
         solver = unclipped
-    a, b = sensitivities(solver)
+    a, b = solver.sensitivities
     sizes = torch.cat((a[solver.start :], b[solver.start :])).abs()
     finite = sizes.isfinite()
     if not finite.all() and not flags:

@@ -121,7 +121,8 @@ class Solver:
     def starting_at(self, start: int) -> Solver:
         """The same schedule from another step."""
         solver = copy.copy(self)
-        vars(solver).pop("noise_sources", None)  # other steps may draw
+        for measured in ("noise_sources", "sensitivities"):
+            vars(solver).pop(measured, None)
         solver.scheduler, solver.start = copy.deepcopy(self.scheduler), start
         if hasattr(solver.scheduler, "set_begin_index"):
             solver.scheduler.set_begin_index(start)
@@ -156,9 +157,21 @@ class Solver:
             self._pass(values[0], values[1:], generator)
         return noise.sources
 
+    @cached_property
+    @on_cpu
+    def sensitivities(self) -> tuple[Tensor, Tensor]:
+        """d x_0 / d x_i and d x_0 / d eps_i at zero, NaN before `start`: A and B where the scheduler is affine."""
+        shifts = torch.zeros(len(self), dtype=torch.float64, requires_grad=True)
+        outputs = torch.zeros(len(self), dtype=torch.float64, requires_grad=True)
+        with torch.enable_grad():
+            x0 = self.trial(torch.zeros(1, 1, 1, 1, dtype=torch.float64), outputs, shifts)
+            a, b = torch.autograd.grad(x0.sum(), (shifts, outputs), allow_unused=True, materialize_grads=True)
+        a[: self.start] = b[: self.start] = torch.nan
+        return a, b
+
     @on_cpu
     def trial(self, x: Tensor, outputs: Tensor, shifts: Tensor | None = None, seed: int = 0) -> Tensor:
-        """x_0 from x of one element and given model outputs, one for each timestep, with the same noise for a seed.
+        """x_0 from x and model outputs, as many elements for each timestep, with the same noise for a seed.
 
         `shifts` are added to the states. No global generator is touched.
         """
@@ -172,7 +185,7 @@ class Solver:
         for i in run.steps:
             if shifts is not None:
                 x = x + shifts[i]
-            output = outputs[i].reshape(1, 1, 1, 1)
+            output = outputs[i].reshape(1, 1, 1, -1)
             if run.learned_variance:
                 output = torch.cat([output, torch.zeros_like(output)], dim=1)
             run.scale_input(x, i)
