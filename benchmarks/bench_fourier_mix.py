@@ -61,13 +61,8 @@ def stages(shape: tuple[int, ...]) -> Work:
     kernels = torch.ops._swformer_fast
     height, width = shape[2:]
 
-    spectrum, out_weight = kernels.rfft2(x), parameters.out_weight
-    matrix = torch.randn(2 * len(parameters.in_bias), 2 * (shape[1] + 1)) / shape[1] ** 0.5
-
-    def mix() -> Tensor:
-        return kernels.spectrum_mix(spectrum, matrix, out_weight, height, width)
-
-    mixed, frequencies = mix(), shape[0] * height * (width // 2 + 1)
+    spectrum, frequencies = kernels.rfft2(x), shape[0] * height * (width // 2 + 1)
+    matrix, out_weight = torch.randn(2 * len(parameters.in_bias), 2 * (shape[1] + 1)), parameters.out_weight.flatten(1)
     complex_spectrum = torch.fft.rfft2(torch.randn(shape))
     columns, products = torch.randn(matrix.shape[1], frequencies), torch.randn(out_weight.shape[1], 2 * frequencies)
 
@@ -83,11 +78,8 @@ def stages(shape: tuple[int, ...]) -> Work:
             "branch": part(lambda: sf.functional.fourier_mix(x, parameters), "all stages"),
             "rfft2": part(lambda: kernels.rfft2(x), "transform"),
             "torch.fft.rfft2": part(lambda: torch.fft.rfft2(x, norm="ortho"), "PyTorch's"),
-            "mix": part(mix, "matrix, gate, last conv"),
-            "products": part(
-                lambda: (matrix @ columns, out_weight.flatten(1) @ products), "mix's matrix products by sgemm alone"
-            ),
-            "irfft2": part(lambda: kernels.irfft2(mixed, parameters.out_bias, x), "inverse transform"),
+            "products": part(lambda: (matrix @ columns, out_weight @ products), "mix's matrix products by sgemm alone"),
+            "irfft2": part(lambda: kernels.irfft2(spectrum, None, x), "inverse transform"),
             "torch.fft.irfft2": part(
                 lambda: torch.fft.irfft2(complex_spectrum, s=(height, width), norm="ortho"), "PyTorch's"
             ),

@@ -213,6 +213,20 @@ def test_inf_and_nan_propagate(backend: str, value: float, training: bool) -> No
     assert torch.equal(y.isfinite()[0, :, 0, 0], torch.tensor([True, False, True]))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mean", [3.0, 20.0, 100.0])
+def test_as_exact_as_pytorch_where_the_mean_is_large(kernels: str, mean: float, training: bool) -> None:
+    """Nearly all of such an image is in its zero frequency, and normalisation takes nearly all of that away again."""
+    arguments = (image(1, 8, 32, 34, mean=mean), parameters(8, 8, 8))
+
+    def run(function: Any, arguments: Any) -> list[Tensor]:
+        return tree_leaves(value_and_grads(function, arguments, training=training, momentum=0.0))
+
+    exact = run(reference.fourier_mix, fp64(arguments))
+    for mine, theirs, e in zip(*(run(p.fourier_mix, arguments) for p in (functional, reference)), exact, strict=True):
+        assert rel_rms(mine, e) <= max(2e-6, rel_rms(theirs, e))
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_running_statistics_in_half_precision(backend: str) -> None:
     """A batch's variance, here beyond fp16's range, takes the momentum first."""

@@ -40,13 +40,18 @@ float* zero_frequency(Tensor& spectrum, int64_t image, int64_t channel) {
   return static_cast<float*>(spectrum.mutable_data_ptr()) + image * spectrum.stride(0) + channel * spectrum.stride(1);
 }
 
-Statistics read_statistics(const Problem& problem, Tensor& spectrum, const Tensor& moments) {
+fourier::Rows<double> read_zero(Tensor& spectrum) {
+  fourier::Rows<double> zero(spectrum.size(0), spectrum.size(1));
+  for (int64_t b = 0; b < zero.rows; ++b)
+    for (int64_t c = 0; c < zero.columns; ++c) zero[b][c] = *zero_frequency(spectrum, b, c);
+  return zero;
+}
+
+Statistics read_statistics(const Problem& problem, const fourier::Rows<double>& zero, const Tensor& moments) {
   Statistics batch;
   batch.count = problem.count();
   batch.moments = static_cast<const double*>(moments.const_data_ptr());
-  batch.zero = fourier::Rows<double>(problem.images, spectrum.size(1));
-  for (int64_t b = 0; b < problem.images; ++b)
-    for (int64_t c = 0; c < batch.zero.columns; ++c) batch.zero[b][c] = *zero_frequency(spectrum, b, c);
+  batch.zero = zero;
   return batch;
 }
 
@@ -75,13 +80,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fourier_mix(
       eps,
       problem.side};
   Tensor z = fourier::rfft2(tensor::as_contiguous(x));
+  const auto zero = read_zero(z);
   std::vector<double> table(4 * 2 * channels);
   const std::vector<int64_t> none = {0};
   Tensor moments = tensor::empty(x, none, false, ScalarType::Double);
   if (batch_statistics) {
     moments = fourier::spectrum_moments(z, problem.height, problem.width);
     if (!is_empty) {
-      Statistics batch = read_statistics(problem, z, moments);
+      Statistics batch = read_statistics(problem, zero, moments);
       fourier::take_statistics(p, batch);
     }
     const double unbiased = problem.count() / std::max(problem.count() - 1, 1.0);
@@ -91,7 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fourier_mix(
       for (double variance : factor.variance) *row++ = variance * unbiased;
     }
   }
-  Tensor mixed = fourier::spectrum_mix(z, matrix_of(x, p), out_weight, problem.height, problem.width);
+  Tensor mixed = fourier::spectrum_mix(
+      z, matrix_of(x, p), fourier::compose_zero(p, zero), out_weight, problem.height, problem.width);
   const Tensor y = tensor::with_format(fourier::irfft2(mixed, out_bias, x), tensor::is_channels_last(x));
   Tensor sums =
       tensor::empty(x, need_sums ? std::vector<int64_t>{problem.images, outputs} : none, false, ScalarType::Float);
@@ -130,6 +137,7 @@ fourier_mix_backward(
       eps,
       problem.side};
   Tensor z = fourier::rfft2(tensor::as_contiguous(x)), grad_mixed = fourier::rfft2(tensor::as_contiguous(grad));
+  const auto zero = read_zero(z);
   const int64_t outputs = grad.size(1);
   if (grad_sums) {
     const auto of_sums = tensor::read<double>(*grad_sums);
@@ -138,12 +146,12 @@ fourier_mix_backward(
   }
   Statistics batch;
   if (batch_statistics) {
-    batch = read_statistics(problem, z, moments);
+    batch = read_statistics(problem, zero, moments);
     fourier::take_statistics(p, batch);
   }
   fourier::MixGradients through = fourier::spectrum_mix_backward(
-      grad_mixed, z, matrix_of(x, p), out_weight, problem.height, problem.width, need_images,
-      need_parameters || batch_statistics);
+      grad_mixed, z, matrix_of(x, p), fourier::compose_zero(p, zero), out_weight, problem.height, problem.width,
+      need_images, need_parameters || batch_statistics);
   fourier::Gradients g;
   if (problem.images > 0 && (need_parameters || batch_statistics))
     g = fourier::compose_backward(p, through.matrix.data(), batch_statistics ? &batch : nullptr);

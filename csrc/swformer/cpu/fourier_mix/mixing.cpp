@@ -6,6 +6,9 @@
 // (gate, value) of all output parts and channels, y = sigmoid(matrix[0] s) gelu(matrix[1] s), and the output is
 // out_weight y, or y where there is none.
 #include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <utility>
 
 #include "accumulate.h"
 #include "gelu.h"
@@ -147,6 +150,19 @@ struct Gate {
   }
 };
 
+// One output of the gate in double.
+struct Gated {
+  double gate, value, derivative;  // sigmoid and GELU, and the derivative of this
+  Gated(const double* pre, int64_t i, int64_t outputs) {
+    const double v = pre[outputs + i];
+    const double below = 0.5 * std::erfc(-v * std::numbers::sqrt2 / 2);
+    gate = 1 / (1 + std::exp(-pre[i]));
+    value = v * below;
+    derivative = below + v * std::exp(-v * v / 2) * std::numbers::inv_sqrtpi / std::numbers::sqrt2;
+  }
+  double product() const { return gate * value; }
+};
+
 // sum += left right^T over the tile's columns; `right` comes transposed.
 void accumulate_product(
     int64_t count, int64_t m, const float* left, int64_t n, const float* right, int64_t ldright, float* group,
@@ -195,8 +211,8 @@ std::vector<float> last_weight(const std::optional<Tensor>& out_weight) {
 }  // namespace
 
 Tensor spectrum_mix(
-    const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight, int64_t height,
-    int64_t width) {
+    const Tensor& spectrum, const Tensor& matrix, const Rows<double>& of_zero, const std::optional<Tensor>& out_weight,
+    int64_t height, int64_t width) {
   const Spectra g(spectrum, height, width);
   const bool has_last = out_weight.has_value();
   const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight->size(0) : c;
@@ -215,6 +231,8 @@ Tensor spectrum_mix(
       gate.apply(t.count, in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
         simd::store(y + at, simd::sigmoid(a) * simd::gelu(v));
       });
+      for (int64_t i = 0; t.zero_frequency() && i < gate.outputs; ++i)
+        y[i * kTile] = static_cast<float>(Gated(of_zero[t.image], i, gate.outputs).product());
       for (int r = 0; has_last && r < 2; ++r)
         last.blocks(t.count, y + r * c * kTile, kTile, gemm::into<false>(out + r * e * kTile, kTile, e));
       store(g, t, has_last ? out : y, e, result);
@@ -255,7 +273,9 @@ class MixBackward {
         out_weight(frame.zeros<float>(f.e * vectors(f.c))), constants(frame.zeros<VecF>(4 * f.c)) {}
 
   // The tile's input, and the gradients of y and of what the gate takes.
-  void differentiate(const Spectra& g, const Tile& t, const float* spectrum, const float* upstream) const {
+  void differentiate(
+      const Spectra& g, const Tile& t, const float* spectrum, const float* upstream,
+      const Rows<double>& of_zero) const {
     load_mixed(g, t, spectrum, f_.d, in);
     load(g, t, upstream, f_.e, f_.e, grad);
     multiplicity(g, t, alpha, inverse);
@@ -275,6 +295,13 @@ class MixBackward {
       simd::store(grad_pre + at, upstream_y * u * (s * (1.0f - s)));
       simd::store(grad_value + at, upstream_y * s * simd::gelu_derivative(v));
     });
+    for (int64_t i = 0; t.zero_frequency() && i < 2 * f_.c; ++i) {
+      const Gated at(of_zero[t.image], i, 2 * f_.c);
+      const double upstream_y = grad_product[i * kTile];
+      y[i * kTile] = static_cast<float>(at.product());
+      grad_pre[i * kTile] = static_cast<float>(upstream_y * at.value * at.gate * (1 - at.gate));
+      grad_value[i * kTile] = static_cast<float>(upstream_y * at.gate * at.derivative);
+    }
   }
 
   void store_spectrum(const Spectra& g, const Tile& t, float* result) const {
@@ -289,13 +316,11 @@ class MixBackward {
   void add(const Tile& t, double* total) const {
     const int64_t d = f_.d, c = f_.c, e = f_.e, n = f_.n();
     transpose_parts(t.count, d, in, in_t, ld_in());
-    if (t.zero_frequency()) {
-      std::fill(in_t, in_t + 2 * d, 0.0f);
-      for (int64_t row = 0; row < 4 * c; ++row) {
-        const double of_zero = grad_pre[row * kTile];
-        for (int64_t j = 0; j < d; ++j) total[row * n + j] += of_zero * in[j * kTile];
-        total[row * n + n - 1] += of_zero;
-      }
+    for (int64_t row = 0; t.zero_frequency() && row < 4 * c; ++row) {
+      const double of_zero = std::exchange(grad_pre[row * kTile], 0.0f);
+      for (int64_t j = 0; j < d; ++j) total[row * n + j] += of_zero * in[j * kTile];
+      total[row * n + d] += of_zero;
+      total[row * n + n - 1] += of_zero;
     }
     accumulate_product(t.count, 4 * c, grad_pre, 2 * d, in_t, ld_in(), group, matrix, ld());
     accumulate::add_rows(4 * c, t.count, grad_pre, kTile, constants);
@@ -326,8 +351,8 @@ class MixBackward {
 }  // namespace
 
 MixGradients spectrum_mix_backward(
-    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight,
-    int64_t height, int64_t width, bool need_spectrum, bool need_parameters) {
+    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Rows<double>& of_zero,
+    const std::optional<Tensor>& out_weight, int64_t height, int64_t width, bool need_spectrum, bool need_parameters) {
   const Spectra g(spectrum, height, width);
   const MixBackward::Factors f(spectrum, matrix, out_weight);
   Tensor grad_spectrum = need_spectrum ? g.empty(spectrum, f.d) : tensor::empty(spectrum, {0});
@@ -338,7 +363,7 @@ MixGradients spectrum_mix_backward(
     const MixBackward tile(frame, f);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
-      tile.differentiate(g, t, data(spectrum), data(grad));
+      tile.differentiate(g, t, data(spectrum), data(grad), of_zero);
       if (need_spectrum) tile.store_spectrum(g, t, result);
       if (!need_parameters) continue;
       tile.add(t, total);
@@ -406,9 +431,3 @@ void spectrum_moments_backward(
 }
 
 }  // namespace fourier
-
-STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
-  m.def("spectrum_mix(Tensor spectrum, Tensor matrix, Tensor? out_weight, int height, int width) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) { m.impl("spectrum_mix", TORCH_BOX(&fourier::spectrum_mix)); }

@@ -61,17 +61,24 @@ std::vector<double> by_rows(const std::vector<double>& weight, int64_t channels)
   return result;
 }
 
+// Of the zero frequency (B, D), which is real: (B, 2 * C).
+Rows<double> first_convolution(const Parameters& p, const Rows<double>& zero) {
+  const int64_t c2 = 2 * p.channels, d = p.dim;
+  auto result = product(
+      zero.rows, filled<double>(d, c2, [&](int64_t j, int64_t n) { return p.in_weight[n * d + j]; }),
+      [&](int64_t b, int64_t j) { return zero[b][j]; });
+  for (int64_t b = 0; b < zero.rows; ++b)
+    for (int64_t n = 0; n < c2; ++n) result[b][n] += p.in_bias[n] * p.side;
+  return result;
+}
+
 }  // namespace
 
 void take_statistics(Parameters& p, Statistics& batch) {
   const int64_t c2 = 2 * p.channels, d = p.dim, images = batch.zero.rows;
   const double count = batch.count, nonzero = count - static_cast<double>(images), others = std::max(nonzero, 1.0);
   auto weight = [&](int64_t n, int64_t j) { return p.in_weight[n * d + j]; };
-  batch.at_zero = product(
-      images, filled<double>(d, c2, [&](int64_t j, int64_t n) { return weight(n, j); }),
-      [&](int64_t b, int64_t j) { return batch.zero[b][j]; });
-  for (int64_t b = 0; b < images; ++b)
-    for (int64_t n = 0; n < c2; ++n) batch.at_zero[b][n] += p.in_bias[n] * p.side;
+  batch.at_zero = first_convolution(p, batch.zero);
   for (int q = 0; q < 2; ++q) {
     const double* const gram = batch.moments + q * d * (d + 1);
     batch.products[q] =
@@ -120,6 +127,23 @@ void compose(const Parameters& p, float* matrix) {
       matrix[row * (d + 1) + d] = static_cast<float>(last);
     });
   }
+}
+
+Rows<double> compose_zero(const Parameters& p, const Rows<double>& zero) {
+  const int64_t c = p.channels, c2 = 2 * c, images = zero.rows;
+  const auto u = first_convolution(p, zero);
+  Rows<double> result(images, 2 * c2);
+  for (int64_t f = 0; f < 2; ++f) {
+    const Factor& factor = p.factors[f];
+    const Norm norm(factor, p.eps);
+    const auto normalised = filled<double>(c2, images, [&](int64_t n, int64_t b) {
+      return norm.offset[n] + (n % 2 ? 0 : norm.slope[n] * u[b][f * c + n / 2]);
+    });
+    const auto mixed = product(c2, normalised, [&](int64_t i, int64_t n) { return factor.weight[i * c2 + n]; });
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t i = 0; i < c2; ++i) result[b][f * c2 + i % 2 * c + i / 2] = mixed[i][b] + factor.bias[i];
+  }
+  return result;
 }
 
 Gradients compose_backward(const Parameters& p, const double* grad_matrix, const Statistics* batch) {

@@ -6,7 +6,8 @@
 // beside (part 1): a bias of the first convolution is a constant image.
 //
 // Statistics of a batch follow from the second moments of x's spectrum. The zero frequency, far larger than the others
-// unless x has mean 0, is kept out of the moments and enters by itself. All this is in fp64 but the matrix.
+// unless x has mean 0, is kept out of the moments and enters by itself. All this is in fp64 but the matrix, and what
+// the gate takes of the zero frequency is too.
 #pragma once
 
 #include <array>
@@ -55,6 +56,9 @@ void take_statistics(Parameters& p, Statistics& batch);
 
 // The matrix, (4 * C, 2 * (D + 1)).
 void compose(const Parameters& p, float* matrix);
+
+// What the matrix gives of the zero frequency (B, D), the batch's largest numbers: (B, 4 * C).
+Rows<double> compose_zero(const Parameters& p, const Rows<double>& zero);
 
 struct Gradients {
   std::vector<double> in_weight, in_bias;

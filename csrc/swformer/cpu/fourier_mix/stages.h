@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "parameters.h"
 #include "tensor.h"
 
 namespace fourier {
@@ -18,9 +19,10 @@ Tensor rfft2(const Tensor& x);
 Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width);
 
 // `matrix`, (4 * C, 2 * (D + 1)) of fp32, on the spectrum, gate times value, out_weight (E, C, 1, 1) if there is one.
+// What the matrix gives of the zero frequency is `of_zero`, (B, 4 * C).
 Tensor spectrum_mix(
-    const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight, int64_t height,
-    int64_t width);
+    const Tensor& spectrum, const Tensor& matrix, const Rows<double>& of_zero, const std::optional<Tensor>& out_weight,
+    int64_t height, int64_t width);
 
 // The inverse transform, plus the channels' biases, in the size (but for its channels) and dtype of `like`.
 Tensor irfft2(const Tensor& spectrum, const std::optional<Tensor>& bias, const Tensor& like);
@@ -30,8 +32,8 @@ struct MixGradients {
   std::vector<double> matrix, out_weight;
 };
 MixGradients spectrum_mix_backward(
-    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight,
-    int64_t height, int64_t width, bool need_spectrum, bool need_parameters);
+    const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Rows<double>& of_zero,
+    const std::optional<Tensor>& out_weight, int64_t height, int64_t width, bool need_spectrum, bool need_parameters);
 
 // Adds to `grad`, the spectrum's gradient, what comes through its moments.
 void spectrum_moments_backward(
