@@ -5,6 +5,12 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(memory, bytes) (static_cast<void>(memory), static_cast<void>(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(memory, bytes) (static_cast<void>(memory), static_cast<void>(bytes))
+#endif
 
 #include <cstdint>
 #include <cstdlib>
@@ -25,6 +31,7 @@ class Pool {
 
   // At least `bytes` bytes, in huge pages where the system gives them; to be given back.
   Block take(size_t bytes) {
+    const size_t asked = bytes;
     bytes = rounded(bytes);
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       size_t best = idle_.size();
@@ -36,7 +43,7 @@ class Pool {
         const Block block = idle_[best];
         idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(best));
         kept_ -= block.bytes;
-        return block;
+        return bounded(block, asked);
       }
       release_beyond(kept_ > bytes ? kept_ - bytes : 0);  // they are of sizes for which there is no use now
     }
@@ -45,12 +52,13 @@ class Pool {
 #if defined(__linux__)
     madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
-    return {memory, bytes};
+    return bounded({memory, bytes}, asked);
   }
 
   void give(Block block) {
     // A child of fork() may find the lock taken by a thread that it does not have.
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && block.bytes <= kKept) {
+      bounded(block, 0);
       idle_.push_back(block);
       kept_ += block.bytes;
       release_beyond(kKept);
@@ -65,6 +73,13 @@ class Pool {
   }
 
  private:
+  // For an address sanitizer: what lies beyond these bytes is nobody's.
+  static Block bounded(Block block, size_t bytes) {
+    ASAN_UNPOISON_MEMORY_REGION(block.memory, bytes);
+    ASAN_POISON_MEMORY_REGION(static_cast<char*>(block.memory) + bytes, block.bytes - bytes);
+    return block;
+  }
+
   // To an eighth of the next power of two, so that results of almost one size share blocks.
   static size_t rounded(size_t bytes) {
     size_t step = kHugePage;
