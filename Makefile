@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(CURDIR)/$(VENV)/bin:$(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: bench bench-all test test-all lint build docs fuzz compdb wheel clean
+.PHONY: bench bench-all test test-all lint build docs fuzz sanitize compdb wheel clean
 
 # The main job, a few minutes; bench-all runs every suite.
 bench: build
@@ -57,6 +57,21 @@ endef
 SECONDS ?= 60
 fuzz: build
 	PYTHONPATH=tests $(PY) -W ignore -m fuzz --seconds $(SECONDS)
+
+# The C++ kernels for this machine's instruction set (or that of ATEN_CPU_CAPABILITY=avx2) under GCC's sanitizers, in a
+# build of their own. Fresh memory holds NaN.
+SANITIZED := $(CURDIR)/build/sanitized
+SANITIZED_TESTS := contract haar pointwise depthwise_gelu wavelet_mix fourier_mix local_branches multiscale_ffn channel_attention
+SANITIZED_TESTS += channel_statistics sums kernel_sizes step shortcut pool fuzz sanitizers
+sanitize: .venv/installed
+	SANITIZE=address,undefined DEBUG=1 SDO_SWFORMER_SKIP_CUDA=1 \
+		$(PY) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)
+	LD_PRELOAD="$(foreach l,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(l)))" \
+	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+		.venv/bin/pytest -n auto --dist loadfile -m "not slow" \
+		-k "not (triton or reference or compile or opcheck or memory_is_bounded or does_not_grow or failed_allocation)" \
+		$(SANITIZED_TESTS:%=tests/test_%.py) $(wildcard tests/test_arguments.py)
 
 # HTML in build/docs; a warning is an error.
 docs: build

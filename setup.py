@@ -7,7 +7,7 @@ Environment variables:
   TORCH_CUDA_ARCH_LIST       the CUDA targets, e.g. "8.0;9.0+PTX" (default: 8.0 to 10.0, what this nvcc knows)
   CXX, NVCC, MAX_JOBS        the compilers and the number of parallel compile jobs
   DEBUG=1                    -O1 and debug information
-  SANITIZE=undefined         or address or thread: the C++ code under this sanitizer (its runtime: LD_PRELOAD)
+  SANITIZE=address,undefined C++ for this machine's instruction set alone, under sanitizers (as `make sanitize` does)
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def enabled(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-SANITIZE = [f"-fsanitize={os.environ['SANITIZE']}"] if os.environ.get("SANITIZE") else []
+SANITIZE = []
+if os.environ.get("SANITIZE"):
+    # Calls instead of checks in line: GCC takes minutes for each file's thousands.
+    SANITIZE = [f"-fsanitize={os.environ['SANITIZE']}", "-fno-omit-frame-pointer", "-g1"]
+    SANITIZE += ["--param=asan-instrumentation-with-call-threshold=0"]
 # No -ffast-math: inf and NaN must propagate as in the reference.
 CXX_FLAGS = [
     "-std=c++20",
@@ -98,11 +102,14 @@ def find_extensions() -> list[Extension]:
     if not shutil.which(os.environ.get("CXX", "c++").split()[0]):
         return pure_python("no C++ compiler found")
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
         return pure_python("torch is not importable while building; use pip install --no-build-isolation")
     if not shutil.which("ninja"):
         return pure_python("ninja was not found")
+    if SANITIZE:
+        capability = torch.backends.cpu.get_cpu_capability().lower()
+        variants = {isa: flags for isa, flags in variants.items() if isa in (capability, "neon")}
     extensions = []
     for package, folder in (("swformer_fast", "swformer"), ("sdo_fast", "sdo")):
         sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder / "cpu").rglob("*.cpp"))

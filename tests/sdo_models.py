@@ -96,7 +96,7 @@ def tiny_stable_diffusion() -> Any:
         text_encoder=transformers.CLIPTextModel(text).eval(),
         tokenizer=tokenizer,
         unet=tiny_conditional_unet(),
-        scheduler=diffusers.DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear"),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear", steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

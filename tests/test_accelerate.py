@@ -155,6 +155,7 @@ def hook_everything(model: nn.Module) -> Record:
     return calls
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_every_hook_is_called_as_before() -> None:
     model = pipeline().train()
     expected_model = copy.deepcopy(model)
@@ -306,7 +307,7 @@ def adapt(block: nn.Module, place: str, adaptation: Callable[[nn.Conv2d], nn.Mod
     setattr(block.get_submodule(parent), name, adaptation(block.get_submodule(place)))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("place", "name"),
     [

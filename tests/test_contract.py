@@ -231,6 +231,7 @@ def test_sums_that_are_not_asked_for_have_no_gradient(name: str) -> None:
 
 
 @optional
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0")
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 def test_empty_batch(name: str, backend: str, optional: bool) -> None:
     operator = CATALOGUE[name]
@@ -290,6 +291,7 @@ def test_inputs_that_change_before_backward_are_noticed(name: str) -> None:
             outputs[0].sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in Triton's interpreter
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("name", "backend"), PAIRS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0")  # of an image without pixels
 @pytest.mark.parametrize("first", range(0, 500, 50))
 def test_random_calls(first: int) -> None:
     found = {seed: fuzz.problem(fuzz.case(seed)) for seed in range(first, first + 50)}

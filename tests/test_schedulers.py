@@ -70,7 +70,6 @@ def loop(scheduler, n, x, outputs, step_kwargs, start=0):
     return x, inputs
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("n", [4, 10, 50])
 @pytest.mark.parametrize("name", AFFINE)
 def test_coefficients(name, n):
@@ -103,7 +102,6 @@ def test_coefficients(name, n):
         assert (moved - predicted).abs().max() <= 2e-6 * scale
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["ddim", "dpm++ 2m", "unipc", "heun", "flow euler", "euler ancestral"])
 def test_coefficients_of_a_late_start(name):
     """Multistep schedulers begin without history, so this is not the tail of the whole schedule's coefficients."""

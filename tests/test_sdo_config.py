@@ -81,7 +81,6 @@ def test_with_options_is_a_new_sampler() -> None:
 # the stepper ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fused", [True, False])
 def test_why_not_depends_on_nothing_that_was_called(fused: bool) -> None:
     """PNDM from step 0 needs too long a history for `sampler_step`, its last steps do not."""
@@ -140,7 +139,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_no_global_generator_is_touched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, step_kwargs = SCHEDULERS[name]

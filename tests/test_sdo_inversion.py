@@ -93,7 +93,6 @@ def test_errors():
         invert(ShortcutSampler(model, sample, 10, grad_step="last"), image, 3)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_step_coefficients_run_the_scheduler():
     for make in SCHEDULERS.values():
         solver = Solver(make(), 10, 2)

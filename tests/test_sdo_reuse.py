@@ -68,7 +68,6 @@ class Exact:
         return (alpha * noise - sigma * x0) / norm if " v" in self.name else noise
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("kind", ["v", "eps", "x0"])
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -181,6 +180,7 @@ def test_the_same_latents_give_the_same_result():
     torch.testing.assert_close(sampler(x), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the reused trajectory was off")
 def test_full_refresh_is_plain_sampling():
     _, sampler = make(reuse=TrajectoryCache(refresh=1.0))
     plain = make()[1]

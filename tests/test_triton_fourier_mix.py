@@ -310,6 +310,7 @@ def test_repeats_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(first[4], _moments(spectrum.double()), torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 def test_large_zero_frequency() -> None:
     spectrum, parameters = _spectrum(1, 4, 3, 4), _parameters(4, 4, 4)
     spectrum[:, :, 0, 0, 0] = torch.tensor([1e6, -1e6, 1e6, -1e6])

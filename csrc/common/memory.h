@@ -15,9 +15,8 @@ namespace memory {
 
 // To be given back by std::free.
 inline void* allocate(size_t bytes, size_t alignment) {
-  bytes = (bytes + alignment - 1) / alignment * alignment;
-  void* const memory = std::aligned_alloc(alignment, bytes);
-  if (!memory && bytes) fail(bytes);
+  void* memory;
+  if (posix_memalign(&memory, alignment, bytes) != 0) fail(bytes);
   return memory;
 }
 

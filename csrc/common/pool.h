@@ -4,6 +4,12 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(memory, bytes) (static_cast<void>(memory), static_cast<void>(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(memory, bytes) (static_cast<void>(memory), static_cast<void>(bytes))
+#endif
 
 #include <cstdint>
 #include <mutex>
@@ -28,19 +34,21 @@ class Pool {
 
   // At least `bytes` bytes, in huge pages where the system gives them; to be given back.
   Block take(size_t bytes) {
+    const size_t asked = bytes;
     bytes = rounded(bytes);
-    if (const std::optional<Block> block = idle(bytes)) return *block;
+    if (const std::optional<Block> block = idle(bytes)) return bounded(*block, asked);
     void* memory = std::aligned_alloc(kHugePage, bytes);
     if (!memory) {
       clear();
       memory = memory::allocate(bytes, kHugePage);
     }
     madvise(memory, bytes, MADV_HUGEPAGE);
-    return {memory, bytes};
+    return bounded({memory, bytes}, asked);
   }
 
   void give(Block block) {
     if (block.bytes > kKept) return std::free(block.memory);
+    bounded(block, 0);
     const std::lock_guard lock(mutex_);
     idle_.push_back(block);
     kept_ += block.bytes;
@@ -53,6 +61,13 @@ class Pool {
   }
 
  private:
+  // For an address sanitizer: what lies beyond these bytes is nobody's.
+  static Block bounded(Block block, size_t bytes) {
+    ASAN_UNPOISON_MEMORY_REGION(block.memory, bytes);
+    ASAN_POISON_MEMORY_REGION(static_cast<char*>(block.memory) + bytes, block.bytes - bytes);
+    return block;
+  }
+
   // To an eighth of the next power of two, so that results of almost one size share blocks.
   static size_t rounded(size_t bytes) {
     size_t step = kHugePage;

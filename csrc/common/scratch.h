@@ -12,6 +12,11 @@
 
 namespace scratch {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kOneAllocationAPiece = true;  // the sanitizer sees where each ends
+#else
+constexpr bool kOneAllocationAPiece = false;
+#endif
 constexpr size_t kAlign = 64, kSmallestChunk = size_t{1} << 20, kKept = size_t{1} << 26;
 
 class Stack {
@@ -23,6 +28,10 @@ class Stack {
   Mark mark() const { return at_; }
 
   void* take(size_t bytes) {
+    if (kOneAllocationAPiece) {
+      at_ = {chunks_.size() + 1, 0};
+      return chunks_.emplace_back(bytes).memory.get();
+    }
     bytes = (bytes + kAlign - 1) / kAlign * kAlign;
     while (at_.chunk < chunks_.size() && at_.used + bytes > chunks_[at_.chunk].size) at_ = {at_.chunk + 1, 0};
     if (at_.chunk == chunks_.size()) chunks_.emplace_back(std::max({bytes, kSmallestChunk, total()}));
@@ -33,6 +42,7 @@ class Stack {
 
   void rewind(Mark mark) {
     at_ = mark;
+    if (kOneAllocationAPiece) chunks_.erase(chunks_.begin() + static_cast<std::ptrdiff_t>(mark.chunk), chunks_.end());
     if (at_.chunk == 0 && at_.used == 0 && total() > kKept) chunks_.clear();
   }
 
