@@ -42,10 +42,9 @@ def fold(mean: Tensor, variance: Tensor, norm: nn.BatchNorm2d, conv: Convolution
     """`conv` so that it gives of x what it gave of the normalised x."""
     scale = (variance + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight
-    shift = -mean * scale
-    shift = shift if norm.bias is None else shift + norm.bias
+    shift = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
     weight, bias = conv
-    return Convolution(weight * scale[:, None, None], bias + weight.flatten(1) @ shift)
+    return Convolution(weight * scale[:, None, None], torch.addmv(bias, weight.flatten(1), shift))
 
 
 def mean_and_variance(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -141,8 +140,8 @@ def mix(
     local = Convolution(local_weight, local_bias)
     spatial, wavelet, *of_local = local_branches(x, local, parameters.spatial, parameters.wavelet)
     area = x.shape[2] * x.shape[3]
-    means = [sums / area for sums in (*of_local, of_frequencies)]
-    means[2] = torch.addmm(last_bias, means[2], last.t())
+    means = [sums / area for sums in of_local]
+    means.append(torch.addmm(last_bias, of_frequencies, last.t(), alpha=1 / area))
     attention = attention_of_means(torch.cat(means, dim=1), parameters.attention)
     weight, bias = parameters.conv_out
     weight = weight.flatten(1)
