@@ -70,7 +70,7 @@ sanitize: .venv/installed
 	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 		.venv/bin/pytest -n auto --dist loadfile -m "not slow" \
-		-k "not (triton or reference or compile or opcheck or memory_is_bounded or does_not_grow or failed_allocation)" \
+		-k "not (triton or reference or compile or opcheck or memory_is_bounded or does_not_grow or failed_allocation or layout_is_named)" \
 		$(SANITIZED_TESTS:%=tests/test_%.py) $(wildcard tests/test_arguments.py)
 
 # HTML in build/docs; a warning is an error.

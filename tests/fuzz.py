@@ -178,7 +178,7 @@ def attempt(c: Case) -> tuple[str | None, int]:
     subject = op(c) if c.name in CATALOGUE else module(c) if c.name in MODULES else step(c)
     args, ours, definition = subject.args, subject.ours, subject.definition
     places = subject.places if any(isinstance(a, Tensor) and a.requires_grad for a in args) else []
-    few = 2000 if subject.values < 8 else 1
+    few = 2000 if subject.values < 16 else 1
     calls = 2 * (1 + bool(places))
 
     def run(function: Any, args: Sequence[Any], threads: int = 1) -> list[Tensor]:
