@@ -1,6 +1,7 @@
 // The Fourier branch: transform, one matrix made of all parameters, gate, last convolution, inverse transform.
 #include <cmath>
 #include <tuple>
+#include <utility>
 
 #include "parameters.h"
 #include "stages.h"
@@ -33,6 +34,19 @@ fourier::Factor read_factor(
       tensor::read<double>(shift),
       tensor::read<double>(weight),
       tensor::read<double>(bias)};
+}
+
+fourier::Parameters read_parameters(
+    const Problem& problem, const Tensor& in_weight, const Tensor& in_bias, fourier::Factor gate, fourier::Factor value,
+    double eps) {
+  return {
+      in_bias.numel() / 2,
+      in_weight.size(1),
+      tensor::read<double>(in_weight),
+      tensor::read<double>(in_bias),
+      {std::move(gate), std::move(value)},
+      eps,
+      problem.side};
 }
 
 // The zero frequency of each channel's spectrum, which is real.
@@ -68,17 +82,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fourier_mix(
     const Tensor& value_shift, const Tensor& value_weight, const Tensor& value_bias, const Optional& out_weight,
     const Optional& out_bias, double eps, bool need_sums) {
   const Problem problem(x);
-  const int64_t dim = x.size(1), channels = in_bias.numel() / 2, outputs = out_weight ? out_weight->size(0) : channels;
-  const bool batch_statistics = !gate_mean, is_empty = problem.images == 0;
-  fourier::Parameters p{
-      channels,
-      dim,
-      tensor::read<double>(in_weight),
-      tensor::read<double>(in_bias),
-      {read_factor(gate_mean, gate_variance, gate_scale, gate_shift, gate_weight, gate_bias),
-       read_factor(value_mean, value_variance, value_scale, value_shift, value_weight, value_bias)},
-      eps,
-      problem.side};
+  const int64_t channels = in_bias.numel() / 2, outputs = out_weight ? out_weight->size(0) : channels;
+  const bool batch_statistics = !gate_mean;
+  fourier::Parameters p = read_parameters(
+      problem, in_weight, in_bias,
+      read_factor(gate_mean, gate_variance, gate_scale, gate_shift, gate_weight, gate_bias),
+      read_factor(value_mean, value_variance, value_scale, value_shift, value_weight, value_bias), eps);
   Tensor z = fourier::rfft2(tensor::as_contiguous(x));
   const auto zero = read_zero(z);
   std::vector<double> table(4 * 2 * channels);
@@ -86,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fourier_mix(
   Tensor moments = tensor::empty(x, none, false, ScalarType::Double);
   if (batch_statistics) {
     moments = fourier::spectrum_moments(z, problem.height, problem.width);
-    if (!is_empty) {
+    if (problem.images > 0) {
       Statistics batch = read_statistics(problem, zero, moments);
       fourier::take_statistics(p, batch);
     }
@@ -127,15 +136,10 @@ fourier_mix_backward(
     bool need_parameters) {
   const Problem problem(x);
   const bool batch_statistics = !gate_mean && problem.images > 0;
-  fourier::Parameters p{
-      in_bias.numel() / 2,
-      x.size(1),
-      tensor::read<double>(in_weight),
-      tensor::read<double>(in_bias),
-      {read_factor(gate_mean, gate_variance, gate_scale, gate_shift, gate_weight, gate_bias),
-       read_factor(value_mean, value_variance, value_scale, value_shift, value_weight, value_bias)},
-      eps,
-      problem.side};
+  fourier::Parameters p = read_parameters(
+      problem, in_weight, in_bias,
+      read_factor(gate_mean, gate_variance, gate_scale, gate_shift, gate_weight, gate_bias),
+      read_factor(value_mean, value_variance, value_scale, value_shift, value_weight, value_bias), eps);
   Tensor z = fourier::rfft2(tensor::as_contiguous(x)), grad_mixed = fourier::rfft2(tensor::as_contiguous(grad));
   const auto zero = read_zero(z);
   const int64_t outputs = grad.size(1);

@@ -70,8 +70,8 @@ class StripBackward {
       propagate(i, b, of_task);
       if (of_task && sums_) collect(b);
     }
-    if (!of_task || !sums_) return;
-    add_product(grad_pixels_, activated_pixels_, net_.width, sums_ + layout_.out_weight, layout_.out_pitch);
+    if (of_task && sums_)
+      add_product(grad_pixels_, activated_pixels_, net_.width, sums_ + layout_.out_weight, layout_.out_pitch);
   }
 
   // Block b of the gradient, through the last convolution and the GELU, to the maps of each scale.
