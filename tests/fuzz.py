@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from contract import CATALOGUE, arguments, as_list, detached, differentiable, gradients, op_of, random_grads
-from helpers import LAYOUTS, TOLERANCE, fp64, perturb, poisoned_memory, rel_rms
+from helpers import LAYOUTS, TOLERANCE, fp64, num_threads, perturb, poisoned_memory, rel_rms
 from torch import Tensor, nn
 
 import sdo_fast
@@ -182,12 +182,8 @@ def attempt(c: Case) -> tuple[str | None, int]:
     calls = 2 * (1 + bool(places))
 
     def run(function: Any, args: Sequence[Any], threads: int = 1) -> list[Tensor]:
-        torch.set_num_threads(threads)
-        try:
-            with poisoned_memory():
-                return results(function, args, grads, places)
-        finally:
-            torch.set_num_threads(1)
+        with num_threads(threads), poisoned_memory():
+            return results(function, args, grads, places)
 
     try:
         exact = fp64(args)

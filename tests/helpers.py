@@ -126,6 +126,17 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def perturb(module: nn.Module) -> None:
     """Move every weight and statistic away from its special starting value."""
     for tensor in module.parameters():

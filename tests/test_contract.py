@@ -25,7 +25,7 @@ from contract import (
     random_grads,
     refusal,
 )
-from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, value_and_grads
+from helpers import LAYOUTS, SIZES, assert_close, fp64, num_threads, poisoned_memory, value_and_grads
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
@@ -354,11 +354,8 @@ def test_same_bits_in_every_run_and_for_every_number_of_threads(name: str, backe
     with sf.use_backend(backend):
         first = run()
         for threads in (1, 2, 3, 4, 8) if backend == "cpp" else (1,):
-            torch.set_num_threads(threads)
-            try:
+            with num_threads(threads):
                 again = run()
-            finally:
-                torch.set_num_threads(1)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

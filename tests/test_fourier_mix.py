@@ -13,6 +13,7 @@ from helpers import (
     assert_close,
     assert_matches,
     fp64,
+    num_threads,
     poisoned_memory,
     rel_rms,
     value_and_grads,
@@ -321,11 +322,8 @@ def test_bits_do_not_depend_on_threads(kernels: str, channels: int, training: bo
 
     first = run()
     for threads in (1, 2, 3, 4, 8):
-        torch.set_num_threads(threads)
-        try:
+        with num_threads(threads):
             again = run()
-        finally:
-            torch.set_num_threads(1)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, assert_close, fp64, perturb, value_and_grads
+from helpers import LAYOUTS, assert_close, fp64, num_threads, perturb, value_and_grads
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -263,9 +263,6 @@ def test_a_block_gives_the_same_bits_in_every_run(width: int, training: bool) ->
         ]
 
     for threads in (1, 2, 3, 4, 8):
-        torch.set_num_threads(threads)
-        try:
+        with num_threads(threads):
             pairs = zip(run(), run(), strict=True)
-        finally:
-            torch.set_num_threads(1)
         assert all(torch.equal(a, b) for a, b in pairs)

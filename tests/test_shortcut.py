@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, fp64, poisoned_memory, rel_rms
+from helpers import LAYOUTS, SIZES, assert_close, fp64, num_threads, poisoned_memory, rel_rms
 from torch import Tensor, nn
 
 import sdo_fast
@@ -170,15 +170,11 @@ def test_masked_infinity_gives_no_nan(each_backend: str) -> None:
 def test_bitwise_repeatable(each_backend: str, threads: int) -> None:
     grad, step = inputs(torch.float32, True, 3, 4, 127, 129)
     first = functional.shortcut_backward(grad, A, B, 3.5, **step, **CLIPPING)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         moved = {name: LAYOUTS["strided"](t) for name, t in step.items()}
         for arguments in (step, moved):
             again = functional.shortcut_backward(grad, A, B, 3.5, **arguments, **CLIPPING)
             assert all(map(torch.equal, first, again))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("clipped", [False, True])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, SIZES, assert_close, assert_matches, poisoned_memory, rel_rms, value_and_grads
+from helpers import LAYOUTS, SIZES, assert_close, assert_matches, num_threads, poisoned_memory, rel_rms, value_and_grads
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
@@ -227,14 +227,10 @@ def test_bitwise_repeatable(each_backend: str, threads: int) -> None:
     """The same bits for every number of threads, and for an element wherever it lies in memory."""
     x, cond, uncond = (t.detach() for t in tensors(3, torch.float32, 3, 4, 127, 129))
     first = functional.sampler_step(x, cond, uncond, 3.5, **CLIPPED)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         assert torch.equal(first, functional.sampler_step(x, cond, uncond, 3.5, **CLIPPED))
         moved = [LAYOUTS["strided"](t) for t in (x, cond, uncond)]
         assert torch.equal(first, functional.sampler_step(*moved, 3.5, **CLIPPED))
-    finally:
-        torch.set_num_threads(before)
 
 
 def arguments_of_op(guided: bool, clipped: bool, terms: int) -> tuple[Any, ...]:
