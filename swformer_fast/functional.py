@@ -13,7 +13,7 @@ vmap calls an op for one element after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch._subclasses import FakeTensor
 from . import ops  # noqa: F401
 from .parameters import (
     AttentionParameters,
+    BlockParameters,
     Convolution,
     Factor,
     FfnParameters,
@@ -255,9 +256,7 @@ def wavelet_mix(
     Source: SWFormer (arXiv 2505.05504), wavelet branch.
     """
     check_image("x", x)
-    _check_depthwise("", weight, bias, 4 * x.shape[1], x)
-    for name, taps in (("dec_lo", dec_lo), ("dec_hi", dec_hi), ("rec_lo", rec_lo), ("rec_hi", rec_hi)):
-        _check_parameter(name, taps, (2,), x)
+    _check_wavelet("", WaveletParameters(weight, bias, dec_lo, dec_hi, rec_lo, rec_hi), x.shape[1], x)
     return torch.ops.swformer_fast.wavelet_mix(x, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, False)[0]
 
 
@@ -283,17 +282,66 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.swformer_fast.depthwise_gelu(x, weight, bias, False)[0]
 
 
-def check_local_branches(x: Tensor, conv: Convolution, spatial: SpatialParameters, wavelet: WaveletParameters) -> None:
+def check_local_branches(
+    x: Tensor, in_weight: Tensor, in_bias: Tensor, spatial: SpatialParameters, wavelet: WaveletParameters
+) -> None:
     """Raise unless they fit: the kernels of the fused block read parameters of other modules."""
     check_image("x", x)
     channels = spatial.weight.shape[0]
-    _check_parameter("conv.weight", conv.weight, (2 * channels, x.shape[1]), x)
-    _check_parameter("conv.bias", conv.bias, (2 * channels,), x)
+    _check_parameter("in_weight", in_weight, (2 * channels, x.shape[1]), x)
+    _check_parameter("in_bias", in_bias, (2 * channels,), x)
     _check_depthwise("spatial.", *spatial, channels, x)
-    weight, bias, *taps = wavelet
-    _check_depthwise("wavelet.", weight, bias, 4 * channels, x)
-    for tap in taps:
-        _check_parameter("wavelet taps", tap, (2,), x)
+    _check_wavelet("wavelet.", wavelet, channels, x)
+
+
+def _check_wavelet(prefix: str, parameters: WaveletParameters, channels: int, x: Tensor) -> None:
+    weight, bias, *taps = parameters
+    _check_depthwise(prefix, weight, bias, 4 * channels, x)
+    for name, tap in zip(("dec_lo", "dec_hi", "rec_lo", "rec_hi"), taps, strict=True):
+        _check_parameter(f"{prefix}{name}", tap, (2,), x)
+
+
+_checked_blocks: set[tuple[Any, ...]] = set()
+"""What `check_block` let pass."""
+
+
+def check_block(x: Tensor, parameters: BlockParameters, tensors: Sequence[Tensor]) -> None:
+    """Raise unless they fit; `tensors` are the parameters flattened. Sizes that fitted once are not looked at again."""
+    if torch.compiler.is_compiling():
+        _check_block(x, parameters)
+        return
+    device, dtype = x.device, x.dtype
+    key = (dtype, x.shape[1], *[t.shape if t.dtype is dtype and t.device == device else None for t in tensors])
+    if key in _checked_blocks and type(x) in _PLAIN and all([type(t) in _PLAIN for t in tensors]):
+        check_image("x", x)
+        return
+    _check_block(x, parameters)
+    if None not in key:
+        _checked_blocks.add(key)
+
+
+def _check_block(x: Tensor, parameters: BlockParameters) -> None:
+    check_image("x", x)
+    dim, (norm1, mixer, beta, norm2, ffn, gamma) = x.shape[1], parameters
+    for name, norm in (("norm1", norm1), ("norm2", norm2)):
+        for part, tensor in zip(Norm._fields, norm, strict=True):
+            _check_parameter(f"{name}.{part}", tensor, (dim,), x)
+    _check_convolution("mixer.conv_in", mixer.conv_in, 3 * dim, dim, x)
+    _check_depthwise("mixer.spatial.", *mixer.spatial, dim, x)
+    _check_wavelet("mixer.wavelet.", mixer.wavelet, dim, x)
+    _check_fourier(x, mixer.fourier, False)
+    if len(mixer.fourier.in_bias) != 2 * dim:
+        raise ValueError(f"mixer.fourier must have {2 * dim} channels, got {len(mixer.fourier.in_bias)}")
+    _check_attention("mixer.attention.", mixer.attention, 3 * dim, x)
+    _check_convolution("mixer.conv_out", mixer.conv_out, dim, 3 * dim, x)
+    _check_ffn("ffn.", ffn, x)
+    for name, scale in (("beta", beta), ("gamma", gamma)):
+        _check_parameter(name, scale, (1, dim, 1, 1), x)
+
+
+def _check_convolution(name: str, conv: Convolution, outputs: int, inputs: int, x: Tensor) -> None:
+    _check_parameter(f"{name}.weight", conv.weight, (outputs, inputs, 1, 1), x)
+    _check_parameter(f"{name}.bias", conv.bias, (outputs,), x)
 
 
 def fourier_mix(
@@ -354,11 +402,15 @@ def fourier_mix_and_sums(
 
 def update_running(running: Iterable[Tensor | None], batch: Iterable[Tensor], momentum: float) -> None:
     """Each running statistic takes in the batch's, as nn.BatchNorm2d's does."""
+    pairs = [(old, new) for old, new in zip(running, batch, strict=True) if old is not None]
     with torch.no_grad():
-        for old, new in zip(running, batch, strict=True):
-            if old is not None:
-                dtype = torch.promote_types(old.dtype, new.dtype)  # a batch's may be out of a half type's range
-                old.copy_(old.to(dtype).lerp_(new.to(dtype), momentum))
+        if all(old.dtype == new.dtype and not (old.is_neg() or new.is_neg()) for old, new in pairs):
+            olds, news = ([pair[i] for pair in pairs] for i in range(2))
+            torch._foreach_lerp_(olds, news, momentum)  # on a GPU one launch
+            return
+        for old, new in pairs:
+            dtype = torch.promote_types(old.dtype, new.dtype)  # a batch's may be out of a half type's range
+            old.copy_(old.to(dtype).lerp_(new.to(dtype), momentum))
 
 
 def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> bool:
@@ -421,19 +473,23 @@ def multiscale_ffn(x: Tensor, parameters: FfnParameters) -> Tensor:
     """
     check_image("x", x)
     _check_bundle("parameters", parameters, FfnParameters)
-    in_weight, in_bias, depthwise, out_weight, out_bias = parameters
-    hidden = _outputs("in_weight", in_weight, f"(3 * M, {x.shape[1]}, 1, 1)", 3)
-    outputs = _outputs("out_weight", out_weight, f"(E, {hidden}, 1, 1)")
-    if not isinstance(depthwise, tuple) or len(depthwise) != 3:
-        raise ValueError(f"depthwise must hold three convolutions in a tuple, got {_shape(depthwise)}")
-    _check_parameter("in_weight", in_weight, (hidden, x.shape[1], 1, 1), x)
-    _check_parameter("in_bias", in_bias, (hidden,), x)
-    for i, conv in enumerate(depthwise):
-        _check_bundle(f"depthwise[{i}]", conv, Convolution)
-        _check_depthwise(f"depthwise[{i}].", *conv, hidden // 3, x)
-    _check_parameter("out_weight", out_weight, (outputs, hidden, 1, 1), x)
-    _check_parameter("out_bias", out_bias, (outputs,), x)
+    _check_ffn("", parameters, x)
     return torch.ops.swformer_fast.multiscale_ffn(x, *flatten(parameters), None)
+
+
+def _check_ffn(prefix: str, parameters: FfnParameters, x: Tensor) -> None:
+    in_weight, in_bias, depthwise, out_weight, out_bias = parameters
+    hidden = _outputs(f"{prefix}in_weight", in_weight, f"(3 * M, {x.shape[1]}, 1, 1)", 3)
+    outputs = _outputs(f"{prefix}out_weight", out_weight, f"(E, {hidden}, 1, 1)")
+    if not isinstance(depthwise, tuple) or len(depthwise) != 3:
+        raise ValueError(f"{prefix}depthwise must hold three convolutions in a tuple, got {_shape(depthwise)}")
+    _check_parameter(f"{prefix}in_weight", in_weight, (hidden, x.shape[1], 1, 1), x)
+    _check_parameter(f"{prefix}in_bias", in_bias, (hidden,), x)
+    for i, conv in enumerate(depthwise):
+        _check_bundle(f"{prefix}depthwise[{i}]", conv, Convolution)
+        _check_depthwise(f"{prefix}depthwise[{i}].", *conv, hidden // 3, x)
+    _check_parameter(f"{prefix}out_weight", out_weight, (outputs, hidden, 1, 1), x)
+    _check_parameter(f"{prefix}out_bias", out_bias, (outputs,), x)
 
 
 def channel_attention(x: Tensor, parameters: AttentionParameters) -> Tensor:
@@ -456,11 +512,14 @@ def channel_attention(x: Tensor, parameters: AttentionParameters) -> Tensor:
     """
     check_image("x", x)
     _check_bundle("parameters", parameters, AttentionParameters)
-    w1, b1, w2, b2 = parameters
-    channels = x.shape[1]
-    hidden = _outputs("w1", w1, f"(R, {channels}, 1, 1)")
-    _check_parameter("w1", w1, (hidden, channels, 1, 1), x)
-    _check_parameter("b1", b1, (hidden,), x)
-    _check_parameter("w2", w2, (channels, hidden, 1, 1), x)
-    _check_parameter("b2", b2, (channels,), x)
+    _check_attention("", parameters, x.shape[1], x)
     return torch.ops.swformer_fast.channel_attention(x, *parameters)
+
+
+def _check_attention(prefix: str, parameters: AttentionParameters, channels: int, x: Tensor) -> None:
+    w1, b1, w2, b2 = parameters
+    hidden = _outputs(f"{prefix}w1", w1, f"(R, {channels}, 1, 1)")
+    _check_parameter(f"{prefix}w1", w1, (hidden, channels, 1, 1), x)
+    _check_parameter(f"{prefix}b1", b1, (hidden,), x)
+    _check_parameter(f"{prefix}w2", w2, (channels, hidden, 1, 1), x)
+    _check_parameter(f"{prefix}b2", b2, (channels,), x)

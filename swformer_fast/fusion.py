@@ -1,20 +1,23 @@
 """The fused block: pure functions of tensors and bundles.
 
 Normalisations, scales and residuals go into the parameters of the 1x1 convolutions beside them; the branches are never
-concatenated. The Fourier branch's part of the mixer's first convolution goes into that branch's first one; its last
-one, channel attention and the block's scale go into the weights of the mixer's last one.
+concatenated. The Fourier branch's part of the mixer's first convolution goes into that branch's first one, `fold_norm`;
+its last one, channel attention and the block's scale go into the weights of the mixer's last one, `fold_attention`.
+Without gradients the block is one op, which does the same.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._layout import channels_last
 from .backend import has_cpp
-from .functional import autocasts, check_local_branches, fourier_mix_and_sums, update_running
+from .functional import autocasts, check_block, check_local_branches, fourier_mix_and_sums, update_running
 from .parameters import (
-    AttentionParameters,
+    BlockParameters,
     Convolution,
     FfnParameters,
     MixerParameters,
@@ -37,14 +40,9 @@ def merge(a: Tensor, b: Tensor, conv: Convolution) -> Tensor:
 
 # normalisation --------------------------------------------------------------------------------------------------------
 
-
-def fold(mean: Tensor, variance: Tensor, norm: nn.BatchNorm2d, conv: Convolution) -> Convolution:
-    """`conv` so that it gives of x what it gave of the normalised x."""
-    scale = (variance + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
-    weight, bias = conv
-    return Convolution(weight * scale[:, None, None], torch.addmv(bias, weight.flatten(1), shift))
+Foldable = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Mean, variance, weight and bias of a normalisation that is yet to be folded into the convolution behind it."""
+NOTHING: Foldable = (None, None, None, None)
 
 
 def mean_and_variance(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -62,38 +60,42 @@ def mean_and_variance(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def normalised(x: Tensor, norm: nn.BatchNorm2d, conv: Convolution) -> tuple[Tensor, Convolution]:
-    """What to convolve, and with what, to get `conv` of norm(x).
+def normalised(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Foldable]:
+    """What to convolve for a convolution of norm(x), and what to fold into it.
 
-    On a GPU the batch's statistics are not folded: the algebra of the parameters takes more launches than the passes it
-    saves are worth.
+    On a GPU the batch's statistics are not folded: the passes that this saves are worth less than its launches.
     """
     mean, variance = norm.running_mean, norm.running_var
     if norm.training or mean is None or variance is None:
         if not has_cpp(x.device.type) or x.numel() <= x.shape[1]:
-            return norm(x), conv  # which refuses a single value
+            return norm(x), NOTHING  # which refuses a single value
         mean, variance = mean_and_variance(x, norm)
-    return x, fold(mean, variance, norm, conv)
+    return x, (mean, variance, norm.weight, norm.bias)
 
 
 # mixer ----------------------------------------------------------------------------------------------------------------
 
 
 def local_branches(
-    x: Tensor, conv: Convolution, spatial: SpatialParameters, wavelet: WaveletParameters
+    x: Tensor, weight: Tensor, bias: Tensor, spatial: SpatialParameters, wavelet: WaveletParameters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.local_branches` and the sums of both results over the pixels, (B, C).
 
     Without gradients in one pass, on the CPU, and the convolution's map never exists.
     """
-    check_local_branches(x, conv, spatial, wavelet)
+    check_local_branches(x, weight, bias, spatial, wavelet)
     ops = torch.ops.swformer_fast
+    if not has_cpp(x.device.type):  # fewer launches
+        u, v = ops.pointwise(x, None, None, weight[None], bias, None).chunk(2, 1)
+        left, left_sums = ops.depthwise_gelu(u, *spatial, True)
+        right, right_sums = ops.wavelet_mix(v, *wavelet, True)
+        return left, right, left_sums, right_sums
     needs_grad = torch.is_grad_enabled()
     if torch.jit.is_tracing():  # what is traced in one mode runs in the other too
-        needs_grad = any(t.requires_grad for t in (x, *conv, *spatial, *wavelet))
-    if not needs_grad and has_cpp(x.device.type):
-        return ops.local_branches(x, *conv, *spatial, *wavelet)
-    weights, biases = conv.weight[None].chunk(2, 1), conv.bias.chunk(2)
+        needs_grad = any(t.requires_grad for t in (x, weight, bias, *spatial, *wavelet))
+    if not needs_grad:
+        return ops.local_branches(x, weight, bias, *spatial, *wavelet)
+    weights, biases = weight[None].chunk(2, 1), bias.chunk(2)
     # One after the other: their inputs do not exist at a time.
     u = ops.pointwise(x, None, None, weights[0], biases[0], None)
     left, left_sums = ops.depthwise_gelu(u, *spatial, True)
@@ -103,15 +105,10 @@ def local_branches(
     return left, right, left_sums, right_sums
 
 
-def attention_of_means(means: Tensor, parameters: AttentionParameters) -> Tensor:
-    """Channel attention's weights, (B, C), from the means over the pixels, (B, C)."""
-    w1, b1, w2, b2 = parameters
-    hidden = torch.addmm(b1, means, w1.flatten(1).t()).relu()
-    return torch.addmm(b2, hidden, w2.flatten(1).t()).sigmoid()
-
-
 def mix(
     x: Tensor,
+    norm: Foldable,
+    norm_eps: float,
     parameters: MixerParameters,
     training: bool,
     momentum: float,
@@ -119,48 +116,81 @@ def mix(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`residual + scale * MultiDomainMixer(x)`; training, momentum and eps are the Fourier branch's.
-
-    The first convolution's weight is (3 * D, D, 1, 1) or (3 * D, D).
+    """`residual + scale * MultiDomainMixer(batch_norm(x, *norm, norm_eps))`; training, momentum and eps are the Fourier
+    branch's.
     """
-    dim, fourier = x.shape[1], parameters.fourier
-    weight, bias = parameters.conv_in
-    (local_weight, weight), (local_bias, bias) = (t.split((2 * dim, dim)) for t in (weight.flatten(1), bias))
+    ops, fourier = torch.ops.swformer_fast, parameters.fourier
+    dim, channels = x.shape[1], len(fourier.in_bias)
     assert fourier.out_weight is not None
     assert fourier.out_bias is not None
-    first, last, last_bias = fourier.in_weight.flatten(1), fourier.out_weight.flatten(1), fourier.out_bias
+    weight, bias = parameters.conv_in
+    folded = ops.fold_norm(
+        weight.flatten(1), bias, *norm, fourier.in_weight.flatten(1), fourier.in_bias, None, norm_eps
+    )
+    local_weight, fourier_weight, local_bias, fourier_bias = folded.split(
+        (2 * dim * dim, channels * dim, 2 * dim, channels)
+    )
     composed = fourier._replace(
-        in_weight=(first @ weight)[..., None, None],
-        in_bias=torch.addmv(fourier.in_bias, first, bias),
-        out_weight=None,
-        out_bias=None,
+        in_weight=fourier_weight.view(channels, dim, 1, 1), in_bias=fourier_bias, out_weight=None, out_bias=None
     )
     # The branch that needs most memory first.
     frequencies, of_frequencies = fourier_mix_and_sums(x, composed, training, momentum, eps, True)
-    local = Convolution(local_weight, local_bias)
-    spatial, wavelet, *of_local = local_branches(x, local, parameters.spatial, parameters.wavelet)
-    area = x.shape[2] * x.shape[3]
-    means = [sums / area for sums in of_local]
-    means.append(torch.addmm(last_bias, of_frequencies, last.t(), alpha=1 / area))
-    attention = attention_of_means(torch.cat(means, dim=1), parameters.attention)
+    local = local_weight.view(2 * dim, dim), local_bias
+    spatial, wavelet, *of_local = local_branches(x, *local, parameters.spatial, parameters.wavelet)
+    sums, area = (*of_local, of_frequencies), x.shape[2] * x.shape[3]
+    if torch.jit.is_tracing():  # which would keep this image's area for every other
+        sums, area = tuple(of_map / area for of_map in sums), 1
+    w1, b1, w2, b2 = parameters.attention
+    attention = w1.flatten(1), b1, w2.flatten(1), b2
     weight, bias = parameters.conv_out
-    weight = weight.flatten(1)
-    if scale is not None:
-        weight, bias = weight * scale.view(-1, 1), bias * scale.view(-1)
-    weight = weight * attention[:, None]
-    of_last = weight[..., 2 * dim :]
-    weight = torch.cat((weight[..., : 2 * dim], of_last @ last), dim=2)
-    bias = bias + of_last @ last_bias
-    return torch.ops.swformer_fast.pointwise(spatial, wavelet, frequencies, weight, bias, residual)
+    last = fourier.out_weight.flatten(1), fourier.out_bias, weight.flatten(1), bias
+    folded = ops.fold_attention(*sums, *attention, *last, None if scale is None else scale.view(-1), area)
+    batch, outputs, width = x.shape[0], bias.shape[0], 2 * dim + frequencies.shape[1]
+    weights, biases = folded.split((batch * outputs * width, batch * outputs))
+    weights = weights.view(batch, outputs, width)
+    return ops.pointwise(spatial, wavelet, frequencies, weights, biases.view(batch, outputs), residual)
 
 
 # FFN ------------------------------------------------------------------------------------------------------------------
 
 
-def feed_forward(x: Tensor, parameters: FfnParameters, scale: Tensor, residual: Tensor) -> Tensor:
-    """`residual + scale * multiscale_ffn(x, parameters)`."""
-    gamma = scale.view(-1)
-    scaled = parameters._replace(
-        out_weight=parameters.out_weight * gamma[:, None, None, None], out_bias=parameters.out_bias * gamma
+def feed_forward(
+    x: Tensor, norm: Foldable, eps: float, parameters: FfnParameters, scale: Tensor, residual: Tensor
+) -> Tensor:
+    """`residual + scale * multiscale_ffn(batch_norm(x, *norm, eps), parameters)`."""
+
+    def folded(weight: Tensor, bias: Tensor, norm: Foldable, scale: Tensor | None) -> Convolution:
+        both = torch.ops.swformer_fast.fold_norm(weight.flatten(1), bias, *norm, None, None, scale, eps)
+        weights, biases = both.split((weight.numel(), bias.numel()))
+        return Convolution(weights.view(weight.shape), biases)
+
+    first, last = (
+        Convolution(parameters.in_weight, parameters.in_bias),
+        folded(parameters.out_weight, parameters.out_bias, NOTHING, scale.view(-1)),
     )
-    return torch.ops.swformer_fast.multiscale_ffn(x, *flatten(scaled), residual)
+    if norm is not NOTHING:
+        first = folded(*first, norm, None)
+    parameters = parameters._replace(
+        in_weight=first.weight, in_bias=first.bias, out_weight=last.weight, out_bias=last.bias
+    )
+    return torch.ops.swformer_fast.multiscale_ffn(x, *flatten(parameters), residual)
+
+
+# block ----------------------------------------------------------------------------------------------------------------
+
+
+def in_one(x: Tensor, parameters: BlockParameters) -> bool:
+    """Whether the block may be one op, which has no gradients: what its kernels for the CPU and for a GPU take."""
+    if x.dtype != torch.float32 or torch.jit.is_tracing():  # what is traced in one mode runs in the other too
+        return False
+    mixer, ffn = parameters.mixer, parameters.ffn
+    norms = parameters.norm1, parameters.norm2, mixer.fourier.gate.norm
+    kernels = mixer.spatial.weight, mixer.wavelet.weight, *[conv.weight for conv in ffn.depthwise]
+    return all([weight.shape[-1] == 3 for weight in kernels]) and not any([t is None for n in norms for t in n])
+
+
+def block(x: Tensor, parameters: BlockParameters, eps1: float, eps2: float, fourier_eps: float) -> Tensor:
+    """`reference.swformer_block` in one op, without gradients."""
+    tensors: Any = flatten(parameters)
+    check_block(x, parameters, tensors)
+    return torch.ops.swformer_fast.swformer_block(x, *tensors, eps1, eps2, fourier_eps)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from . import functional, fusion, reference
-from .parameters import Convolution, MixerParameters
-from .reference.common import as_defined, conv_parameters, plain
+from .parameters import BlockParameters, Convolution, MixerParameters
+from .reference.common import as_defined, conv_parameters, norm_parameters, plain
 
 
 class HaarDWT2d(reference.HaarDWT2d):
@@ -68,7 +69,7 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         functional.check_image("x", x)
         if not (self.fusible and fusion.foldable(x)):
             return super().forward(x)
-        return self.mix(x, Convolution(*conv_parameters(self.conv_in)), None, None)
+        return self.mix(x, fusion.NOTHING, 0.0, None, None)
 
     @property
     def fusible(self) -> bool:
@@ -79,14 +80,20 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         defined = defined and spatial.readable and wavelet.readable and fourier.readable and attention.readable
         return defined and plain(self.conv_in, self.conv_out) and self.canonical
 
-    def mix(self, x: Tensor, conv_in: Convolution, scale: Tensor | None, residual: Tensor | None) -> Tensor:
-        """`residual + scale * forward(x)` with the parameters of the first convolution given."""
-        self.fourier.count_batch()
+    def arguments(self) -> tuple[MixerParameters, bool, float, float]:
+        """Parameters, and training, momentum and eps of the Fourier branch."""
         fourier, training, momentum, eps = self.fourier.arguments()
-        (attention,), conv_out = self.attention.arguments(), Convolution(*conv_parameters(self.conv_out))
+        ends = (Convolution(*conv_parameters(conv)) for conv in (self.conv_in, self.conv_out))
+        (attention,), (conv_in, conv_out) = self.attention.arguments(), ends
         branches = (self.spatial.arguments(), self.wavelet.arguments(), fourier)
-        parameters = MixerParameters(conv_in, *branches, attention, conv_out)
-        return fusion.mix(x, parameters, training, momentum, eps, scale, residual)
+        return MixerParameters(conv_in, *branches, attention, conv_out), training, momentum, eps
+
+    def mix(
+        self, x: Tensor, norm: fusion.Foldable, eps: float, scale: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """`residual + scale * forward(batch_norm(x, *norm, eps))`."""
+        self.fourier.count_batch()
+        return fusion.mix(x, norm, eps, *self.arguments(), scale, residual)
 
 
 class MultiScaleFFN(reference.MultiScaleFFN):
@@ -112,9 +119,14 @@ class SWFormerBlock(reference.SWFormerBlock):
         defined = defined and as_defined(nn.BatchNorm2d, self.norm1, self.norm2) and self.canonical
         if not (defined and fusion.foldable(x)):
             return super().forward(x)
-        normalised, conv = fusion.normalised(x, self.norm1, Convolution(*conv_parameters(mixer.conv_in)))
-        x = mixer.mix(normalised, conv, self.beta, x)
         (parameters,) = ffn.arguments()
-        normalised, conv = fusion.normalised(x, self.norm2, Convolution(*conv_parameters(ffn.conv_in)))
-        parameters = parameters._replace(in_weight=conv.weight, in_bias=conv.bias)
-        return fusion.feed_forward(normalised, parameters, self.gamma, x)
+        if not (torch.is_grad_enabled() or self.norm1.training or self.norm2.training):
+            mix, training, _, eps = mixer.arguments()
+            norm1, norm2 = norm_parameters(self.norm1), norm_parameters(self.norm2)
+            every = BlockParameters(norm1, mix, self.beta, norm2, parameters, self.gamma)
+            if not training and fusion.in_one(x, every):
+                return fusion.block(x, every, self.norm1.eps, self.norm2.eps, eps)
+        normalised, norm = fusion.normalised(x, self.norm1)
+        x = mixer.mix(normalised, norm, self.norm1.eps, self.beta, x)
+        normalised, norm = fusion.normalised(x, self.norm2)
+        return fusion.feed_forward(normalised, norm, self.norm2.eps, parameters, self.gamma, x)

@@ -104,6 +104,17 @@ class MixerParameters(NamedTuple):
     conv_out: Convolution
 
 
+class BlockParameters(NamedTuple):
+    """Of a `SWFormerBlock` with default options: beta and gamma are (1, D, 1, 1)."""
+
+    norm1: Norm
+    mixer: MixerParameters
+    beta: Tensor
+    norm2: Norm
+    ffn: FfnParameters
+    gamma: Tensor
+
+
 def flatten(bundle: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """The tensors of a bundle, in the order of its fields."""
     return tuple(_tensors(bundle))

@@ -59,7 +59,7 @@ def op_of(name: str) -> Callable[..., Any]:
 def parameter(name: str, shape: tuple[int, ...]) -> Tensor:
     """Weights as a trained network's, so that every GELU sees both sides, of a mean that keeps gradients' sums from
     cancelling, and so filters; small biases, so that nothing saturates."""
-    if name.endswith(("_lo", "_hi")):
+    if name.endswith(("_lo", "_hi", "variance")):
         return 0.5 + torch.rand(shape, dtype=torch.float64)
     scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
     return (torch.randn(shape, dtype=torch.float64) + 0.3) * scale

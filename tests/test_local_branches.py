@@ -1,4 +1,4 @@
-"""local_branches: strips, and the block's use of it. What every op keeps is in test_contract.py."""
+"""local_branches: strips, and the mixer's use of it. What every op keeps is in test_contract.py."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 import swformer_fast as sf
 from swformer_fast import fusion
-from swformer_fast.parameters import Convolution, SpatialParameters, WaveletParameters
+from swformer_fast.parameters import SpatialParameters, WaveletParameters
 
 pytestmark = needs_cpp
 local_branches = torch.ops.swformer_fast.local_branches
@@ -50,14 +50,14 @@ def test_strips_and_tasks(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_block_with_and_without_gradients(dtype: torch.dtype) -> None:
-    block = sf.SWFormerBlock(6).to(dtype).eval()
+def test_mixer_with_and_without_gradients(dtype: torch.dtype) -> None:
+    mixer = sf.MultiDomainMixer(6).to(dtype).eval()
     x = torch.randn(2, 6, 33, 48, dtype=dtype)
     calls: list[str] = []
 
     def names(record: bool) -> list[str]:
         with torch.set_grad_enabled(record), torch.profiler.profile() as profile:
-            results.append(block(x).detach())
+            results.append(mixer(x).detach())
         calls.extend(event.key for event in profile.key_averages() if "local_branches" in event.key)
         return calls
 
@@ -70,16 +70,16 @@ def test_block_with_and_without_gradients(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("place", "shape", "message"),
     [
-        (0, (5, 2), r"conv.weight must have shape \(6, 2\), got \(5, 2\)"),
-        (1, (5,), r"conv.bias must have shape \(6,\), got \(5,\)"),
+        (0, (5, 2), r"in_weight must have shape \(6, 2\), got \(5, 2\)"),
+        (1, (5,), r"in_bias must have shape \(6,\), got \(5,\)"),
         (3, (4,), r"spatial.bias must have shape \(3,\), got \(4,\)"),
         (4, (3, 1, 3, 3), r"wavelet.weight must have shape \(12, 1, 3, 3\), got \(3, 1, 3, 3\)"),
-        (6, (3,), r"wavelet taps must have shape \(2,\), got \(3,\)"),
+        (6, (3,), r"wavelet.dec_lo must have shape \(2,\), got \(3,\)"),
     ],
 )
 def test_errors_before_kernels(place: int, shape: tuple[int, ...], message: str) -> None:
     x, *parameters = arguments(1, 2, 4, 5, channels=3)
     parameters[place] = torch.randn(shape)
-    conv, spatial = Convolution(*parameters[:2]), SpatialParameters(*parameters[2:4])
+    spatial, wavelet = SpatialParameters(*parameters[2:4]), WaveletParameters(*parameters[4:])
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        fusion.local_branches(x, conv, spatial, WaveletParameters(*parameters[4:]))
+        fusion.local_branches(x, *parameters[:2], spatial, wavelet)

@@ -218,6 +218,38 @@ def _channel_attention(make: Make, shape: Shape) -> Iterator[Launch]:
         )
 
 
+def _fold_norm(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import fold_norm
+
+    dim = shape[1]
+    nothing = (None,) * 4
+    norm, then = (make(dim), make(dim).abs(), make(dim), make(dim)), (make(2 * dim, dim), make(2 * dim), None)
+    for name, arguments in (
+        ("norm and convolution", (make(3 * dim, dim), make(3 * dim), *norm, *then)),
+        ("convolution", (make(3 * dim, dim), make(3 * dim), *nothing, *then)),
+        ("scale", (make(dim, 3 * dim), make(dim), *nothing, None, None, make(dim))),
+    ):
+        outputs = len(arguments[1]) + (0 if arguments[6] is None else len(arguments[6]) - arguments[6].shape[1])
+        grad = make(outputs * (arguments[0].shape[1] + 1))
+        yield Launch(f"fold_norm {name}", fold_norm.fold_norm, (*arguments, 1e-5), True, 32)
+        backward = (grad, *arguments, 1e-5, True)
+        yield Launch(f"fold_norm_backward {name}", fold_norm.fold_norm_backward, backward, True, 32)
+
+
+def _fold_attention(make: Make, shape: Shape) -> Iterator[Launch]:
+    from swformer_kernels import fold_attention
+
+    batch, dim, height, width = shape
+    hidden = max(1, 3 * dim // 4)
+    sums = tuple(make(batch, dim) for _ in range(3))
+    attention = (make(hidden, 3 * dim), make(hidden), make(3 * dim, hidden), make(3 * dim))
+    last = (make(dim, dim), make(dim), make(dim, 3 * dim), make(dim), make(dim))
+    arguments = (*sums, *attention, *last, height * width)
+    yield Launch("fold_attention", fold_attention.fold_attention, arguments, True, 32)
+    backward = (make(batch * dim * (3 * dim + 1)), *arguments, True)
+    yield Launch("fold_attention_backward", fold_attention.fold_attention_backward, backward, True, 32)
+
+
 def _multiscale_ffn(make: Make, shape: Shape) -> Iterator[Launch]:
     from swformer_kernels import multiscale_ffn
 
@@ -253,6 +285,18 @@ LAUNCHES: dict[str, Family] = {
         traffic=None,
     ),
     "channel_attention": Family(_channel_attention, compiled=((2, 120, 256, 256), (2, 192, 64, 64)), traffic=1.6),
+    "fold_norm": Family(
+        _fold_norm,
+        compiled=tuple((2, dim, 256, 256) for dim in (40, 16, 96)),
+        interpreted=((1, 40, 16, 32), (2, 33, 7, 9)),
+        traffic=None,
+    ),
+    "fold_attention": Family(
+        _fold_attention,
+        compiled=tuple((2, dim, 256, 256) for dim in (40, 16, 96)),
+        interpreted=((1, 40, 16, 32), (2, 33, 7, 9)),
+        traffic=None,
+    ),
     "multiscale_ffn": Family(
         _multiscale_ffn,
         compiled=tuple((2, dim, 256, 256) for dim in (40, 16, 96)),

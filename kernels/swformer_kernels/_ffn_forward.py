@@ -174,13 +174,13 @@ def ffn_low_kernel(
 
 @triton.jit
 def ffn_out_kernel(
-    hidden, mixed, mixed_starts, dw_weight, dw_bias, weight, bias, residual, residual_strides, y, strides,
+    hidden, mixed, mixed_starts, dw_weight, dw_bias, weight, bias, scale, residual, residual_strides, y, strides,
     size, levels, mid,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The depthwise convolution at full resolution, the bilinear maps, GELU, the last 1x1 convolution, the residual,
-    unless that is None."""
+    """The depthwise convolution at full resolution, the bilinear maps, GELU, the last 1x1 convolution, a scale and
+    the residual, unless these are None."""
     outputs = size[1]
     image, top, left = tile_place(tl.program_id(0), size, ROWS, COLUMNS)
     row, column = tile_pixels(top, left, ROWS, COLUMNS)
@@ -196,6 +196,8 @@ def ffn_out_kernel(
             )  # fmt: skip
             factor = load_matrix(weight + s * mid, e, e < outputs, c, mid, 3 * mid)
             total = tl.dot(factor, gelu(before), total, input_precision=PRECISION)
+    if scale is not None:
+        total *= load(scale + e, mask=e < outputs)[:, None]
     if residual is not None:
         pointers, mask = image_pointers(
             residual, residual_strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST

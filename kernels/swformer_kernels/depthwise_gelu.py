@@ -156,6 +156,22 @@ def _check(x: Tensor, weight: Tensor) -> int:
     return 4 if is_channels_last(x) else 16 // x.element_size()
 
 
+def with_parts(x: Tensor, parameters: tuple[Tensor, ...], need_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """`depthwise_gelu` with its sums in parts, (B, C, parts), if they are needed."""
+    weight, bias = parameters
+    vector = _check(x, weight)
+    y = empty(x, *x.shape)
+    cut = plan(x, [x, y], vector, halo=1)
+    partials = partial_sums(x, cut, need_sums)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            depthwise_gelu_kernel[(cut.programs,)](
+                x, x.stride(), y, y.stride(), weight.contiguous(), bias.contiguous(), partials, tuple(x.shape),
+                cut.numbers, K=3, **cut.constants,
+            )  # fmt: skip
+    return y, partials
+
+
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, need_sums: bool) -> tuple[Tensor, Tensor]:
     """`gelu(conv2d(x, weight, bias, padding=1, groups=C))`: `reference.depthwise_gelu`; and its sums over the pixels.
 
@@ -167,16 +183,7 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, need_sums: bool) -> 
         TypeError: `x` has another dtype.
         ValueError: `weight` is not 3 x 3.
     """
-    vector = _check(x, weight)
-    y = empty(x, *x.shape)
-    cut = plan(x, [x, y], vector, halo=1)
-    partials = partial_sums(x, cut, need_sums)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            depthwise_gelu_kernel[(cut.programs,)](
-                x, x.stride(), y, y.stride(), weight.contiguous(), bias.contiguous(), partials, tuple(x.shape),
-                cut.numbers, K=3, **cut.constants,
-            )  # fmt: skip
+    y, partials = with_parts(x, (weight, bias), need_sums)
     return y, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(2)
 
 

@@ -29,12 +29,12 @@ from ._device import empty, is_channels_last, parameter_gradients
 from ._spectrum import spectrum_mix, spectrum_mix_backward, spectrum_moments, spectrum_moments_backward
 
 
-def _transform(x: Tensor) -> Tensor:
+def transform(x: Tensor) -> Tensor:
     """(B, D, H, W) -> (B, D, H, W // 2 + 1, 2), unscaled, contiguous, fp32."""
     return torch.view_as_real(torch.fft.rfft2(x.float().contiguous())).contiguous()
 
 
-def _image(spectrum: Tensor, like: Tensor) -> Tensor:
+def inverse_transform(spectrum: Tensor, like: Tensor) -> Tensor:
     """The unscaled inverse transform, in the dtype and layout of `like`."""
     y = torch.fft.irfft2(torch.view_as_complex(spectrum), s=like.shape[2:], norm="forward")
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
@@ -60,14 +60,14 @@ def fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
         statistics = torch.zeros((4, channels) if of_batch else 0, dtype=dtype, device=x.device)
         return empty(x, 0, outputs, height, width), sums, no_moments, statistics
     scale = 1 / math.sqrt(height * width)
-    spectrum = _transform(x)
+    spectrum = transform(x)
     moments = spectrum_moments(spectrum, scale) if of_batch else None
     composed = compose(eps, height * width, tuple(parameters), spectrum, moments)
     mixed = spectrum_mix(spectrum, composed.matrix, out_weight, out_bias, width, scale)
     del spectrum
     if need_sums:  # they are the zero frequency
         sums = mixed[:, :, 0, 0, 0] * (height * width)
-    y = _image(mixed, x)
+    y = inverse_transform(mixed, x)
     if moments is None or composed.statistics is None:
         return y, sums, x.new_empty(0, dtype=torch.float64), x.new_empty(0, dtype=dtype)
     return y, sums, moments, composed.statistics
@@ -86,7 +86,7 @@ def fourier_mix_backward(
     grads = parameter_gradients(x, differentiable, need_parameters)
     if len(x):
         area, width, of_batch = x.shape[2] * x.shape[3], x.shape[3], parameters[2] is None
-        spectrum, grad = _transform(x), _transform(grad)
+        spectrum, grad = transform(x), transform(grad)
         if grad_sums is not None:
             grad[:, :, 0, 0, 0].add_(grad_sums, alpha=area)
         statistics = moments if of_batch else None
@@ -103,6 +103,6 @@ def fourier_mix_backward(
             if need_parameters:
                 grads = (*first, *last)
         if need_x:
-            out = _image(of_spectrum, x)
+            out = inverse_transform(of_spectrum, x)
     missing = (x.new_empty(0) for _ in range(len(PLACES) - len(grads)))
     return out, *grads, *missing

@@ -144,7 +144,11 @@ def multiscale_ffn(x: Tensor, *arguments: Any) -> Tensor:
         TypeError: `x` has another dtype.
         ValueError: a depthwise kernel is not 3 x 3.
     """
-    parameters, residual = arguments[:10], arguments[10] if arguments[10:] else None
+    return scaled_ffn(x, arguments[:10], None, arguments[10] if arguments[10:] else None)
+
+
+def scaled_ffn(x: Tensor, parameters: tuple[Tensor, ...], scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`multiscale_ffn` times `scale`, one number for each output channel, plus `residual`."""
     net = _net(x, *parameters)
     size = (x.shape[0], net.outputs, *x.shape[2:])
     y = empty(x, *size)
@@ -157,7 +161,8 @@ def multiscale_ffn(x: Tensor, *arguments: Any) -> Tensor:
             block = channel_block(net.outputs, _OUT_CHANNELS)
             ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), triton.cdiv(net.outputs, block))](
                 hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias,
-                residual, None if residual is None else residual.stride(), y, y.stride(), size, net.levels, net.mid,
+                scale, residual, None if residual is None else residual.stride(), y, y.stride(), size, net.levels,
+                net.mid,
                 BLOCK_C=16, BLOCK_E=block, ROWS=_OUT_ROWS, COLUMNS=_OUT_COLUMNS, LEVEL_ALIGN=net.align,
                 PRECISION=input_precision(x, exact="tf32x3"),
                 **_layout(y, [y] if residual is None else [y, residual]), **matrix_options(x),

@@ -391,6 +391,17 @@ def _stream(
         )  # fmt: skip
 
 
+def with_parts(x: Tensor, parameters: tuple[Tensor, ...], need_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """`wavelet_mix` with its sums in parts, (B, C, parts), if they are needed."""
+    radius = _check(x, parameters[0])
+    y = empty(x, *x.shape)
+    cut = _plan(x, [x, y], radius)
+    partials = partial_sums(x, cut, need_sums)
+    if x.numel():
+        _stream(cut, x, None, y, parameters, partials, adjoint=False)
+    return y, partials
+
+
 def wavelet_mix(
     x: Tensor,
     weight: Tensor,
@@ -411,12 +422,7 @@ def wavelet_mix(
         TypeError: `x` has another dtype.
         ValueError: `weight` has another size.
     """
-    radius = _check(x, weight)
-    y = empty(x, *x.shape)
-    cut = _plan(x, [x, y], radius)
-    partials = partial_sums(x, cut, need_sums)
-    if x.numel():
-        _stream(cut, x, None, y, (weight, bias, dec_lo, dec_hi, rec_lo, rec_hi), partials, adjoint=False)
+    y, partials = with_parts(x, (weight, bias, dec_lo, dec_hi, rec_lo, rec_hi), need_sums)
     return y, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(2)
 
 

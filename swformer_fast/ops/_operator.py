@@ -148,6 +148,11 @@ class Operator:
 
     # inputs
 
+    @property
+    def takes_image(self) -> bool:
+        """Whether the first input is a map, whose dtype is the result's; else all are parameters."""
+        return type(self.inputs[0]) is Image
+
     @cached_property
     def places(self) -> tuple[int, ...]:
         """Of the inputs that have a gradient. The backward op gives one for each, in order."""
@@ -210,9 +215,15 @@ class Operator:
         with recording():
             leaves = [a.detach().requires_grad_() if i in wanted else a for i, a in enumerate(inputs)]
             gradients = self.gradients(grads, leaves, wanted, False) if wanted else {}
-        return _as_result(
-            tuple(as_output(inputs[i], gradients[i]) if i in gradients else grads[0].new_empty(0) for i in self.places)
-        )
+
+        def owned(i: int) -> Tensor:
+            g = gradients[i]
+            memory = g.untyped_storage()
+            # Behind a concatenation it is a part of another gradient.
+            shared = memory._cdata == grads[0].untyped_storage()._cdata or memory.nbytes() > g.nbytes
+            return as_output(inputs[i], g.clone() if shared else g)
+
+        return _as_result(tuple(owned(i) if i in gradients else grads[0].new_empty(0) for i in self.places))
 
     def fake_backward(self, *args: Any) -> Any:
         grads, _, inputs, flags = self.backward_arguments(args)
@@ -285,7 +296,7 @@ def register(operator: Operator) -> Operator:
         _define(operator.backward_schema, operator.backward_implementations(), operator.fake_backward)
         _register_gradient(operator.name, _Backward(operator), operator.forward)
         _register_gradient(operator.backward_name, _DoubleBackward(operator), operator.backward)
-        _under_autocast(operator.name, _with_image_cast)
+        _under_autocast(operator.name, _with_image_cast if operator.takes_image else _as_they_are)
         _under_autocast(operator.backward_name, _as_they_are)
     return operator
 

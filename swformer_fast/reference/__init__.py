@@ -4,6 +4,8 @@ from .block import MultiDomainMixer, SWFormerBlock
 from .channel_attention import ChannelAttention, channel_attention
 from .channel_statistics import channel_statistics
 from .depthwise_gelu import SpatialBranch, depthwise_gelu
+from .fold_attention import fold_attention
+from .fold_norm import fold_norm
 from .fourier_mix import FourierBranch, fourier_mix
 from .haar_dwt2d import HaarDWT2d, haar_dwt2d
 from .haar_idwt2d import HaarIDWT2d, haar_idwt2d
@@ -11,6 +13,7 @@ from .local_branches import local_branches
 from .multiscale_ffn import MultiScaleFFN, multiscale_ffn
 from .network import PRESETS, SWFormer
 from .pointwise import pointwise
+from .swformer_block import swformer_block
 from .wavelet_mix import WaveletBranch, wavelet_mix
 
 __all__ = [
@@ -28,11 +31,14 @@ __all__ = [
     "channel_attention",
     "channel_statistics",
     "depthwise_gelu",
+    "fold_attention",
+    "fold_norm",
     "fourier_mix",
     "haar_dwt2d",
     "haar_idwt2d",
     "local_branches",
     "multiscale_ffn",
     "pointwise",
+    "swformer_block",
     "wavelet_mix",
 ]

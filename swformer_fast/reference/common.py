@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..parameters import Norm
+
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
     """`F.conv2d` that keeps H and W (zero padding, odd kernels), with the parameters cast to the dtype of `x`."""
@@ -61,9 +63,26 @@ def _is_convolution(conv: nn.Module) -> bool:
     )
 
 
+def members(module: nn.Module, *names: str) -> list[Any]:
+    """Parameters and buffers; nn.Module looks for them in classes first, which for a block's would take longer than its
+    kernels on a small image."""
+    state = module.__dict__
+    parameters, buffers = state["_parameters"], state["_buffers"]
+    try:
+        return [parameters[name] if name in parameters else buffers[name] for name in names]
+    except KeyError:  # a parametrised one
+        return [getattr(module, name) for name in names]
+
+
+def norm_parameters(norm: nn.Module) -> Norm:
+    """Those of a batch normalisation."""
+    return Norm(*members(norm, "running_mean", "running_var", "weight", "bias"))
+
+
 def conv_parameters(conv: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a `plain` convolution."""
-    return cast(Tensor, conv.weight), cast(Tensor, conv.bias)
+    weight, bias = members(conv, "weight", "bias")
+    return weight, bias
 
 
 # arguments (numpy's numbers come back as Python's) --------------------------------------------------------------------

@@ -16,6 +16,7 @@ from .common import (
     check_positive,
     conv2d,
     conv_parameters,
+    norm_parameters,
     plain,
 )
 
@@ -210,5 +211,6 @@ def _tracks(norm: nn.BatchNorm2d) -> bool:
 
 
 def _state(norm: nn.BatchNorm2d) -> Norm:
-    running = (norm.running_mean, norm.running_var) if not norm.training or norm.track_running_stats else (None, None)
-    return Norm(*running, norm.weight, norm.bias)
+    if norm.training and not norm.track_running_stats:
+        return Norm(None, None, norm.weight, norm.bias)
+    return norm_parameters(norm)

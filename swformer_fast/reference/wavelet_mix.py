@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parameters import WaveletParameters
-from .common import check_odd, check_positive, conv2d, conv_parameters, plain
+from .common import check_odd, check_positive, conv2d, conv_parameters, members, plain
 from .haar_dwt2d import HAAR_HIGH, HAAR_LOW, haar_dwt2d
 from .haar_idwt2d import haar_idwt2d
 
@@ -56,7 +56,7 @@ class WaveletBranch(nn.Module):
 
     def arguments(self) -> WaveletParameters:
         """The arguments of `wavelet_mix` after `x`."""
-        return WaveletParameters(*conv_parameters(self.conv), self.dec_lo, self.dec_hi, self.rec_lo, self.rec_hi)
+        return WaveletParameters(*conv_parameters(self.conv), *members(self, "dec_lo", "dec_hi", "rec_lo", "rec_hi"))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.readable:

@@ -3,6 +3,7 @@
 #include "depthwise_gelu.h"
 #include "gather.h"
 #include "gemm.h"
+#include "ops.h"
 #include "scratch.h"
 #include "tasks.h"
 #include "wavelet_mix.h"
@@ -128,7 +129,9 @@ class LocalBranches {
   int64_t ranges_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::local_branches(
     const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& spatial_weight,
     const Tensor& spatial_bias, const Tensor& wavelet_weight, const Tensor& wavelet_bias, const Tensor& dec_lo,
     const Tensor& dec_hi, const Tensor& rec_lo, const Tensor& rec_hi) {
@@ -159,8 +162,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_branches(
   return {spatial, wavelet, result(values), result(values + batch * channels)};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def(
       "local_branches(Tensor x, Tensor in_weight, Tensor in_bias, Tensor spatial_weight, Tensor spatial_bias, Tensor "
@@ -169,4 +170,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
       "Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) { m.impl("local_branches", TORCH_BOX(&local_branches)); }
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) { m.impl("local_branches", TORCH_BOX(&swformer::local_branches)); }

@@ -6,6 +6,7 @@
 #include "accumulate.h"
 #include "gather.h"
 #include "gemm.h"
+#include "ops.h"
 #include "scratch.h"
 #include "tasks.h"
 #include "tensor.h"
@@ -164,7 +165,9 @@ class Correlation {
   V *products_, *sums_;
 };
 
-Tensor pointwise(
+}  // namespace
+
+Tensor swformer::pointwise(
     const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const Tensor& weight,
     const Tensor& bias, const std::optional<Tensor>& residual) {
   const Maps maps(x0, x1, x2);
@@ -202,6 +205,8 @@ Tensor pointwise(
   });
   return out;
 }
+
+namespace {
 
 // Of each image, or of all where they share the parameter.
 struct ParameterGradients {
@@ -289,6 +294,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
-  m.impl("pointwise", TORCH_BOX(&pointwise));
+  m.impl("pointwise", TORCH_BOX(&swformer::pointwise));
   m.impl("pointwise_backward", TORCH_BOX(&pointwise_backward));
 }

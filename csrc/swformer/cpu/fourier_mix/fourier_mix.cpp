@@ -3,6 +3,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../ops.h"
 #include "parameters.h"
 #include "stages.h"
 
@@ -75,7 +76,9 @@ Tensor matrix_of(const Tensor& x, const fourier::Parameters& p) {
   return matrix;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fourier_mix(
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::fourier_mix(
     const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Optional& gate_mean,
     const Optional& gate_variance, const Tensor& gate_scale, const Tensor& gate_shift, const Tensor& gate_weight,
     const Tensor& gate_bias, const Optional& value_mean, const Optional& value_variance, const Tensor& value_scale,
@@ -125,6 +128,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fourier_mix(
       batch_statistics ? tensor::write(x, {4, 2 * channels}, dtype, table.data())
                        : tensor::empty(x, none, false, dtype)};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 fourier_mix_backward(
@@ -210,6 +215,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
-  m.impl("fourier_mix", TORCH_BOX(&fourier_mix));
+  m.impl("fourier_mix", TORCH_BOX(&swformer::fourier_mix));
   m.impl("fourier_mix_backward", TORCH_BOX(&fourier_mix_backward));
 }

@@ -3,34 +3,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tasks.h"
-
 namespace fourier {
 
 namespace {
 
-// left (m x k, element (i, j) = at(i, j)) times right (k x n). The rows are shared out to the threads.
-template <class A, class At>
-Rows<A> product(int64_t m, const Rows<A>& right, At&& at) {
-  const int64_t n = right.columns, k = right.rows, panel = k * gemm::kRows;
-  const gemm::Matrix<A> left(m, k, at);
-  Rows<A> out(m, n);
-  tasks::parallel((m + gemm::kRows - 1) / gemm::kRows, tasks::grain(panel * n), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * gemm::kRows, count = std::min(end * gemm::kRows, m) - first;
-    gemm::multiply(
-        count, n, k, left.panels.data() + begin * panel, panel, int64_t{gemm::kRows}, right.values.data(), right.ld,
-        gemm::into<false>(out[first], out.ld, count));
-  });
-  return out;
-}
-
-template <class A, class At>
-Rows<A> filled(int64_t rows, int64_t columns, At&& at) {
-  Rows<A> result(rows, columns);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) result[i][j] = static_cast<A>(at(i, j));
-  return result;
-}
+using gemm::filled, gemm::product;
 
 // A factor's normalisation: u -> slope u + offset.
 struct Norm {

@@ -14,21 +14,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "gemm.h"
+#include "product.h"
 
 namespace fourier {
 
-// Rows in whole vectors, as gemm.h reads and writes them.
-template <class A>
-struct Rows {
-  int64_t rows = 0, columns = 0, ld = 0;
-  std::vector<A> values;
-  Rows() = default;
-  Rows(int64_t rows, int64_t columns)
-      : rows(rows), columns(columns), ld(gemm::round_up(columns, simd::kLanes<A>)), values(rows * ld) {}
-  A* operator[](int64_t i) { return values.data() + i * ld; }
-  const A* operator[](int64_t i) const { return values.data() + i * ld; }
-};
+using gemm::Rows;
 
 // Of the gate or the value: mean, variance, scale, shift and bias (2 * C,), weight (2 * C, 2 * C).
 struct Factor {

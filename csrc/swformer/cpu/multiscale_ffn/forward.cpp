@@ -1,5 +1,6 @@
 #include <optional>
 
+#include "../ops.h"
 #include "gelu.h"
 #include "rows.h"
 #include "tasks.h"
@@ -38,10 +39,16 @@ void forward_strip(
   }
 }
 
-Tensor multiscale_ffn(
+}  // namespace
+}  // namespace multiscale_ffn
+
+using tensor::Tensor;
+
+Tensor swformer::multiscale_ffn(
     const Tensor& x, const Tensor& in_weight, const Tensor& in_bias, const Tensor& dw_weight1, const Tensor& dw_bias1,
     const Tensor& dw_weight2, const Tensor& dw_bias2, const Tensor& dw_weight4, const Tensor& dw_bias4,
     const Tensor& out_weight, const Tensor& out_bias, const std::optional<Tensor>& residual) {
+  using namespace ::multiscale_ffn;
   Tensor y = tensor::empty(x, {x.size(0), out_weight.size(0), x.size(2), x.size(3)}, tensor::is_channels_last(x));
   if (x.size(0) == 0) return y;
   const Net net(
@@ -63,9 +70,6 @@ Tensor multiscale_ffn(
   return y;
 }
 
-}  // namespace
-}  // namespace multiscale_ffn
-
 STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
   m.def(
       "multiscale_ffn(Tensor x, Tensor in_weight, Tensor in_bias, Tensor dw_weight1, Tensor dw_bias1, Tensor "
@@ -73,6 +77,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_swformer_fast, m) {
       " Tensor dw_weight4, Tensor dw_bias4, Tensor out_weight, Tensor out_bias, Tensor? residual) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) {
-  m.impl("multiscale_ffn", TORCH_BOX(&multiscale_ffn::multiscale_ffn));
-}
+STABLE_TORCH_LIBRARY_IMPL(_swformer_fast, CPU, m) { m.impl("multiscale_ffn", TORCH_BOX(&swformer::multiscale_ffn)); }

@@ -1,0 +1,432 @@
+"""The mixer's last convolution with channel attention, the Fourier branch's last convolution and a scale folded in, for
+each image; forward and backward.
+
+The channels are those of the spatial and the wavelet branch, S + W = L together, and F of the Fourier branch, which its
+last convolution makes of I. `sizes` are S, W, F, I, E outputs and R of the attention's hidden layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import check_dtype, matrix_options, parameter_gradients
+from ._tiles import load, load_matrix, store, store_matrix
+from .channel_attention import attention_parameters_kernel
+
+_OUTPUTS = 32
+_CHANNELS = 16
+_INPUTS = 32
+
+
+@triton.jit
+def _sum_of_parts(partials, row, parts, exists, PARTS: tl.constexpr):
+    """Sums over the last dimension of partials (rows, parts)."""
+    part = tl.arange(0, PARTS)[None, :]
+    total = tl.zeros((row.shape[0], PARTS), tl.float32)
+    for first in range(0, parts, PARTS):
+        mask = exists[:, None] & (first + part < parts)
+        total += tl.load(partials + row[:, None] * parts + first + part, mask=mask, other=0.0)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _means(sums, last, image, c, sizes, area, BLOCK_K: tl.constexpr, PARTS: tl.constexpr):
+    """The means over the pixels of the channels c. Of `sums` those of the local branches are in parts, and those of the
+    Fourier branch in some unit.
+    """
+    spatial, wavelet, fourier, parts, strides, unit = sums
+    S, W, F, inputs, _, _ = sizes
+    total = _sum_of_parts(spatial, image * S + c, parts[0], c < S, PARTS)
+    total += _sum_of_parts(wavelet, image * W + c - S, parts[1], (c >= S) & (c < S + W), PARTS)
+    f = c - S - W
+    exists = (f >= 0) & (f < F)
+    for first in range(0, inputs, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        values = load(fourier + image * strides[0] + k.to(tl.int64) * strides[1], k < inputs) * unit
+        total += tl.sum(load_matrix(last[0], f, exists, k, inputs, inputs) * values[None, :], 1)
+    return total / area + load(last[1] + f, exists)
+
+
+@triton.jit
+def _before_relu(
+    sums, last, network, image, sizes, area,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The attention's hidden layer."""
+    S, W, F, _, _, hidden = sizes
+    channels = S + W + F
+    r = tl.arange(0, BLOCK_R)
+    total = load(network[1] + r, r < hidden)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        mean = _means(sums, last, image, c, sizes, area, BLOCK_K, PARTS)
+        total += tl.sum(load_matrix(network[0], r, r < hidden, c, channels, channels) * mean[None, :], 1)
+    return total
+
+
+@triton.jit
+def _attention(active, network, c, channels, hidden, BLOCK_R: tl.constexpr):
+    """Of the channels c, and their rows of the second layer's weight."""
+    weight = load_matrix(network[2], c, c < channels, tl.arange(0, BLOCK_R), hidden, hidden)
+    return tl.sigmoid(tl.sum(weight * active[None, :], 1) + load(network[3] + c, c < channels)), weight
+
+
+@triton.jit
+def _scale(scale, e, outputs):
+    if scale is None:
+        return tl.where(e < outputs, 1.0, 0.0)
+    else:
+        return load(scale + e, e < outputs)
+
+
+@triton.jit
+def fold_attention_kernel(
+    sums, last, network, weight, bias, scale, out, sizes, batch, area,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of image program_id(0), block program_id(1) of the outputs: the weights, and behind all images' the biases."""
+    S, W, F, inputs, outputs, hidden = sizes
+    local, channels = S + W, S + W + F
+    width = local + inputs
+    image = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    factor = _scale(scale, e, outputs)
+    before = _before_relu(sums, last, network, image, sizes, area, BLOCK_C, BLOCK_K, BLOCK_R, PARTS)
+    active = tl.where(before < 0, 0.0, before)
+    target = out + image * outputs * width
+    for first in range(0, local, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        attention, _ = _attention(active, network, c, channels, hidden, BLOCK_R)
+        values = load_matrix(weight, e, e < outputs, c, channels, channels)
+        store_matrix(target, values * factor[:, None] * attention[None, :], e, e < outputs, c, local, width)
+    constant = load(bias + e, e < outputs) * factor
+    for start in range(0, inputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        total = tl.zeros((BLOCK_E, BLOCK_K), tl.float32)
+        for first in range(0, F, BLOCK_C):
+            f = first + tl.arange(0, BLOCK_C)
+            attention, _ = _attention(active, network, local + f, channels, hidden, BLOCK_R)
+            left = load_matrix(weight + local, e, e < outputs, f, F, channels)
+            left *= factor[:, None] * attention[None, :]
+            right = load_matrix(last[0], f, f < F, k, inputs, inputs)
+            total = tl.dot(left, right, total, input_precision="ieee")
+            if start == 0:
+                constant += tl.sum(left * load(last[1] + f, f < F)[None, :], 1)
+        store_matrix(target + local, total, e, e < outputs, k, inputs, width)
+    store(out + batch * outputs * width + image * outputs + e, constant, e < outputs)
+
+
+@triton.jit
+def _local_backward(
+    grad, active, network, weight, scale, of_attention, of_weight, sizes, block,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Of an image and a block of the channels of the spatial and the wavelet branch."""
+    S, W, F, inputs, outputs, hidden = sizes
+    local, channels = S + W, S + W + F
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    attention, _ = _attention(active, network, c, channels, hidden, BLOCK_R)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, outputs, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        upstream = load_matrix(grad, e, e < outputs, c, local, local + inputs)
+        values = load_matrix(weight, e, e < outputs, c, local, channels)
+        total += tl.sum(upstream * values * _scale(scale, e, outputs)[:, None], 0)
+        store_matrix(of_weight, upstream * attention[None, :], e, e < outputs, c, local, channels)
+    tl.store(of_attention + c, total, mask=c < local)
+
+
+@triton.jit
+def _fourier_backward(
+    grad, of_biases, active, last, network, weight, scale, of_attention, of_weight, of_last, sizes, block,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Of an image and a block of the channels of the Fourier branch."""
+    S, W, F, inputs, outputs, hidden = sizes
+    local, channels = S + W, S + W + F
+    width, row_stride = local + inputs, inputs + 1
+    grad += local
+    weight += local
+    f = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    attention, _ = _attention(active, network, local + f, channels, hidden, BLOCK_R)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    constant = total
+    offset = load(last[1] + f, f < F)
+    for start in range(0, outputs, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        of_bias = load(of_biases + e, e < outputs)
+        upstream = of_bias[:, None] * offset[None, :]
+        for first in range(0, inputs, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            left = load_matrix(grad, e, e < outputs, k, inputs, width)
+            right = tl.trans(load_matrix(last[0], f, f < F, k, inputs, inputs))
+            upstream = tl.dot(left, right, upstream, input_precision="ieee")
+        values = load_matrix(weight, e, e < outputs, f, F, channels) * _scale(scale, e, outputs)[:, None]
+        total += tl.sum(upstream * values, 0)
+        constant += tl.sum(values * of_bias[:, None], 0)
+        store_matrix(of_weight + local, upstream * attention[None, :], e, e < outputs, f, F, channels)
+    tl.store(of_attention + local + f, total, mask=f < F)
+    tl.store(of_last + f * row_stride + inputs, constant * attention, mask=f < F)
+    for first in range(0, inputs, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        product = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+        for start in range(0, outputs, BLOCK_E):
+            e = start + tl.arange(0, BLOCK_E)
+            values = load_matrix(weight, e, e < outputs, f, F, channels) * _scale(scale, e, outputs)[:, None]
+            right = load_matrix(grad, e, e < outputs, k, inputs, width)
+            product = tl.dot(tl.trans(values), right, product, input_precision="ieee")
+        store_matrix(of_last, product * attention[:, None], f, f < F, k, inputs, row_stride)
+
+
+@triton.jit
+def fold_attention_backward_kernel(
+    grad, sums, last, network, weight, scale, of_attention, of_weight, of_last, sizes, batch, area, locals,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of image program_id(0) and a block of channels, the first `locals` blocks those of the spatial and the wavelet
+    branch: the attention's gradient (B, C), the scaled weight's (B, E, C), and of the Fourier branch's last convolution
+    (B, F, I + 1), weight and bias, what comes through the product.
+    """
+    S, W, F, inputs, outputs, _ = sizes
+    channels, width = S + W + F, S + W + inputs
+    image = tl.program_id(0).to(tl.int64)
+    before = _before_relu(sums, last, network, image, sizes, area, BLOCK_C, BLOCK_K, BLOCK_R, PARTS)
+    active = tl.where(before < 0, 0.0, before)
+    of_biases = grad + batch * outputs * width + image * outputs
+    grad += image * outputs * width
+    of_attention += image * channels
+    of_weight += image * outputs * channels
+    block = tl.program_id(1)
+    if block < locals:
+        _local_backward(
+            grad, active, network, weight, scale, of_attention, of_weight, sizes, block, BLOCK_E, BLOCK_C, BLOCK_R
+        )
+    else:
+        _fourier_backward(
+            grad, of_biases, active, last, network, weight, scale, of_attention, of_weight,
+            of_last + image * F * (inputs + 1), sizes, block - locals, BLOCK_E, BLOCK_C, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+
+
+@triton.jit
+def fold_attention_network_backward_kernel(
+    sums, last, network, of_attention, mean, grad_logits, grad_means, hiddens, grad_hiddens, grads, sizes, area,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of image `program_id`, from the attention's gradient: those of the maps' sums, and the factors of the network's,
+    as `attention_parameters_kernel` takes them; those of the means.
+    """
+    S, W, F, inputs, _, hidden = sizes
+    local, channels = S + W, S + W + F
+    image = tl.program_id(0).to(tl.int64)
+    r = tl.arange(0, BLOCK_R)
+    before = _before_relu(sums, last, network, image, sizes, area, BLOCK_C, BLOCK_K, BLOCK_R, PARTS)
+    active = tl.where(before < 0, 0.0, before)
+    grad_hidden = tl.zeros((BLOCK_R,), tl.float32)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        row = image * channels + c
+        attention, weight = _attention(active, network, c, channels, hidden, BLOCK_R)
+        upstream = tl.load(of_attention + row, mask=c < channels, other=0.0)
+        grad_logit = upstream * attention * (1.0 - attention)
+        grad_hidden += tl.sum(weight * grad_logit[:, None], 0)
+        tl.store(grad_logits + row, grad_logit, mask=c < channels)
+        tl.store(mean + row, _means(sums, last, image, c, sizes, area, BLOCK_K, PARTS), mask=c < channels)
+    grad_hidden = tl.where(before <= 0, 0.0, grad_hidden)
+    tl.store(hiddens + image * hidden + r, active, mask=r < hidden)
+    tl.store(grad_hiddens + image * hidden + r, grad_hidden, mask=r < hidden)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        factor = load_matrix(network[0], r, r < hidden, c, channels, channels)
+        of_mean = tl.sum(factor * grad_hidden[:, None], 0)
+        store(grads[0] + image * S + c, of_mean / area, c < S)
+        store(grads[1] + image * W + c - S, of_mean / area, (c >= S) & (c < local))
+        tl.store(grad_means + image * channels + c, of_mean, mask=c < channels)
+    for start in range(0, inputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for first in range(0, F, BLOCK_C):
+            f = first + tl.arange(0, BLOCK_C)
+            factor = load_matrix(network[0] + local, r, r < hidden, f, F, channels)
+            of_mean = tl.sum(factor * grad_hidden[:, None], 0)
+            total += tl.sum(load_matrix(last[0], f, f < F, k, inputs, inputs) * of_mean[:, None], 0)
+        store(grads[2] + image * inputs + k, total / area, k < inputs)
+
+
+@triton.jit
+def _output_parameters(
+    grad, weight, bias, scale, of_weight, grads, sizes, batch, block, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Gradients of a block of the outputs' weights, biases and scales."""
+    S, W, F, _, outputs, _ = sizes
+    channels = S + W + F
+    e = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    factor = _scale(scale, e, outputs)
+    of_bias = tl.zeros((BLOCK_E,), tl.float32)
+    for image in range(batch):
+        of_bias += load(grad + image * outputs + e, e < outputs)
+    store(grads[1] + e, of_bias * factor, e < outputs)
+    of_scale = of_bias * load(bias + e, e < outputs)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        total = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
+        of_image = of_weight
+        for _ in range(batch):
+            total += load_matrix(of_image, e, e < outputs, c, channels, channels)
+            of_image += outputs * channels
+        store_matrix(grads[0], total * factor[:, None], e, e < outputs, c, channels, channels)
+        of_scale += tl.sum(total * load_matrix(weight, e, e < outputs, c, channels, channels), 1)
+    if scale is not None:
+        store(grads[2] + e, of_scale, e < outputs)
+
+
+@triton.jit
+def _last_parameters(
+    fourier, of_last, grad_means, grads, sizes, batch, area, block, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Gradients of a block of channels of the Fourier branch's last convolution."""
+    S, W, F, inputs, _, _ = sizes
+    channels, row_stride = S + W + F, inputs + 1
+    f = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    grad_means += S + W
+    of_bias = tl.zeros((BLOCK_C,), tl.float32)
+    for image in range(batch):
+        of_bias += load(of_last + (image * F + f) * row_stride + inputs, f < F)
+        of_bias += load(grad_means + image * channels + f, f < F)
+    store(grads[4] + f, of_bias, f < F)
+    for first in range(0, inputs, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        total = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+        for image in range(batch):
+            total += load_matrix(of_last + image * F * row_stride, f, f < F, k, inputs, row_stride)
+            of_mean = load(grad_means + image * channels + f, f < F) / area
+            total += of_mean[:, None] * load(fourier + image * inputs + k, k < inputs)[None, :]
+        store_matrix(grads[3], total, f, f < F, k, inputs, inputs)
+
+
+@triton.jit
+def fold_attention_parameters_kernel(
+    grad, fourier, weight, bias, scale, of_weight, of_last, grad_means, grads, sizes, batch, area, blocks,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums over the images, in order, into the gradients of weight, bias, scale, and the Fourier branch's last weight
+    and bias; `grad` is the folded biases'. The first `blocks` programs have the outputs, the others that branch.
+    """
+    program = tl.program_id(0)
+    if program < blocks:
+        _output_parameters(grad, weight, bias, scale, of_weight, grads, sizes, batch, program, BLOCK_E, BLOCK_C)
+    else:
+        _last_parameters(fourier, of_last, grad_means, grads, sizes, batch, area, program - blocks, BLOCK_C, BLOCK_K)
+
+
+class _Net(NamedTuple):
+    """Sizes and parameters as the kernels take them."""
+
+    sizes: tuple[int, ...]
+    last: tuple[Tensor, Tensor]
+    network: tuple[Tensor, ...]
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+
+    @property
+    def outputs(self) -> int:
+        return len(self.bias)
+
+    def blocks(self, like: Tensor, parts: int) -> dict[str, int | bool]:
+        """Constants of the kernels."""
+        hidden = 1 << (self.sizes[5] - 1).bit_length()
+        sizes = {"BLOCK_E": _OUTPUTS, "BLOCK_C": _CHANNELS, "BLOCK_K": _INPUTS, "BLOCK_R": hidden}
+        return {**sizes, "PARTS": 1 << (parts - 1).bit_length(), **matrix_options(like), "num_warps": 4}
+
+
+def _net(spatial: Tensor, wavelet: Tensor, fourier: Tensor, *parameters: Any) -> _Net:
+    w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale = (
+        p if p is None or p.is_contiguous() else p.contiguous() for p in parameters
+    )
+    sizes = (spatial.shape[1], wavelet.shape[1], len(last_bias), fourier.shape[1], len(bias), len(b1))
+    return _Net(sizes, (last_weight, last_bias), (w1, b1, w2, b2), weight, bias, scale)
+
+
+def fold_parts(
+    spatial: Tensor, wavelet: Tensor, fourier: Tensor, unit: float, parameters: tuple[Any, ...], area: int
+) -> Tensor:
+    """`fold_attention` of sums in parts, (B, channels, parts), and of those of the Fourier branch in some unit and of
+    any strides.
+    """
+    net = _net(spatial, wavelet, fourier, *parameters)
+    batch, outputs, parts = len(fourier), net.outputs, (spatial.shape[2], wavelet.shape[2])
+    out = spatial.new_empty(batch * outputs * (spatial.shape[1] + wavelet.shape[1] + fourier.shape[1] + 1))
+    if batch:
+        with torch.cuda.device_of(spatial):
+            fold_attention_kernel[(batch, (outputs + _OUTPUTS - 1) // _OUTPUTS)](
+                (spatial, wavelet, fourier, parts, fourier.stride(), unit), net.last, net.network, net.weight, net.bias,
+                net.scale, out, net.sizes, batch, float(area), **net.blocks(out, min(32, max(parts))),
+            )  # fmt: skip
+    return out
+
+
+def fold_attention(spatial: Tensor, wavelet: Tensor, fourier: Tensor, *arguments: Any) -> Tensor:
+    """`reference.fold_attention`. Parameters are float32, float16 or bfloat16; arithmetic is fp32.
+
+    Raises:
+        TypeError: the sums have another dtype.
+    """
+    *parameters, area = arguments
+    check_dtype("spatial_sums", spatial)
+    spatial, wavelet = (sums.contiguous()[..., None] for sums in (spatial, wavelet))
+    return fold_parts(spatial, wavelet, fourier, 1.0, tuple(parameters), area)
+
+
+def fold_attention_backward(
+    grad: Tensor, spatial: Tensor, wavelet: Tensor, fourier: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of `fold_attention` by its twelve tensors; those not there are empty, and all unless needed.
+
+    Deterministic. The attention is computed again.
+    """
+    *parameters, area, needed = arguments
+    inputs = (spatial, wavelet, fourier, *parameters)
+    grads = iter(parameter_gradients(spatial, tuple(p for p in inputs if p is not None), needed))
+    every = tuple(grad.new_empty(0) if p is None else next(grads) for p in inputs)
+    if not needed or not len(spatial):
+        return every
+    spatial, wavelet, fourier, grad = (t.contiguous() for t in (spatial, wavelet, fourier, grad))
+    net, batch = _net(spatial, wavelet, fourier, *parameters), len(spatial)
+    local, channels = spatial.shape[1] + wavelet.shape[1], net.network[0].shape[1]
+    last_channels, last_inputs = net.last[0].shape
+    means = torch.empty((4, batch, channels), dtype=torch.float32, device=grad.device)
+    hiddens = torch.empty((2, batch, net.sizes[5]), dtype=torch.float32, device=grad.device)
+    of_attention, mean, grad_logits, grad_means = means
+    of_weight = means.new_empty(batch, net.outputs, channels)
+    of_last = means.new_empty(batch, last_channels, last_inputs + 1)
+    sums = (spatial, wavelet, fourier, (1, 1), fourier.stride(), 1.0)
+    constants = net.blocks(grad, 1)
+    locals, lasts = ((n + _CHANNELS - 1) // _CHANNELS for n in (local, last_channels))
+    blocks = (net.outputs + _OUTPUTS - 1) // _OUTPUTS
+    with torch.cuda.device_of(grad):
+        fold_attention_backward_kernel[(batch, locals + lasts)](
+            grad, sums, net.last, net.network, net.weight, net.scale, of_attention, of_weight, of_last, net.sizes,
+            batch, float(area), locals, **constants,
+        )  # fmt: skip
+        del constants["BLOCK_E"]
+        fold_attention_network_backward_kernel[(batch,)](
+            sums, net.last, net.network, of_attention, mean, grad_logits, grad_means, hiddens[0], hiddens[1], every[:3],
+            net.sizes, float(area), **constants,
+        )  # fmt: skip
+        attention_parameters_kernel[((channels + 31) // 32, (net.sizes[5] + 31) // 32)](
+            mean, grad_logits, hiddens[0], hiddens[1], *every[3:7], batch, channels, net.sizes[5],
+            BLOCK_C=32, BLOCK_R=32, enable_fp_fusion=True,
+        )  # fmt: skip
+        of_last_weight, of_last_bias, of_weights, of_biases, of_scales = every[7:]
+        fold_attention_parameters_kernel[(blocks + lasts,)](
+            grad[batch * net.outputs * (local + last_inputs) :], fourier, net.weight, net.bias, net.scale, of_weight,
+            of_last, grad_means, (of_weights, of_biases, of_scales, of_last_weight, of_last_bias), net.sizes, batch,
+            float(area), blocks, BLOCK_E=_OUTPUTS, BLOCK_C=_CHANNELS, BLOCK_K=_INPUTS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return every
