@@ -242,7 +242,7 @@ def _fold_attention(make: Make, shape: Shape) -> Iterator[Launch]:
     batch, dim, height, width = shape
     hidden = max(1, 3 * dim // 4)
     sums = tuple(make(batch, dim) for _ in range(3))
-    attention = (make(hidden, 3 * dim), make(hidden), make(3 * dim, hidden), make(3 * dim))
+    attention = (make(hidden, 3 * dim), make(hidden), make(3 * dim, hidden) / hidden, make(3 * dim))
     last = (make(dim, dim), make(dim), make(dim, 3 * dim), make(dim), make(dim))
     arguments = (*sums, *attention, *last, height * width)
     yield Launch("fold_attention", fold_attention.fold_attention, arguments, True, 32)

@@ -127,12 +127,10 @@ def fold_norm_backward_kernel(
             total = _scaled_gradients(grad, scale, row, row < kept, d, D, outputs)
             constant = _scaled_bias_gradients(grad, scale, row, row < kept, D, outputs)
             if then_weight is not None:
-                inner = row - kept
-                exists = (inner >= 0) & (inner < N)
+                inner = tl.where(row < kept, N, row - kept)
                 for first in range(0, E, BLOCK_K):
                     e = first + tl.arange(0, BLOCK_K)
                     factor = load_matrix(then_weight, e, e < E, inner, N, N)
-                    factor = tl.where(exists[None, :], factor, 0.0)
                     right = _scaled_gradients(grad, scale, kept + e, e < E, d, D, outputs)
                     total = tl.dot(tl.trans(factor), right, total, input_precision="ieee")
                     right = _scaled_bias_gradients(grad, scale, kept + e, e < E, D, outputs)
