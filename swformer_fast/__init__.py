@@ -7,6 +7,7 @@ first call.
 
 from . import functional, parameters, reference
 from .backend import backends, empty_cache, use_backend, why_not
+from .graphed import graphed
 from .modules import (
     ChannelAttention,
     FourierBranch,
@@ -38,6 +39,7 @@ __all__ = [
     "backends",
     "empty_cache",
     "functional",
+    "graphed",
     "parameters",
     "reference",
     "restore_tiled",
