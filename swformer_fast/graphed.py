@@ -170,7 +170,7 @@ class Graphed(nn.Module):
         self._graphs = _Graphs(kind, max_graphs, max_bytes)
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.module(*args, **options)
         with _LOCK:
             call, graphs = self._call(args, options), self._graphs
@@ -214,9 +214,8 @@ class Graphed(nn.Module):
             return "the input is empty"
         if kind.capturing():
             return "another graph is being captured, which takes its kernels in"
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if transformed or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
-            return "torch.func, a trace or a dispatch mode must see its operators"
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+            return "torch.func or a dispatch mode must see its operators"
         try:
             constants = _constant(args[1:]), _constant(tuple(options.items()))
         except TypeError as error:

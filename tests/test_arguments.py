@@ -138,6 +138,7 @@ def set_guidance(guidance_scale: float | Tensor | None) -> None:
 CALLS |= {
     "SWFormer.from_preset": lambda: (sf.SWFormer.from_preset, {"name": "tiny"}),
     "accelerate": lambda: (sf.accelerate, {"model": nn.Identity()}),
+    "graphed": lambda: (sf.graphed, {"model": nn.Identity(), "max_graphs": 3, "max_bytes": 10**9}),
     "restore_tiled": lambda: (
         sf.restore_tiled,
         {"model": nn.Identity(), "image": torch.rand(3, 20, 40), "tile": 16, "overlap": 4, "progress": False},
@@ -190,7 +191,7 @@ CALLS |= {
 Path = tuple[Any, ...]
 Values = dict[str, Callable[[], Any]]
 ZERO_IS_GOOD = ("start", "grad_step", "overlap", "upto", "steps")
-ANY_SIZE_IS_GOOD = ("steps", "iterations", "exact_every", "images_per_prompt", "height", "width", "coarse_steps")
+ANY_SIZE_IS_GOOD = ("max_bytes", "steps", "iterations", "exact_every", "images_per_prompt", "height", "width", "coarse_steps")
 OF_THE_CALLER = ("ShortcutSampler", "PipelineSampler", "invert", "optimize_latents", "restore_tiled")
 """These give tensors to the caller's model: what it makes of a meta, fake or endless one is its own affair."""
 WRONG: dict[str, list[Any]] = {
