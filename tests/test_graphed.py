@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import swformer_fast as sf
-from benchmarks.inspection.launching import READING
+from benchmarks.inspection.launching import READING, HostWork, NoHostWork
 from swformer_fast.graphed import WARM_UP, Graphed, Pool
 
 # the stand-in ---------------------------------------------------------------------------------------------------------
@@ -931,3 +931,238 @@ def test_pool_orders_replays_on_all_streams(cuda: list[Any]) -> None:
     pool.end()
     pool.finish()
     assert cuda == [("main", "waits for", "last"), ("record", "main"), "finish"]
+
+
+# training: PyTorch's own make_graphed_callables on the same stand-in --------------------------------------------------
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """torch.cuda.make_graphed_callables captures tapes on the CPU: one of the forward, one of the backward."""
+    tapes: list[Tape] = []
+
+    def make() -> Tape:
+        tapes.append(Tape())
+        return tapes[-1]
+
+    @contextmanager
+    def graph(tape: Tape, pool: Any) -> Iterator[None]:
+        with tape:
+            yield
+
+    replaced = {"CUDAGraph": make, "graph": graph, "Stream": object, "stream": nullcontext, "synchronize": lambda: None}
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", object)
+    return tapes
+
+
+def step(model: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output, gradients and buffers of a training step."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    grads = torch.autograd.grad(y, (x, *model.parameters()), grad, allow_unused=True)
+    return [y.detach(), *(g for g in grads if g is not None), *(b.clone() for b in model.buffers())]
+
+
+def trained(model: nn.Module, x: Tensor) -> nn.Module:
+    """`model` with its training steps as graphs, and the state that it had before."""
+    before = copy.deepcopy(model.state_dict())
+    unused = isinstance(model, sf.reference.SWFormer)  # its other heads
+    model = torch.cuda.make_graphed_callables(model, (x.clone().requires_grad_(),), allow_unused_input=unused)
+    model.load_state_dict(before)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", ["block", "network", "reference", pytest.param("block on triton", marks=pytest.mark.slow)]
+)
+def test_make_graphed_callables(name: str, taped: list[Tape]) -> None:
+    size = (2, 3, 16, 18) if name == "network" else (2, 8, 8, 6)
+    eager = randomise(sf.SWFormer.from_preset("tiny") if name == "network" else sf.SWFormerBlock(8)).train()
+    if name == "reference":
+        eager = randomise(sf.reference.SWFormerBlock(8)).train()
+    with sf.use_backend("triton") if "triton" in name else nullcontext():
+        graphs = trained(copy.deepcopy(eager), torch.randn(size))
+        forward, backward = taped
+        for k in range(1 if "triton" in name else 2):
+            x, grad = torch.randn(size) + k, torch.randn(size)
+            for tape in taped:
+                tape.replays = 0
+            ours, theirs = step(graphs, x, grad), step(eager, x, grad)
+            assert (forward.replays, backward.replays) == (1, 1)
+            assert len(ours) == len(theirs)
+            assert all(map(torch.equal, ours, theirs))
+            for model in (eager, graphs):  # an optimizer's step, in place
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.mul_(1.1)
+        x = torch.randn(size)
+        with torch.no_grad():
+            assert torch.equal(graphs.eval()(x), eager.eval()(x))  # in another mode it calls the forward
+
+
+@pytest.mark.parametrize("kind_", ["block", "network"])
+def test_a_running_mean_over_all_batches_cannot_be_captured(kind_: str, taped: list[Tape]) -> None:
+    """momentum=None: as nn.BatchNorm2d does, the host reads how many batches there were."""
+    model = sf.SWFormerBlock(8) if kind_ == "block" else sf.SWFormer.from_preset("tiny")
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None
+    size = (2, 8, 8, 6) if kind_ == "block" else (2, 3, 16, 18)
+    with pytest.raises(RuntimeError, match="capturing"):
+        trained(model.train(), torch.randn(size))
+    fast, pool = rehearsed(model.eval())  # it changes nothing in evaluation
+    with torch.no_grad():
+        x = torch.randn(size)
+        assert torch.equal(fast(x), model(x))
+    assert pool.counts() == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["block", "network"])
+def test_what_make_graphed_callables_runs_does_no_host_work(name: str) -> None:
+    """Its forward, and its backward with gradients for input and parameters, in a GPU's place on the meta device."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with torch.device("meta"):
+        model = sf.SWFormerBlock(8) if name == "block" else sf.SWFormer.from_preset("tiny")
+        x = torch.empty(2, 8 if name == "block" else 3, 33, 50, requires_grad=True)
+    inputs = (x, *model.train().parameters())
+    with NoHostWork() as spy:
+        y = model(x)
+        torch.autograd.grad((y,), inputs, (torch.empty_like(y),), only_inputs=True, allow_unused=name == "network")
+    assert spy.kernels
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None
+    with pytest.raises((HostWork, RuntimeError), match=r"waits for the device|meta"), NoHostWork():
+        model(x)
+
+
+# on a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same algorithms with and without a graph, in fp32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["block", "derain-s"])
+@torch.inference_mode()
+def test_graphed_on_a_gpu(name: str, autocast: bool, exact: None) -> None:
+    model = sf.SWFormerBlock(40) if name == "block" else sf.SWFormer.from_preset(name)
+    model = randomise(model).eval().cuda()
+    fast = sf.graphed(model, max_graphs=3)
+    sizes = [(1, 40 if name == "block" else 3, *side) for side in ((64, 64), (50, 66), (128, 96))]
+    options: list[dict[str, Any]] = [{}] if name == "block" else [{}, {"all_scales": True}]
+    kept = []
+    for round_ in range(3):
+        for size in sizes:
+            for option in options:
+                x = torch.randn(size, device="cuda")
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    expected, y = model(x, **option), fast(x, **option)
+                kept += zip(tree_leaves(y), tree_leaves(expected), strict=True)
+        if round_ == 1:
+            for p in model.parameters():
+                p.mul_(0.9)
+    torch.cuda.synchronize()
+    assert all(e.isfinite().all() for _, e in kept)
+    assert_close(*zip(*kept, strict=True), dtype=torch.bfloat16 if autocast else torch.float32)
+    assert "graph" in fast.why_not(x)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_graphed_on_streams_and_threads_of_a_gpu(exact: None) -> None:
+    model = randomise(sf.SWFormerBlock(40)).eval().cuda()
+    fast = sf.graphed(model)
+    wrong: list[Any] = []
+
+    @torch.inference_mode()
+    def serve(side: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for k in range(20):
+                x = torch.randn(1, 40, side, 64, device="cuda")
+                y, expected = fast(x), model(x)
+                stream.synchronize()
+                try:
+                    assert_close(y, expected)
+                except AssertionError as error:
+                    wrong.append((side, k, error))
+
+    for side in (64, 48, 80):
+        fast(torch.randn(1, 40, side, 64, device="cuda"))
+        model(torch.randn(1, 40, side, 64, device="cuda"))
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=serve, args=(side,)) for side in (64, 48, 80, 64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_memory_of_graphs_on_a_gpu() -> None:
+    """Graphs share their memory; it comes back, and a call needs no more of it than its result."""
+    model = sf.SWFormerBlock(40).eval().cuda()
+    fast = sf.graphed(model, max_graphs=4)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    images = [torch.randn(1, 40, 256 - 8 * k, 256, device="cuda") for k in range(4)]
+    fast(images[0])
+    one = fast._graphs.bytes
+    assert one > images[0].nbytes
+    for x in images:
+        fast(x)
+    assert fast._graphs.bytes < 2 * one
+    allocated = torch.cuda.memory_allocated()
+    for x in images:
+        fast(x)
+    assert torch.cuda.memory_allocated() == allocated
+    small = sf.graphed(model, max_bytes=1)
+    assert torch.equal(small(images[0]), small(images[0]))
+    assert "more than 1 bytes" in small.why_not(images[0])
+    fast.clear()
+    small.clear()
+    del images, x
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + (32 << 20)
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_on_a_gpu() -> None:
+    fast = sf.graphed(Reading())
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="cannot be captured"):
+            fast(torch.ones(3, device="cuda"))
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert (torch.ones(2, device="cuda") + 1).sum().item() == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["block", "tiny"])
+def test_make_graphed_callables_on_a_gpu(name: str, exact: None) -> None:
+    size = (2, 8, 32, 34) if name == "block" else (2, 3, 32, 34)
+    eager = sf.SWFormerBlock(8) if name == "block" else sf.SWFormer.from_preset(name)
+    eager = randomise(eager).train().cuda()
+    graphs = trained(copy.deepcopy(eager), torch.randn(size, device="cuda"))
+    for _ in range(3):
+        x, grad = torch.randn(size, device="cuda"), torch.randn(size, device="cuda")
+        ours, theirs = step(graphs, x, grad), step(eager, x, grad)
+        scale = max(t.norm().item() for t in theirs if t.is_floating_point())
+        assert len(ours) == len(theirs)
+        for a, e in zip(ours, theirs, strict=True):
+            # A bias before a normalisation has a gradient of rounding errors alone.
+            assert (a.double() - e.double()).norm().item() <= 1e-4 * e.double().norm().item() + 1e-6 * scale
+        for model in (eager, graphs):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.01)
