@@ -233,9 +233,8 @@ class Graphed(nn.Module):
                 return f"parameters or buffers are on {elsewhere.pop()}, the input is on {x.device}"
         device = kind.device_type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        products = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         choices = default_backend(), torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
-        return (x.shape, channels_last(x), x.dtype, constants, autocast, products, choices), state
+        return (x.shape, channels_last(x), x.dtype, constants, autocast, _precision(), choices), state
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.state_dict(*args, **kwargs)
@@ -244,6 +243,15 @@ class Graphed(nn.Module):
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _precision() -> tuple[Any, ...]:
+    """Of fp32 products and convolutions. Where both of PyTorch's ways set it, the older one cannot be read."""
+    products, convolutions = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv")  # noqa: B009
+    try:
+        return products.fp32_precision, convolutions.fp32_precision, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return products.fp32_precision, convolutions.fp32_precision
 
 
 def _constant(value: Any) -> Any:
@@ -303,11 +311,11 @@ def graphed(model: nn.Module, max_graphs: int = 8, max_bytes: int | None = None)
 
     A kind of call is: shape, dtype and device of `x`; whether it is channels_last (an input of any other strides is
     copied into a contiguous one); the other arguments (`all_scales=True`), which are numbers, strings and the like;
-    autocast and its dtype; `torch.get_float32_matmul_precision()`, cuDNN's tf32 and deterministic settings;
-    `use_backend`. All graphs are captured anew once a parameter, a buffer, a submodule, its class or its training flag
-    is another than before: moved, cast, quantised, replaced, accelerated, loaded with `assign=True`. Weights that
-    change in place (an optimizer's step, `load_state_dict`) are read by the graphs as they are. What no graph sees is a
-    change of anything else that `forward` reads, such as `eps` of a normalisation: call `clear()` after it.
+    autocast and its dtype; the precision of fp32 products and convolutions; deterministic settings; `use_backend`. All
+    graphs are captured anew once a parameter, a buffer, a submodule, its class or its training flag is another than
+    before: moved, cast, quantised, replaced, accelerated, loaded with `assign=True`. Weights that change in place (an
+    optimizer's step, `load_state_dict`) are read by the graphs as they are. What no graph sees is a change of anything
+    else that `forward` reads, such as `eps` of a normalisation: call `clear()` after it.
 
     The model itself is called, as it is, where a graph would do something else; `fast.why_not(x)` says which and why:
     input not on a GPU, empty, or no plain tensor; arguments that are tensors; gradients needed (grad mode on, and

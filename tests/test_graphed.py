@@ -364,12 +364,24 @@ def test_accelerate_and_casts_reach_the_graphs() -> None:
 def _precision(value: str) -> Any:
     @contextmanager
     def setting() -> Iterator[None]:
-        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(value)
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.set_float32_matmul_precision("highest")
+
+    return setting
+
+
+def _precision_of(products: Any, value: str) -> Any:
+    @contextmanager
+    def setting() -> Iterator[None]:
+        before = products.fp32_precision
+        products.fp32_precision = value
+        try:
+            yield
+        finally:
+            products.fp32_precision = before
 
     return setting
 
@@ -391,12 +403,16 @@ def _deterministic() -> Iterator[None]:
         lambda: torch.autocast("cpu", torch.float16),
         lambda: sf.use_backend("reference"),
         _precision("high"),
+        _precision("medium"),
         _deterministic,
         lambda: torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        _precision_of(torch.backends.cuda.matmul, "tf32"),
+        _precision_of(torch.backends.cudnn.conv, "ieee"),
     ],
-    ids=["bf16", "fp16", "backend", "precision", "deterministic", "cudnn"],
+    ids=["bf16", "fp16", "backend", "high", "medium", "deterministic", "cudnn", "tf32 products", "exact convolutions"],
 )
 def test_settings_have_graphs_of_their_own(setting: Any) -> None:
+    torch.set_float32_matmul_precision("highest")  # which is not the same as never set
     model = block()
     fast, pool = rehearsed(model)
     for _ in range(2):
