@@ -191,16 +191,8 @@ CALLS |= {
 Path = tuple[Any, ...]
 Values = dict[str, Callable[[], Any]]
 ZERO_IS_GOOD = ("start", "grad_step", "overlap", "upto", "steps")
-ANY_SIZE_IS_GOOD = (
-    "max_bytes",
-    "steps",
-    "iterations",
-    "exact_every",
-    "images_per_prompt",
-    "height",
-    "width",
-    "coarse_steps",
-)
+ANY_SIZE_IS_GOOD = ("steps", "iterations", "exact_every", "images_per_prompt", "height", "width", "coarse_steps")
+ANY_SIZE_IS_GOOD += ("max_bytes",)
 OF_THE_CALLER = ("ShortcutSampler", "PipelineSampler", "invert", "optimize_latents", "restore_tiled")
 """These give tensors to the caller's model: what it makes of a meta, fake or endless one is its own affair."""
 WRONG: dict[str, list[Any]] = {
