@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from itertools import product
@@ -514,28 +515,33 @@ def distributed_gradients(rank: int, world: int, folder: str, errors: list[str] 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
-        torch.manual_seed(0)
-        model = pipeline().train()
-        image = torch.rand(world, 2, 3, 32, 32)[rank]
-        wrapped = [
-            DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True),
-            DistributedDataParallel(sf.accelerate(copy.deepcopy(model)), find_unused_parameters=True),
-        ]
-        expected_output, expected = gradients(wrapped[0], image)
-        expected = {name: gradient.clone() for name, gradient in expected.items()}
-        wrapped[0].module.load_state_dict(model.state_dict())
-        wrapped[0] = sf.accelerate(wrapped[0])
-        for ddp in wrapped:
-            assert_all_fast(ddp)
-            output, grads = gradients(ddp, image)
-            assert_close(output, expected_output)
-            assert_same_gradients(grads, expected)
-        total = torch.stack([gradient.norm() for gradient in grads.values()])
-        everywhere = [torch.empty_like(total) for _ in range(world)]
-        dist.all_gather(everywhere, total)
-        assert all(torch.equal(each, total) for each in everywhere), "the processes have different gradients"
+        compare_gradients(rank, world)  # what is wrapped goes before the group: gloo's threads may wait for it
     finally:
+        gc.collect()
         dist.destroy_process_group()
+
+
+def compare_gradients(rank: int, world: int) -> None:
+    torch.manual_seed(0)
+    model = pipeline().train()
+    image = torch.rand(world, 2, 3, 32, 32)[rank]
+    wrapped = [
+        DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True),
+        DistributedDataParallel(sf.accelerate(copy.deepcopy(model)), find_unused_parameters=True),
+    ]
+    expected_output, expected = gradients(wrapped[0], image)
+    expected = {name: gradient.clone() for name, gradient in expected.items()}
+    wrapped[0].module.load_state_dict(model.state_dict())
+    wrapped[0] = sf.accelerate(wrapped[0])
+    for ddp in wrapped:
+        assert_all_fast(ddp)
+        output, grads = gradients(ddp, image)
+        assert_close(output, expected_output)
+        assert_same_gradients(grads, expected)
+    total = torch.stack([gradient.norm() for gradient in grads.values()])
+    everywhere = [torch.empty_like(total) for _ in range(world)]
+    dist.all_gather(everywhere, total)
+    assert all(torch.equal(each, total) for each in everywhere), "the processes have different gradients"
 
 
 needs_gloo = pytest.mark.skipif(
