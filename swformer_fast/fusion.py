@@ -33,6 +33,11 @@ def foldable(x: Tensor) -> bool:
     return x.dim() == 4 and full_precision and not channels_last(x) and not autocasts(x)
 
 
+def convolve(x: Tensor, conv: Convolution) -> Tensor:
+    """The 1x1 convolution of x."""
+    return torch.ops.swformer_fast.pointwise(x, None, None, conv.weight.flatten(1)[None], conv.bias, None)
+
+
 def merge(a: Tensor, b: Tensor, conv: Convolution) -> Tensor:
     """The 1x1 convolution of cat((a, b), 1)."""
     return torch.ops.swformer_fast.pointwise(a, b, None, conv.weight.flatten(1)[None], conv.bias, None)

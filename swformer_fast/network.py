@@ -23,12 +23,23 @@ class Merge(reference_network.Merge):
         return fusion.merge(a, b, Convolution(*conv_parameters(self.conv)))
 
 
+class Resample(reference_network.Resample):
+    __doc__ = reference_network.Resample.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, rearrange = self
+        if not (plain(conv) and fusion.foldable(x)):
+            return super().forward(x)
+        return rearrange(fusion.convolve(x, Convolution(*conv_parameters(conv))))
+
+
 class SWFormer(reference.SWFormer):
     __doc__ = reference.SWFormer.__doc__
 
     block_type = SWFormerBlock
     dwt_type = HaarDWT2d
     merge_type = Merge
+    resample_type = Resample
 
     def _pad(self, image: Tensor) -> Tensor:
         functional.check_input("image", image, next(self.parameters()))

@@ -11,11 +11,13 @@ from . import modules, network, reference
 
 _MODULE = TypeVar("_MODULE", bound=nn.Module)
 
+_PARTS = ("Merge", "Resample")
+"""Modules that only a network holds."""
 FAST_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(reference, name): getattr(modules, name)
     for name in reference.__all__
     if isinstance(getattr(modules, name, None), type)
-} | {reference.SWFormer: network.SWFormer, reference.network.Merge: network.Merge}
+} | {reference.SWFormer: network.SWFormer, **{getattr(reference.network, n): getattr(network, n) for n in _PARTS}}
 FAST_NAMES = {kind.__name__ for kind in FAST_TYPES}
 
 

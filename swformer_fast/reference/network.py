@@ -70,6 +70,10 @@ class Merge(nn.Module):
         return a + b if self.conv is None else self.conv(torch.cat((a, b), dim=1))
 
 
+class Resample(nn.Sequential):
+    """A 1x1 convolution and a rearrangement of pixels to another resolution."""
+
+
 class SWFormer(nn.Module):
     """Image restoration network with three resolutions, an image in and a residual image out at each.
 
@@ -94,7 +98,7 @@ class SWFormer(nn.Module):
         skip: how the encoder's maps join the decoder, "concat" with a 1x1 convolution or "add".
         block_options: of every `SWFormerBlock`.
 
-    Subclasses choose other parts by the class attributes `block_type`, `dwt_type` and `merge_type`.
+    Subclasses choose other parts by the class attributes `block_type`, `dwt_type`, `merge_type` and `resample_type`.
 
     Source: architecture figure of arXiv 2505.05504, whose authors published no code: a reconstruction of matching size
     and cost.
@@ -103,6 +107,7 @@ class SWFormer(nn.Module):
     block_type: type[SWFormerBlock] = SWFormerBlock
     dwt_type: type[HaarDWT2d] = HaarDWT2d
     merge_type: type[Merge] = Merge
+    resample_type: type[Resample] = Resample
 
     def __init__(
         self,
@@ -143,12 +148,13 @@ class SWFormer(nn.Module):
             for width, depth in zip((d1, d2, d3, d2, d1), depths, strict=True)
         )
         self.downs = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(source, target // 4, 1), PixelUnshuffle(2))
+            self.resample_type(nn.Conv2d(source, target // 4, 1), PixelUnshuffle(2))
             for source, target in ((d1, d2), (d2, d3))
         )
         self.fusions = nn.ModuleList(self.merge_type(width, fusion) for width in (d2, d3))
         self.ups = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(source, 4 * target, 1), PixelShuffle(2)) for source, target in ((d3, d2), (d2, d1))
+            self.resample_type(nn.Conv2d(source, 4 * target, 1), PixelShuffle(2))
+            for source, target in ((d3, d2), (d2, d1))
         )
         self.skips = nn.ModuleList(self.merge_type(width, skip) for width in (d2, d1))
         self.heads = nn.ModuleList(
