@@ -4,11 +4,9 @@ All take (B, C, H, W) images of dtype float32, float64, float16 or bfloat16 in a
 gives a channels_last output, any other a contiguous one. Parameters may be float32 beside a half-precision image; the
 arithmetic is then fp32 and the output has the image's dtype. Under autocast the image is cast to the autocast dtype, as
 conv2d does. Gradients exist to the image and every parameter, are the same bits in every run and for every number of
-threads, and can be differentiated again (through the reference). (Modules that hold several ops, MultiDomainMixer,
-SWFormerBlock and SWFormer, give the same bits for one number of threads: some products of their parameters are
-torch's.) torch.compile takes each op whole (no graph break); FlopCounterMode counts what the definition takes.
-torch.func transforms (grad, vjp, jvp, jacrev, hessian) and forward mode take the definition in place of the kernels;
-vmap calls an op for one element after the other.
+threads, and can be differentiated again (through the reference). torch.compile takes each op whole (no graph break);
+FlopCounterMode counts what the definition takes. torch.func transforms (grad, vjp, jvp, jacrev, hessian) and forward
+mode take the definition in place of the kernels; vmap calls an op for one element after the other.
 """
 
 from __future__ import annotations

@@ -248,21 +248,25 @@ def test_jit_trace(grad: bool) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("width", [16, 40, 48])
-def test_a_block_gives_the_same_bits_in_every_run(width: int, training: bool) -> None:
-    """Output, gradients and running statistics, at widths of the presets and for every number of threads."""
+def test_a_block_gives_the_same_bits_for_every_number_of_threads(width: int, training: bool) -> None:
+    """Output, with and without gradients, gradients and running statistics, at widths of the presets, in every run."""
     block, x = sf.SWFormerBlock(width, scale_init=0.5), torch.randn(2, width, 16, 18)
     state = copy.deepcopy(block.state_dict())
 
     def run() -> list[Tensor]:
         block.load_state_dict(state)
         y = block.train(training)(x)
+        with torch.no_grad():
+            without = block(x)
         return [
             y,
+            without,
             *torch.autograd.grad(y.square().sum(), list(block.parameters())),
             *(b.clone() for b in block.buffers()),
         ]
 
+    expected = run()
     for threads in (1, 2, 3, 4, 8):
         with num_threads(threads):
-            pairs = zip(run(), run(), strict=True)
+            pairs = zip(run(), expected, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)

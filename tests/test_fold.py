@@ -1,0 +1,236 @@
+"""fold_norm, fold_attention and swformer_block: what they stand for. What every op keeps is in test_contract.py."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import KERNELS, arguments, check
+from helpers import assert_close, perturb
+from torch import Tensor, nn
+
+import swformer_fast as sf
+from swformer_fast import fusion, reference
+from swformer_fast.parameters import BlockParameters, MixerParameters
+
+GROUPS = (("mean", "variance"), ("norm_weight",), ("norm_bias",), ("then_weight", "then_bias"), ("scale",))
+"""Inputs of fold_norm that come together."""
+CHOICES = [c for c in product((True, False), repeat=len(GROUPS)) if c[0] or not (c[1] or c[2])]
+
+
+def fold_norm_arguments(choice: tuple[bool, ...], channels: int) -> list[object]:
+    args = arguments("fold_norm", 1, channels, 1, 1)
+    names = [spec.name for spec in sf.ops.CATALOGUE["fold_norm"].inputs]
+    for group, wanted in zip(GROUPS, choice, strict=True):
+        for name in () if wanted else group:
+            args[names.index(name)] = None
+    if args[names.index("then_weight")] is None and args[names.index("scale")] is not None:
+        args[names.index("scale")] = torch.rand(len(args[1])).requires_grad_()
+    return args
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_fold_norm_with_some_of_its_parts(choice: tuple[bool, ...], backend: str) -> None:
+    with sf.use_backend(backend):
+        check("fold_norm", fold_norm_arguments(choice, 5))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_fold_norm_is_what_it_folds(choice: tuple[bool, ...]) -> None:
+    """One convolution in place of the layers."""
+    args = [a.detach().double() if isinstance(a, Tensor) else a for a in fold_norm_arguments(choice, 4)]
+    weight, bias, mean, variance, norm_weight, norm_bias, then_weight, then_bias, scale, eps = args
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    y = x if mean is None else F.batch_norm(x, mean, variance, norm_weight, norm_bias, False, 0.0, eps)
+    y = F.conv2d(y, weight[..., None, None], bias)
+    if then_weight is not None:
+        inner = then_weight.shape[1]
+        y = torch.cat((y[:, :-inner], F.conv2d(y[:, -inner:], then_weight[..., None, None], then_bias)), 1)
+    y = y if scale is None else scale[:, None, None] * y
+    folded = torch.ops.swformer_fast.fold_norm(*args)
+    outputs = y.shape[1]
+    weight, bias = folded.split((outputs * 4, outputs))
+    assert_close(F.conv2d(x, weight.view(outputs, 4, 1, 1), bias), y, torch.float64)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fold_attention_is_what_it_folds(scaled: bool) -> None:
+    """For each image one convolution of the three maps in place of the layers."""
+    args = arguments("fold_attention", 2, 3, 4, 5, dtype=torch.float64, optional=scaled)
+    *_, w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale, area = [
+        a.detach() if isinstance(a, Tensor) else a for a in args
+    ]
+    maps = [torch.randn(2, c, 4, 5, dtype=torch.float64) for c in (3, 4, 6)]
+    y = torch.cat((*maps[:2], F.conv2d(maps[2], last_weight[..., None, None], last_bias)), 1)
+    attention = reference.channel_attention(
+        y, sf.parameters.AttentionParameters(w1[..., None, None], b1, w2[..., None, None], b2)
+    )
+    y = F.conv2d(attention, weight[..., None, None], bias)
+    y = y if scale is None else scale[:, None, None] * y
+    sums = [m.sum((2, 3)) for m in maps]
+    folded = torch.ops.swformer_fast.fold_attention(
+        *sums, w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale, area
+    )
+    outputs, width = len(bias), sum(m.shape[1] for m in maps)
+    weights, biases = folded.split((2 * outputs * width, 2 * outputs))
+    actual = torch.einsum("bei,bihw->behw", weights.view(2, outputs, width), torch.cat(maps, 1))
+    assert_close(actual + biases.view(2, outputs, 1, 1), y, torch.float64)
+
+
+# the block ------------------------------------------------------------------------------------------------------------
+
+
+def blocks(dim: int = 6) -> tuple[nn.Module, nn.Module]:
+    """A fast block, in evaluation, and its reference in fp64."""
+    fast = sf.SWFormerBlock(dim, scale_init=0.5).eval()
+    perturb(fast)
+    slow = reference.SWFormerBlock(dim).double().eval()
+    slow.load_state_dict(fast.state_dict())
+    return fast, slow
+
+
+def ops_of(run: Callable[[], object]) -> set[str]:
+    with torch.profiler.profile() as profile:
+        run()
+    names = {event.key for event in profile.key_averages()}
+    return {name for name in names if name.startswith("swformer_fast::")}
+
+
+def test_one_op_without_gradients() -> None:
+    fast, slow = blocks()
+    x = torch.randn(2, 6, 17, 22)
+    with torch.no_grad():
+        assert ops_of(lambda: fast(x)) == {"swformer_fast::swformer_block"}
+        assert_close(fast(x), slow(x.double()))
+    assert "swformer_fast::swformer_block" not in ops_of(lambda: fast(x))
+    assert_close(fast(x), slow(x.double()))
+
+
+def test_function_is_the_module() -> None:
+    _, slow = blocks()
+    mixer, _, _, eps = sf.MultiDomainMixer.arguments(slow.mixer)  # type: ignore[arg-type]
+    parameters = bundle(slow, mixer)
+    x = torch.randn(2, 6, 9, 14, dtype=torch.float64)
+    assert_close(reference.swformer_block(x, parameters, 1e-5, 1e-5, eps), slow(x), torch.float64)
+
+
+def bundle(block: nn.Module, mixer: MixerParameters) -> BlockParameters:
+    (ffn,) = block.ffn.arguments()
+    norms = [reference.common.norm_parameters(norm) for norm in (block.norm1, block.norm2)]
+    return BlockParameters(norms[0], mixer, block.beta, norms[1], ffn, block.gamma)
+
+
+def change_data(block: nn.Module) -> None:
+    for parameter in block.parameters():
+        parameter.data.mul_(1.1)  # as averages of weights are written; no version counter sees it
+
+
+def change_in_place(block: nn.Module) -> None:
+    with torch.no_grad():
+        for tensor in (*block.parameters(), *block.buffers()):
+            if tensor.is_floating_point():
+                tensor.mul_(1.1)
+
+
+def load(block: nn.Module) -> None:
+    state = {k: v * 1.1 if v.is_floating_point() else v for k, v in block.state_dict().items()}
+    block.load_state_dict(state)
+
+
+def assign(block: nn.Module) -> None:
+    state = {k: v * 1.1 if v.is_floating_point() else v for k, v in block.state_dict().items()}
+    block.load_state_dict(state, assign=True)
+
+
+def step(block: nn.Module) -> None:
+    optimizer = torch.optim.SGD(block.parameters(), 0.1)
+    block(torch.ones(1, 6, 8, 8)).square().mean().backward()
+    optimizer.step()
+
+
+def train(block: nn.Module) -> None:
+    """Running statistics move."""
+    block.train()(torch.randn(2, 6, 8, 8))
+    block.eval()
+
+
+@pytest.mark.parametrize("change", [change_data, change_in_place, load, assign, step, train])
+def test_nothing_is_stale_after_a_change(change: Callable[[nn.Module], None]) -> None:
+    fast, slow = blocks()
+    x = torch.randn(1, 6, 10, 12)
+    with torch.no_grad():
+        before = fast(x)
+    change(fast)
+    slow.load_state_dict(fast.state_dict())
+    with torch.no_grad():
+        after = fast(x)
+        assert not torch.allclose(after, before)
+        assert_close(after, slow(x.double()))
+
+
+@pytest.mark.parametrize("part", ["norm1", "norm2", "gate_bn"])
+def test_statistics_of_the_batch_in_one_part(part: str) -> None:
+    """Frozen in part, or without running statistics: such a block is not one op, and right."""
+    for freeze in (False, True):
+        fast, slow = blocks()
+        for block in (fast, slow):
+            owner = block.mixer.fourier if part == "gate_bn" else block
+            parts = [owner.gate_bn, owner.value_bn] if part == "gate_bn" else [getattr(owner, part)]
+            for norm in parts:
+                if freeze:
+                    norm.train()
+                else:
+                    norm.running_mean = norm.running_var = None
+        x = torch.randn(2, 6, 10, 12)
+        with torch.no_grad():
+            assert_close(fast(x), slow(x.double()))
+
+
+def test_norms_without_a_weight() -> None:
+    fast, slow = blocks()
+    for block in (fast, slow):
+        block.norm1 = nn.BatchNorm2d(6, affine=False).eval().to(block.beta.dtype)
+    x = torch.randn(2, 6, 10, 12)
+    with torch.no_grad():
+        assert_close(fast(x), slow(x.double()))
+    assert_close(fast(x), slow(x.double()))
+
+
+def test_large_kernels_are_not_one_op() -> None:
+    fast = sf.SWFormerBlock(4, spatial_kernel=5, scale_init=0.5).eval()
+    perturb(fast)
+    slow = copy.deepcopy(fast).double()
+    x = torch.randn(1, 4, 12, 13)
+    with torch.no_grad():
+        assert "swformer_fast::swformer_block" not in ops_of(lambda: fast(x))
+        assert_close(fast(x), slow(x.double()))
+
+
+def test_errors_before_kernels() -> None:
+    fast, _ = blocks()
+    x = torch.randn(1, 6, 8, 8)
+    with torch.no_grad():
+        fast(x)
+        for name, make in (
+            ("mixer.conv_out.bias", lambda t: torch.zeros(7)),
+            ("ffn.conv_in.weight", lambda t: t[:, :5]),
+            ("norm1.running_var", lambda t: torch.ones(5)),
+            ("beta", lambda t: torch.ones(6)),
+        ):
+            owner, attribute = name.rpartition(".")[::2]
+            broken = copy.deepcopy(fast)
+            module = broken.get_submodule(owner)
+            value = make(getattr(module, attribute))
+            if attribute in module._parameters:
+                module._parameters[attribute] = nn.Parameter(value)
+            else:
+                module._buffers[attribute] = value
+            with pytest.raises(ValueError, match=r"must have shape"):
+                broken(x)
+        with pytest.raises(TypeError, match="dtype"):
+            fusion.block(x, bundle(fast.double(), fast.mixer.arguments()[0]), 1e-5, 1e-5, 1e-5)
