@@ -13,18 +13,24 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import swformer_fast as sf
 from benchmarks import records
 from benchmarks.inspection import roofline
 from benchmarks.inspection.roofline import DEVICES, LAUNCH_SECONDS, Entry, Ledger
+from swformer_fast import fusion
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter does")
 
 
-def _recorded(run: Callable[[], Any]) -> dict[str, Entry]:
-    ledger = Ledger()
+def ledger_of(run: Callable[[], Any]) -> list[Entry]:
+    ledger = Ledger(1)
     with ledger.recording():
         run()
-    return {entry.name.removeprefix("aten::"): entry for entry in ledger.entries}
+    return ledger.entries
+
+
+def _recorded(run: Callable[[], Any]) -> dict[str, Entry]:
+    return {entry.name.removeprefix("aten::"): entry for entry in ledger_of(run)}
 
 
 def test_operators_and_their_bytes() -> None:
@@ -90,8 +96,8 @@ LAUNCHES = {
     "channel_attention forward+backward": 7,
     "sampler_step": 1,
     "shortcut_backward": 1,
-    "block eval": 56,
-    "block training step": 156,
+    "block eval": 16,
+    "block training step": 86,
 }
 """Most launches of an op and of a block, those of PyTorch's own operators included."""
 
@@ -105,6 +111,32 @@ def test_launches(name: str) -> None:
     assert ours["bytes"] < theirs["bytes"]
     for device in DEVICES:
         assert 0 < ours[f"us {device.name} fp32"] < theirs[f"us {device.name} fp32"]
+
+
+def test_launches_of_a_network() -> None:
+    network, image = sf.SWFormer.from_preset("derain-s").eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        entries = ledger_of(lambda: network(image))
+    assert sum(e.launches for e in entries) <= 219
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("shape", [(1, 40, 16, 16), (2, 16, 48, 48)])
+def test_fused_before_op_by_op_before_the_reference(shape: tuple[int, ...], train: bool) -> None:
+    """Launches, bytes and estimates of a block: so there is one plan, whatever the size."""
+
+    def totals(package: Any, fused: bool) -> dict[str, Any]:
+        block = package.SWFormerBlock(shape[1]).train(train)
+        run = roofline._module_run(block, torch.randn(shape), train)
+        with pytest.MonkeyPatch.context() as patch:
+            if not fused:
+                patch.setattr(fusion, "foldable", lambda x: False)
+            return roofline._total(ledger_of(run))
+
+    plans = [totals(sf, True), totals(sf, False), totals(sf.reference, True)]
+    for name in ("launches", "bytes", *(f"us {device.name} fp32" for device in DEVICES)):
+        values = [plan[name] for plan in plans]
+        assert values == sorted(values), name
 
 
 def test_counted_launches_are_not_interpreted_again() -> None:
