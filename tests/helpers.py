@@ -213,8 +213,8 @@ def with_field(bundle: Any, name: str, value: Any) -> Any:
     return bundle._replace(**{first: with_field(getattr(bundle, first), path, value) if path else value})
 
 
-def zero_kernel(monkeypatch: pytest.MonkeyPatch, name: str, *outputs: int) -> None:
-    """Triton kernel `name` ends, wherever it is launched, by zeroing its arguments, or tuples of them, at `outputs`."""
+def zero_kernel(monkeypatch: pytest.MonkeyPatch, name: str, *outputs: str) -> None:
+    """Triton kernel `name` ends, wherever it is launched, by zeroing the arguments, or tuples of them, named."""
     modules = [m for key, m in sys.modules.items() if key.startswith("swformer_kernels.") and hasattr(m, name)]
     kernel = getattr(modules[0], name)
 
@@ -222,7 +222,7 @@ def zero_kernel(monkeypatch: pytest.MonkeyPatch, name: str, *outputs: int) -> No
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             def launch(*args: Any, **kwargs: Any) -> None:
                 kernel[grid](*args, **kwargs)
-                for tensor in tree_leaves([args[i] for i in outputs]):
+                for tensor in tree_leaves([args[kernel.arg_names.index(output)] for output in outputs]):
                     if tensor is not None:
                         tensor.zero_()
 

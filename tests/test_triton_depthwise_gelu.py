@@ -52,13 +52,13 @@ def test_what_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kernel", "outputs"),
     [
-        ("depthwise_gelu_kernel", (2,)),
-        ("depthwise_gelu_kernel", (6,)),
-        ("depthwise_gelu_backward_kernel", (5, 9)),
-        ("sum_weights_kernel", (1, 2)),
+        ("depthwise_gelu_kernel", ("y",)),
+        ("depthwise_gelu_kernel", ("partials",)),
+        ("depthwise_gelu_backward_kernel", ("out", "partials")),
+        ("sum_weights_kernel", ("weight", "bias")),
     ],
 )
-def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroed_kernel_fails(kernel: str, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     zero_kernel(monkeypatch, kernel, *outputs)
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 6, 8)))

@@ -374,23 +374,26 @@ def test_images_of_positive_mean() -> None:
 @pytest.mark.parametrize(
     ("kernel", "output", "check"),
     [
-        ("spectrum_mix_kernel", 5, test_several_tiles),
-        ("spectrum_mix_backward_kernel", 5, lambda: test_mix_backward((5, 4, 3), (6, 7))),
-        ("spectrum_parameters_kernel", 5, lambda: test_mix_backward((5, 4, 3), (6, 7))),
-        ("spectrum_moments_kernel", 2, lambda: test_moments(5)),
-        ("spectrum_moments_backward_kernel", 3, lambda: test_moments_backward((5, 7))),
-        ("batch_statistics_kernel", 4, lambda: test_compose((5, 4), True, torch.float32)),
-        ("batch_statistics_kernel", 5, lambda: test_compose((5, 4), True, torch.float32)),
-        ("batch_statistics_kernel", 6, lambda: test_compose((5, 4), True, torch.float32)),
-        ("batch_statistics_kernel", 7, lambda: test_compose((5, 4), True, torch.float32)),
-        ("compose_kernel", 4, lambda: test_compose((5, 4), False, torch.float32)),
-        *(("compose_backward_kernel", i, lambda: test_compose((5, 4), False, torch.float32)) for i in range(11, 15)),
-        ("compose_backward_kernel", 15, lambda: test_compose((5, 4), True, torch.float32)),
-        ("sum_partials_kernel", 1, lambda: test_moments(5)),
+        ("spectrum_mix_kernel", "out", test_several_tiles),
+        ("spectrum_mix_backward_kernel", "out", lambda: test_mix_backward((5, 4, 3), (6, 7))),
+        ("spectrum_parameters_kernel", "partials", lambda: test_mix_backward((5, 4, 3), (6, 7))),
+        ("spectrum_moments_kernel", "partials", lambda: test_moments(5)),
+        ("spectrum_moments_backward_kernel", "out", lambda: test_moments_backward((5, 7))),
+        *(
+            ("batch_statistics_kernel", output, lambda: test_compose((5, 4), True, torch.float32))
+            for output in ("table", "statistics", "products", "zeros")
+        ),
+        ("compose_kernel", "out", lambda: test_compose((5, 4), False, torch.float32)),
+        *(
+            ("compose_backward_kernel", output, lambda: test_compose((5, 4), False, torch.float32))
+            for output in ("weight_grad", "bias_grad", "gate_grads", "value_grads")
+        ),
+        ("compose_backward_kernel", "right", lambda: test_compose((5, 4), True, torch.float32)),
+        ("sum_partials_kernel", "outputs", lambda: test_moments(5)),
     ],
 )
 def test_zeroed_kernel_fails(
-    kernel: str, output: int, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    kernel: str, output: str, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zero_kernel(monkeypatch, kernel, output)
     with pytest.raises(AssertionError):

@@ -79,9 +79,14 @@ def test_fp64_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "outputs"), [("analysis_kernel", (4, 8)), ("synthesis_kernel", (4, 8)), ("sum_taps_kernel", (1,))]
+    ("kernel", "outputs"),
+    [
+        ("analysis_kernel", ("out", "partials")),
+        ("synthesis_kernel", ("out", "partials")),
+        ("sum_taps_kernel", ("taps",)),
+    ],
 )
-def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroed_kernel_fails(kernel: str, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     zero_kernel(monkeypatch, kernel, *outputs)
     with pytest.raises(AssertionError):
         _check_dwt(_random((1, 2, 6, 8)), *_taps())

@@ -125,17 +125,23 @@ def test_residual(layout: str, residual_layout: str) -> None:
 @pytest.mark.parametrize(
     ("kernel", "output"),
     [
-        ("ffn_in_kernel", 4),
-        ("ffn_low_kernel", 1),
-        ("ffn_out_kernel", 9),
-        *(pytest.param("ffn_out_backward_kernel", output, marks=pytest.mark.slow) for output in (8, 9, 10)),
-        ("ffn_downsample_kernel", 1),
-        *(pytest.param("ffn_depthwise_backward_kernel", output, marks=pytest.mark.slow) for output in (2, 5)),
-        pytest.param("ffn_in_backward_kernel", 3, marks=pytest.mark.slow),
-        ("ffn_in_parameters_kernel", 4),
+        ("ffn_in_kernel", "hidden"),
+        ("ffn_low_kernel", "mixed"),
+        ("ffn_out_kernel", "y"),
+        *(
+            pytest.param("ffn_out_backward_kernel", output, marks=pytest.mark.slow)
+            for output in ("first_grad", "other_grads", "partials")
+        ),
+        ("ffn_downsample_kernel", "out"),
+        *(
+            pytest.param("ffn_depthwise_backward_kernel", output, marks=pytest.mark.slow)
+            for output in ("out", "partials")
+        ),
+        pytest.param("ffn_in_backward_kernel", "out", marks=pytest.mark.slow),
+        ("ffn_in_parameters_kernel", "partials"),
     ],
 )
-def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroed_kernel_fails(kernel: str, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zero_kernel(monkeypatch, kernel, output)
     with pytest.raises(AssertionError):
         _check(_random((1, 2, 3, 5)), _parameters(2, 2, 3))

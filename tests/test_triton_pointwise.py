@@ -109,9 +109,10 @@ def test_half_precision_maps_are_exact_intf32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "output"), [("pointwise_kernel", 9), ("pointwise_parameters_kernel", 5), ("sum_partials_kernel", 1)]
+    ("kernel", "output"),
+    [("pointwise_kernel", "outs"), ("pointwise_parameters_kernel", "partials"), ("sum_partials_kernel", "outputs")],
 )
-def test_zeroed_kernel_fails(kernel: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroed_kernel_fails(kernel: str, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zero_kernel(monkeypatch, kernel, output)
     with pytest.raises(AssertionError):
         _check(_arguments())

@@ -76,14 +76,14 @@ def test_what_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kernel", "outputs"),
     [
-        ("wavelet_kernel", (3,)),
-        ("wavelet_kernel", (11,)),
-        ("wavelet_backward_kernel", (5, 13, 14)),
-        ("sum_weights_kernel", (1, 2)),
-        ("sum_taps_kernel", (1,)),
+        ("wavelet_kernel", ("y",)),
+        ("wavelet_kernel", ("partials",)),
+        ("wavelet_backward_kernel", ("out", "partials", "tap_partials")),
+        ("sum_weights_kernel", ("weight", "bias")),
+        ("sum_taps_kernel", ("taps",)),
     ],
 )
-def test_zeroed_kernel_fails(kernel: str, outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroed_kernel_fails(kernel: str, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     zero_kernel(monkeypatch, kernel, *outputs)
     with pytest.raises(AssertionError):
         _check(_random((1, 1, 3, 4)))

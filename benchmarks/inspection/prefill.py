@@ -25,9 +25,13 @@ from ..harness import PRECISIONS, autocast_to_bf16, products_in
 Compilation = tuple[str, Callable[[], Any]]
 
 
-def _step(model: nn.Module, shape: tuple[int, ...], train: bool) -> Callable[[], None]:
+def step(
+    model: nn.Module, shape: tuple[int, ...], train: bool, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """A forward of a model on the meta device, or a training step."""
+
     def run() -> None:
-        x = torch.empty(shape, device="meta")
+        x = torch.empty(shape, dtype=dtype, device="meta")
         if not train:
             with torch.no_grad():
                 model(x)
@@ -51,9 +55,9 @@ def models() -> Iterator[Compilation]:
         for (train, shapes), (_, images) in zip(blocks, networks, strict=True):
             kind = "training" if train else "eval"
             for shape in shapes:
-                yield f"block {kind} {shape}", _step(sf.SWFormerBlock(shape[1]).train(train), shape, train)
+                yield f"block {kind} {shape}", step(sf.SWFormerBlock(shape[1]).train(train), shape, train)
             network = sf.SWFormer.from_preset(bench_network.PRESET).train(train)
-            yield from ((f"{bench_network.PRESET} {kind} {image}", _step(network, image, train)) for image in images)
+            yield from ((f"{bench_network.PRESET} {kind} {image}", step(network, image, train)) for image in images)
 
 
 def ops() -> Iterator[Compilation]:

@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import matrix_options
+from ._device import cdiv, jit_for_all_sizes, matrix_options
 from ._tiles import load, load_matrix, store, store_matrix
 
 PLACES = (0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15)
 """Of the differentiable ones among the parameters of `fourier_mix`."""
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def batch_statistics_kernel(
     spectrum, moments, weight, bias, table, statistics, products, zeros, batch, D, C, numbers, side,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -103,7 +103,7 @@ def _load_pairs(matrix, row, exists, c, C):
     return left, load_matrix(matrix, row, exists, 2 * c + 1, 2 * C, 2 * C)
 
 
-@triton.jit
+@jit_for_all_sizes("D")
 def compose_kernel(
     in_weight, in_bias, gate, value, out, D, C, side, eps,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -170,10 +170,10 @@ def _through_moments(moments, products, share, n, mask, d, D):
     return share[0][:, None] * product + share[1][:, None] * sums[None, :]
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def compose_backward_kernel(
-    grad, in_weight, in_bias, gate, value, moments, products, zeros, spectrum, batch, numbers,
-    weight_grad, bias_grad, gate_grads, value_grads, right, row_stride, D, C, side, eps,
+    grad, in_weight, in_bias, gate, value, moments, products, zeros, spectrum,
+    weight_grad, bias_grad, gate_grads, value_grads, right, batch, numbers, row_stride, D, C, side, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters from the matrix's, of factor program_id(0) and block program_id(1) of its channels.
@@ -315,13 +315,13 @@ def compose(
                 products = moments.new_empty(2, 2 * channels, dim)
                 zeros = moments.new_empty(batch, 2 * channels)
             numbers = spectrum.shape[2] * spectrum.shape[3] * 2
-            batch_statistics_kernel[(triton.cdiv(2 * channels, 4),)](
+            batch_statistics_kernel[(cdiv(2 * channels, 4),)](
                 spectrum, moments, in_weight, in_bias, table, statistics, products, zeros,
                 batch, dim, channels, numbers, side,
                 BLOCK_R=4, BLOCK_E=32, BLOCK_K=16, **options,
             )  # fmt: skip
             gate, value = (*table[:2], *gate[2:]), (*table[2:], *value[2:])
-        compose_kernel[(2, triton.cdiv(2 * channels, 32), triton.cdiv(dim, 32))](
+        compose_kernel[(2, cdiv(2 * channels, 32), cdiv(dim, 32))](
             in_weight, in_bias, gate, value, matrix, dim, channels, side, eps,
             BLOCK_R=32, BLOCK_D=32, BLOCK_C=16, **options,
         )  # fmt: skip
@@ -349,10 +349,9 @@ def compose_backward(
     width = 2 * (dim + 1) + batch
     right = None if moments is None else spectrum.new_empty(2 * channels, width)
     with torch.cuda.device_of(spectrum):
-        compose_backward_kernel[(2, triton.cdiv(channels, 16))](
-            grad, in_weight, in_bias, *composed.norms, moments, composed.products, composed.zeros, spectrum, batch,
-            numbers, *grads[:2], tuple(grads[2:6]), tuple(grads[6:]), right, width, dim, channels,
-            math.sqrt(area), eps,
+        compose_backward_kernel[(2, cdiv(channels, 16))](
+            grad, in_weight, in_bias, *composed.norms, moments, composed.products, composed.zeros, spectrum, *grads[:2],
+            tuple(grads[2:6]), tuple(grads[6:]), right, batch, numbers, width, dim, channels, math.sqrt(area), eps,
             BLOCK_R=16, BLOCK_C=16, BLOCK_D=32, **matrix_options(spectrum) | {"num_warps": 4},
         )  # fmt: skip
     grads = [g.to(parameters[i].dtype) for g, i in zip(grads, PLACES[:10], strict=True)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -12,10 +16,37 @@ from torch import Tensor
 _EXACT_ON_BLACKWELL = "ieee" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else "tf32x3"
 
 
+def cdiv(n: int, divisor: int) -> int:
+    """`triton.cdiv`, which takes microseconds on the host."""
+    return -(-n // divisor)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is no less than a positive `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def jit_for_all_sizes(first: str) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit` of a kernel that another size of image does not compile again.
+
+    Its arguments are pointers, numbers that are compiled in where they are 1 or multiples of 16, numbers that are not,
+    from `first` on, and annotated constants.
+    """
+
+    def jit(kernel: Callable[..., Any]) -> Any:
+        numbers = [p.name for p in inspect.signature(kernel).parameters.values() if p.annotation is p.empty]
+        return triton.jit(kernel, do_not_specialize=numbers[numbers.index(first) :])
+
+    return jit
+
+
 def architecture(device: torch.device) -> str:
     """The key of the launchers' tables: "sm_80", "gfx942", ...; "interpreter" for a CPU tensor."""
-    if device.type != "cuda":
-        return "interpreter"
+    return _gpu_architecture(device) if device.type == "cuda" else "interpreter"
+
+
+@cache
+def _gpu_architecture(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
@@ -83,11 +114,23 @@ def parameter_gradients(x: Tensor, parameters: tuple[Tensor, ...], needed: bool)
 
 
 def alignment(lanes: int, lane_dim: int, tensors: list[Tensor]) -> int:
-    """The largest power of two up to 16 that divides the extent of dimension `lane_dim` and all strides but its own."""
-    strides = (s for t in tensors for d, s in enumerate(t.stride()) if d != lane_dim and t.shape[d] > 1)
-    return math.gcd(16, lanes, *strides)
+    """What divides the extent of dimension `lane_dim` and all strides but its own: 8 or 4, 16 bytes at most, else 1."""
+    divisor = math.gcd(16 // min([t.element_size() for t in tensors]), lanes)
+    for t in tensors:
+        for dim, (n, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+            if n > 1 and dim != lane_dim:
+                divisor = math.gcd(divisor, stride)
+    return divisor if divisor >= 4 else 1
+
+
+def lane_first(x: Tensor | None, channels_last: bool) -> tuple[int, ...]:
+    """Strides of lanes (columns, or channels of channels_last), of images, of the other of these two, and of rows."""
+    if x is None:
+        return 0, 0, 0, 0
+    image, channel, row, column = x.stride()
+    return (channel, image, column, row) if channels_last else (column, image, channel, row)
 
 
 def channel_block(channels: int, most: int) -> int:
     """Channels that a program takes: a power of two that a matrix product can have, `most` at most."""
-    return max(16, min(most, triton.next_power_of_2(channels)))
+    return max(16, min(most, next_power_of_2(channels)))

@@ -5,7 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._ffn_forward import before_gelu, level_pointers, low_tile, pixels_of
+from ._device import jit_for_all_sizes
+from ._ffn_forward import (
+    before_gelu,
+    level_pointers,
+    level_size,
+    level_start,
+    low_start,
+    low_tile,
+    pixels_of,
+    store_level,
+)
 from ._math import gelu, gelu_derivative
 from ._tiles import image_pointers, load, load_matrix, store, store_matrix, tile_pixels, tile_place
 
@@ -27,19 +37,19 @@ def _active_gradient(
     return total
 
 
-@triton.jit
+@jit_for_all_sizes("outputs")
 def ffn_out_backward_kernel(
-    grad, strides, hidden, mixed, mixed_starts, dw_weight, dw_bias, weight, first_grad, other_grads, partials,
-    size, levels, mid, tiles, tiles_a_program,
+    grad, hidden, mixed, dw_weight, dw_bias, weight, first_grad, other_grads, partials, grad_lane, outputs, mid,
+    batch, height, width, tiles, tiles_a_program, grad_image, grad_outer, grad_row,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what the GELU takes: of the first scale, and of the other two at full resolution (2, B, M, H, W).
 
     Unless `partials` is None, a row of it gets the sums, over some tiles, of the gradients of the last convolution's
     weight and then bias. A program takes block program_id(1) of the hidden channels and program_id(2) of the outputs.
     """
-    batch, outputs, height, width = size
+    size, strides = (batch, outputs, height, width), (grad_lane, grad_image, grad_outer, grad_row)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     e = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     zeros = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
@@ -52,22 +62,7 @@ def ffn_out_backward_kernel(
         row, column = tile_pixels(top, left, ROWS, COLUMNS)
         added = ()
         for s in tl.static_range(3):
-            inner = _active_gradient(
-                grad, strides, weight + s * mid, image, c, mid, row, column, size, BLOCK_K, ALIGN, CHANNELS_LAST,
-                PRECISION,
-            )  # fmt: skip
-            before = before_gelu(
-                hidden, mixed, mixed_starts, dw_weight, dw_bias, image, c, mid, row, column, size, levels, s,
-                LEVEL_ALIGN,
-            )  # fmt: skip
-            if s == 0:
-                out = first_grad
-            else:
-                out = other_grads
-            place = image + max(s - 1, 0) * batch
-            pointers, mask = level_pointers(out, place, c, mid, row, column, height, width, LEVEL_ALIGN)
-            values = inner * gelu_derivative(before)
-            store(pointers, values, mask & once)
+            before = before_gelu(hidden, mixed, dw_weight, dw_bias, image, c, mid, row, column, size, s)
             if partials is not None:
                 pointers, mask = image_pointers(
                     grad, strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST
@@ -77,6 +72,17 @@ def ffn_out_backward_kernel(
                 added = added + (tl.dot(right, active, of_weight[s], input_precision=PRECISION),)
                 if s == 0:
                     of_bias += tl.sum(right, 1)
+            inner = _active_gradient(
+                grad, strides, weight + s * mid, image, c, mid, row, column, size, BLOCK_K, ALIGN, CHANNELS_LAST,
+                PRECISION,
+            )  # fmt: skip
+            if s == 0:
+                out = first_grad
+            else:
+                out = other_grads
+            place = image + max(s - 1, 0) * batch
+            values = inner * gelu_derivative(before)
+            store_level(out, values, place, c, mid, row, column, height, width, once)
         if partials is not None:
             of_weight = added
     if partials is not None:
@@ -103,15 +109,15 @@ def _share(i, u, low_size, size):
     return tl.maximum(2 * size - distance, 0).to(tl.float32) / (2 * size)
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def ffn_downsample_kernel(
-    other_grads, out, starts, size, channels, levels,
-    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVEL_ALIGN: tl.constexpr,
+    other_grads, out, batch, channels, height, width,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The transpose of the bilinear maps: gradients of the levels 1 and 2 from those at full resolution."""
-    batch, _, height, width = size
+    size = (batch, height, width)
     last, image, channel, row, column, low_height, low_width = low_tile(
-        tl.program_id(0), batch, channels, levels, BLOCK_C, ROWS, COLUMNS
+        tl.program_id(0), size, channels, BLOCK_C, ROWS, COLUMNS
     )
     source = image + tl.where(last, batch, 0)
     reach = tl.where(last, 8, 4)
@@ -122,26 +128,25 @@ def ffn_downsample_kernel(
         down = _share(top + i, row, low_height, height)
         for j in range(0, reach):
             share = down * _share(left + j, column, low_width, width)
-            pointers, mask = level_pointers(other_grads, source, channel, channels, top + i, left + j, height, width, 1)
+            pointers, mask = level_pointers(other_grads, source, channel, channels, top + i, left + j, height, width)
             total += share[None, :] * load(pointers, mask)
-    target = out + tl.where(last, starts[2], starts[1])
-    pointers, mask = level_pointers(target, image, channel, channels, row, column, low_height, low_width, LEVEL_ALIGN)
-    store(pointers, total, mask)
+    level = out + low_start(out, size, channels, last, 1)
+    store_level(level, total, image, channel, channels, row, column, low_height, low_width)
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def ffn_depthwise_backward_kernel(
-    grads, hidden, out, starts, weights, partials, batch, channels, levels,
-    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVEL_ALIGN: tl.constexpr,
+    grads, hidden, out, weights, partials, batch, channels, height, width,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The depthwise convolutions' gradients, of all levels: by their input and, unless `partials` is None, by their
     taps and biases, summed over some tiles: a row of `partials`, level after level. A program takes level
     program_id(1) and block program_id(2) of the channels.
     """
     scale = tl.program_id(1)
-    height = tl.where(scale == 0, levels[0][0], tl.where(scale == 1, levels[1][0], levels[2][0]))
-    width = tl.where(scale == 0, levels[0][1], tl.where(scale == 1, levels[1][1], levels[2][1]))
-    offset = tl.where(scale == 0, starts[0], tl.where(scale == 1, starts[1], starts[2]))
+    size = (batch, height, width)
+    offset = tl.where(scale == 0, 0, low_start(hidden, size, channels, scale == 2, 0))
+    height, width = tl.cdiv(height, 1 << scale), tl.cdiv(width, 1 << scale)
     channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = channel < channels
     sums = ()
@@ -159,25 +164,21 @@ def ffn_depthwise_backward_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         image, top, left = tile_place(tile, (height, width), ROWS, COLUMNS)
         row, column = tile_pixels(top, left, ROWS, COLUMNS)
-        pointers, mask = level_pointers(
-            hidden + offset, image, channel, channels, row, column, height, width, LEVEL_ALIGN
-        )
+        pointers, mask = level_pointers(hidden + offset, image, channel, channels, row, column, height, width)
         values = load(pointers, mask)
         total = tl.zeros((BLOCK_C, ROWS * COLUMNS), tl.float32)
         added = ()
         for tap in tl.static_range(9):
             pointers, inside = level_pointers(
-                grads + offset, image, channel, channels, row - (tap // 3 - 1), column - (tap % 3 - 1), height, width,
-                LEVEL_ALIGN,
-            )  # fmt: skip
+                grads + offset, image, channel, channels, row - (tap // 3 - 1), column - (tap % 3 - 1), height, width
+            )
             grad = load(pointers, inside)
             total += factors[tap][:, None] * grad
             added = added + (sums[tap] + values * grad,)
             if tap == 4:
                 bias = sums[9] + grad
         sums = added + (bias,)
-        pointers, mask = level_pointers(out + offset, image, channel, channels, row, column, height, width, LEVEL_ALIGN)
-        store(pointers, total, mask)
+        store_level(out + offset, total, image, channel, channels, row, column, height, width)
     if partials is not None:
         partials += (tl.program_id(0).to(tl.int64) * 3 + scale) * channels * 10
         for tap in tl.static_range(9):
@@ -196,46 +197,48 @@ def _spread(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FACTOR: tl.conste
 
 @triton.jit
 def _image_gradient(
-    grads, weight, image, mid, d, dim, top, left, size, level,
-    BLOCK_K: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    grads, weight, image, mid, d, dim, top, left, size,
+    BLOCK_K: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the gradient of a level adds to a tile of the image's gradient."""
+    FACTOR: tl.constexpr = 1 << SCALE
+    level = grads + level_start(grads, size, mid, SCALE, 0)
+    height, width = level_size(size, SCALE)
+    weight += SCALE * mid * dim
     row, column = tile_pixels(top // FACTOR, left // FACTOR, ROWS // FACTOR, COLUMNS // FACTOR)
     sums = tl.zeros((d.shape[0], row.shape[0]), tl.float32)
     for start in range(0, mid, BLOCK_K):
         m = start + tl.arange(0, BLOCK_K)
-        pointers, mask = level_pointers(grads, image, m, mid, row, column, level[0], level[1], ALIGN)
+        pointers, mask = level_pointers(level, image, m, mid, row, column, height, width)
         right = load(pointers, mask)
         transposed = tl.trans(load_matrix(weight, m, m < mid, d, dim, dim))
         sums = tl.dot(transposed, right, sums, input_precision=PRECISION)
     return _spread(sums / pixels_of(row, column, size, FACTOR)[None, :], ROWS, COLUMNS, FACTOR)
 
 
-@triton.jit
+@jit_for_all_sizes("dim")
 def ffn_in_backward_kernel(
-    grads, starts, weight, out, strides, size, levels, mid,
+    grads, weight, out, out_lane, dim, mid, batch, height, width, out_image, out_outer, out_row,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the image from those of the pyramid of the first convolution."""
-    dim = size[1]
+    size, strides = (batch, dim, height, width), (out_lane, out_image, out_outer, out_row)
     image, top, left = tile_place(tl.program_id(0), size, ROWS, COLUMNS)
     row, column = tile_pixels(top, left, ROWS, COLUMNS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D, ROWS * COLUMNS), tl.float32)
     for s in tl.static_range(3):
         total += _image_gradient(
-            grads + starts[s], weight + s * mid * dim, image, mid, d, dim, top, left, size, levels[s],
-            BLOCK_K, 1 << s, ROWS, COLUMNS, LEVEL_ALIGN, PRECISION,
-        )  # fmt: skip
+            grads, weight, image, mid, d, dim, top, left, size, BLOCK_K, s, ROWS, COLUMNS, PRECISION
+        )
     pointers, mask = image_pointers(out, strides, image, d, dim, row, column, size, ALIGN, CHANNELS_LAST)
     store(pointers, total, mask)
 
 
-@triton.jit
+@jit_for_all_sizes("dim")
 def ffn_in_parameters_kernel(
-    grads, starts, x, strides, partials, size, levels, mid, tiles, tiles_a_program,
+    grads, x, partials, x_lane, dim, mid, batch, height, width, tiles, tiles_a_program, x_image, x_outer, x_row,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -243,7 +246,7 @@ def ffn_in_parameters_kernel(
 
     Instead of the pooled image with a level's gradient, the image is taken with the gradient shared among its pixels.
     """
-    dim = size[1]
+    size, strides = (batch, dim, height, width), (x_lane, x_image, x_outer, x_row)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     zeros = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -259,12 +262,12 @@ def ffn_in_parameters_kernel(
         weights = ()
         biases = ()
         for s in tl.static_range(3):
-            pointers, mask = level_pointers(
-                grads + starts[s], image, m, mid, row // (1 << s), column // (1 << s), levels[s][0], levels[s][1], 1
-            )
-            inside = mask & (column < size[3])[None, :]
-            count = pixels_of(row // (1 << s), column // (1 << s), size, 1 << s)
-            shares = load(pointers, inside) / count[None, :]
+            level = grads + level_start(grads, size, mid, s, 0)
+            level_height, level_width = level_size(size, s)
+            u, v = row // (1 << s), column // (1 << s)
+            pointers, mask = level_pointers(level, image, m, mid, u, v, level_height, level_width)
+            count = pixels_of(u, v, size, 1 << s)
+            shares = tl.where((column < width)[None, :], load(pointers, mask) / count[None, :], 0.0)
             weights = weights + (tl.dot(shares, right, of_weight[s], input_precision=PRECISION),)
             biases = biases + (of_bias[s] + tl.sum(shares, 1),)
         of_weight = weights

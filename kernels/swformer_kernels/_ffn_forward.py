@@ -8,18 +8,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._device import jit_for_all_sizes
 from ._math import gelu
-from ._tiles import image_pointers, load, load_matrix, multiple, store, tile_pixels, tile_place
+from ._tiles import image_pointers, load, load_matrix, store, tile_pixels, tile_place
 
 
 @triton.jit
-def level_pointers(level, image, channel, channels, row, column, height, width, ALIGN: tl.constexpr):
-    """`image_pointers` to a level (B, channels, height, width) of a pyramid; rows and columns may be outside."""
-    width = multiple(width, ALIGN)
-    start = (image * channels + channel.to(tl.int64)) * height * width
-    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    pointers = level + start[:, None] + (row.to(tl.int64) * width + column)[None, :]
+def level_size(size, SCALE: tl.constexpr):
+    """Height and width of a level, of images of size (..., height, width)."""
+    return tl.cdiv(size[-2], 1 << SCALE), tl.cdiv(size[-1], 1 << SCALE)
+
+
+@triton.jit
+def row_pitch(pyramid, width):
+    """Elements from a row of a level to the next one: rows begin at boundaries of 16 bytes."""
+    VECTOR: tl.constexpr = 128 // pyramid.dtype.element_ty.primitive_bitwidth
+    return tl.cdiv(width, VECTOR) * VECTOR
+
+
+@triton.jit
+def level_start(pyramid, size, channels, SCALE: tl.constexpr, FIRST: tl.constexpr):
+    """Where a level starts in a pyramid whose first level is FIRST."""
+    start = tl.zeros((), tl.int64)
+    for s in tl.static_range(FIRST, SCALE):
+        height, width = level_size(size, s)
+        start += size[0] * channels * height.to(tl.int64) * row_pitch(pyramid, width)
+    return start
+
+
+@triton.jit
+def level_pointers(level, image, channel, channels, row, column, height, width):
+    """`image_pointers` to a level (B, channels, height, width) of a pyramid; rows and columns may be outside.
+
+    The mask takes in what is stored of a row, which ends in zeros.
+    """
+    pitch = row_pitch(level, width)
+    start = (image * channels + channel.to(tl.int64)) * height * pitch
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < pitch)
+    pointers = level + start[:, None] + (row.to(tl.int64) * pitch + column)[None, :]
     return pointers, (channel < channels)[:, None] & inside[None, :]
+
+
+@triton.jit
+def store_level(level, values, image, channel, channels, row, column, height, width, exists=True):
+    """Write a tile of a level, and the zeros that its rows end in."""
+    pointers, mask = level_pointers(level, image, channel, channels, row, column, height, width)
+    store(pointers, tl.where((column < width)[None, :], values, 0.0), mask & exists)
 
 
 @triton.jit
@@ -39,7 +73,7 @@ def interpolate(i, low_size, size):
 
 
 @triton.jit
-def _convolved(level, weight, bias, image, channel, channels, row, column, height, width, ALIGN: tl.constexpr):
+def _convolved(level, weight, bias, image, channel, channels, row, column, height, width):
     """Depthwise 3 x 3 convolution of a level at the pixels."""
     mask = channel < channels
     total = load(bias + channel, mask)[:, None]
@@ -48,7 +82,7 @@ def _convolved(level, weight, bias, image, channel, channels, row, column, heigh
     for u in range(3):
         for v in tl.static_range(3):
             pointers, inside = level_pointers(
-                level, image, channel, channels, row + (u - 1), column + (v - 1), height, width, ALIGN
+                level, image, channel, channels, row + (u - 1), column + (v - 1), height, width
             )
             factor = load(weight + channel * 9 + 3 * u + v, mask)
             total += factor[:, None] * load(pointers, inside)
@@ -65,22 +99,20 @@ def _upsampled(level, image, channel, channels, row, column, height, width, size
         r = tl.where(corner < 2, top, bottom)
         q = tl.where(corner % 2 == 0, left, right)
         share = tl.where(corner < 2, 1.0 - down, down) * tl.where(corner % 2 == 0, 1.0 - across, across)
-        pointers, inside = level_pointers(level, image, channel, channels, r, q, height, width, 1)
+        pointers, inside = level_pointers(level, image, channel, channels, r, q, height, width)
         total += share[None, :] * load(pointers, inside)
     return total
 
 
 @triton.jit
-def before_gelu(
-    hidden, mixed, starts, weight, bias, image, channel, channels, row, column, size, levels,
-    SCALE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+def before_gelu(hidden, mixed, weight, bias, image, channel, channels, row, column, size, SCALE: tl.constexpr):
     """What the GELU takes at the pixels, of one scale."""
     if SCALE == 0:
-        return _convolved(hidden, weight, bias, image, channel, channels, row, column, size[2], size[3], ALIGN)
+        return _convolved(hidden, weight, bias, image, channel, channels, row, column, size[2], size[3])
     else:
-        height, width = levels[SCALE]
-        return _upsampled(mixed + starts[SCALE], image, channel, channels, row, column, height, width, size)
+        height, width = level_size(size, SCALE)
+        level = mixed + level_start(mixed, size, channels, SCALE, 1)
+        return _upsampled(level, image, channel, channels, row, column, height, width, size)
 
 
 @triton.jit
@@ -97,12 +129,15 @@ def _pooled(pixels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FACTOR: tl.conste
 
 @triton.jit
 def _store_hidden(
-    x, strides, weight, bias, out, image, top, left, m, size, mid, level,
-    BLOCK_K: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    x, strides, weight, bias, hidden, image, top, left, m, size, mid,
+    BLOCK_K: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile of a level that an image's tile is pooled to, after the first 1x1 convolution."""
+    FACTOR: tl.constexpr = 1 << SCALE
     dim = size[1]
+    weight += SCALE * mid * dim
+    bias += SCALE * mid
     row, column = tile_pixels(top, left, ROWS, COLUMNS)
     u, v = tile_pixels(top // FACTOR, left // FACTOR, ROWS // FACTOR, COLUMNS // FACTOR)
     sums = tl.zeros((m.shape[0], u.shape[0]), tl.float32)
@@ -114,36 +149,40 @@ def _store_hidden(
         sums = tl.dot(factor, _pooled(pixels, ROWS, COLUMNS, FACTOR), sums, input_precision=PRECISION)
     offset = load(bias + m, mask=m < mid)
     values = sums / pixels_of(u, v, size, FACTOR)[None, :] + offset[:, None]
-    target, inside = level_pointers(out, image, m, mid, u, v, level[0], level[1], LEVEL_ALIGN)
-    store(target, values, inside)
+    level = hidden + level_start(hidden, size, mid, SCALE, 0)
+    height, width = level_size(size, SCALE)
+    store_level(level, values, image, m, mid, u, v, height, width)
 
 
-@triton.jit
+@jit_for_all_sizes("dim")
 def ffn_in_kernel(
-    x, strides, weight, bias, hidden, starts, size, levels, mid,
+    x, weight, bias, hidden, x_lane, dim, mid, batch, height, width, x_image, x_outer, x_row,
     BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The pyramid of the first 1x1 convolution: each level pools the image and has a third of the weight."""
+    size, strides = (batch, dim, height, width), (x_lane, x_image, x_outer, x_row)
     image, top, left = tile_place(tl.program_id(0), size, ROWS, COLUMNS)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Level by level: side by side they would need more registers than there are, and the tile stays in cache.
     for s in tl.static_range(3):
         _store_hidden(
-            x, strides, weight + s * mid * size[1], bias + s * mid, hidden + starts[s], image, top, left, m, size, mid,
-            levels[s], BLOCK_K, 1 << s, ROWS, COLUMNS, ALIGN, CHANNELS_LAST, LEVEL_ALIGN, PRECISION,
+            x, strides, weight, bias, hidden, image, top, left, m, size, mid,
+            BLOCK_K, s, ROWS, COLUMNS, ALIGN, CHANNELS_LAST, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
-def low_tile(program, batch, channels, levels, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def low_tile(program, size, channels, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of a program over the tiles of the levels 1 and 2: whether it is level 2, image, channels, rows, columns."""
     blocks = tl.cdiv(channels, BLOCK_C)
-    first = batch * blocks * tl.cdiv(levels[1][0], ROWS) * tl.cdiv(levels[1][1], COLUMNS)
+    height1, width1 = level_size(size, 1)
+    height2, width2 = level_size(size, 2)
+    first = size[0] * blocks * tl.cdiv(height1, ROWS) * tl.cdiv(width1, COLUMNS)
     last = program >= first
     program = tl.where(last, program - first, program)
-    height = tl.where(last, levels[2][0], levels[1][0])
-    width = tl.where(last, levels[2][1], levels[1][1])
+    height = tl.where(last, height2, height1)
+    width = tl.where(last, width2, width1)
     place, top, left = tile_place(program, (height, width), ROWS, COLUMNS)
     row, column = tile_pixels(top, left, ROWS, COLUMNS)
     channel = (place % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -151,37 +190,43 @@ def low_tile(program, batch, channels, levels, BLOCK_C: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
+def low_start(pyramid, size, channels, last, FIRST: tl.constexpr):
+    """Where level 1, or 2 if it is the last, starts in a pyramid."""
+    return tl.where(
+        last, level_start(pyramid, size, channels, 2, FIRST), level_start(pyramid, size, channels, 1, FIRST)
+    )
+
+
+@jit_for_all_sizes("batch")
 def ffn_low_kernel(
-    hidden, mixed, starts, mixed_starts, weights, biases, batch, channels, levels,
-    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVEL_ALIGN: tl.constexpr,
+    hidden, mixed, weights, biases, batch, channels, height, width,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Depthwise convolution of the levels 1 and 2."""
+    size = (batch, height, width)
     last, image, channel, row, column, height, width = low_tile(
-        tl.program_id(0), batch, channels, levels, BLOCK_C, ROWS, COLUMNS
+        tl.program_id(0), size, channels, BLOCK_C, ROWS, COLUMNS
     )
     if last:
         weight, bias = weights[2], biases[2]
     else:
         weight, bias = weights[1], biases[1]
-    values = _convolved(
-        hidden + tl.where(last, starts[2], starts[1]), weight, bias,
-        image, channel, channels, row, column, height, width, LEVEL_ALIGN,
-    )  # fmt: skip
-    out = mixed + tl.where(last, mixed_starts[2], mixed_starts[1])
-    pointers, mask = level_pointers(out, image, channel, channels, row, column, height, width, LEVEL_ALIGN)
-    store(pointers, values, mask)
+    level = hidden + low_start(hidden, size, channels, last, 0)
+    values = _convolved(level, weight, bias, image, channel, channels, row, column, height, width)
+    out = mixed + low_start(mixed, size, channels, last, 1)
+    store_level(out, values, image, channel, channels, row, column, height, width)
 
 
-@triton.jit
+@jit_for_all_sizes("outputs")
 def ffn_out_kernel(
-    hidden, mixed, mixed_starts, dw_weight, dw_bias, weight, bias, scale, residual, residual_strides, y, strides,
-    size, levels, mid,
+    hidden, mixed, dw_weight, dw_bias, weight, bias, scale, residual, y, residual_lane, y_lane, outputs, mid,
+    batch, height, width, residual_image, residual_outer, residual_row, y_image, y_outer, y_row,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, LEVEL_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The depthwise convolution at full resolution, the bilinear maps, GELU, the last 1x1 convolution, a scale and
     the residual, unless these are None."""
-    outputs = size[1]
+    size = (batch, outputs, height, width)
     image, top, left = tile_place(tl.program_id(0), size, ROWS, COLUMNS)
     row, column = tile_pixels(top, left, ROWS, COLUMNS)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -190,18 +235,15 @@ def ffn_out_kernel(
     for s in tl.static_range(3):
         for start in range(0, mid, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            before = before_gelu(
-                hidden, mixed, mixed_starts, dw_weight, dw_bias, image, c, mid, row, column, size, levels, s,
-                LEVEL_ALIGN,
-            )  # fmt: skip
+            before = before_gelu(hidden, mixed, dw_weight, dw_bias, image, c, mid, row, column, size, s)
             factor = load_matrix(weight + s * mid, e, e < outputs, c, mid, 3 * mid)
             total = tl.dot(factor, gelu(before), total, input_precision=PRECISION)
     if scale is not None:
         total *= load(scale + e, mask=e < outputs)[:, None]
     if residual is not None:
-        pointers, mask = image_pointers(
-            residual, residual_strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST
-        )
+        strides = (residual_lane, residual_image, residual_outer, residual_row)
+        pointers, mask = image_pointers(residual, strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST)
         total += load(pointers, mask)
+    strides = (y_lane, y_image, y_outer, y_row)
     pointers, mask = image_pointers(y, strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST)
     store(pointers, total, mask)

@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import alignment, architecture, empty, is_channels_last, warp_size
+from ._device import (
+    alignment,
+    architecture,
+    cdiv,
+    empty,
+    is_channels_last,
+    jit_for_all_sizes,
+    lane_first,
+    next_power_of_2,
+    warp_size,
+)
 from ._sums import sum_taps
 from ._tiles import multiple, split_index
 
@@ -135,13 +145,14 @@ def _pixel_pointers(
     """Pointers to the upper pixels of the blocks and their mask: a alone (channels last), else a and b interleaved."""
     image, channel, i, j, first_lane = position
     batch, channels, _, width = size
-    rows = pointer + image * multiple(strides[0], PIXEL_ALIGN) + 2 * i * multiple(strides[2], PIXEL_ALIGN)
+    lane, of_image, outer, of_row = strides
+    rows = pointer + image * multiple(of_image, PIXEL_ALIGN) + 2 * i * multiple(of_row, PIXEL_ALIGN)
     if CHANNELS_LAST:
-        pointers = rows + 2 * j * multiple(strides[3], PIXEL_ALIGN) + channel.to(tl.int64) * strides[1]
+        pointers = rows + 2 * j * multiple(outer, PIXEL_ALIGN) + channel.to(tl.int64) * lane
         return pointers, (image < batch) & (channel < multiple(channels, PIXEL_ALIGN))
     else:
         column = (2 * first_lane + tl.arange(0, 2 * COLUMNS))[None, :]
-        pointers = rows + channel * multiple(strides[1], PIXEL_ALIGN) + column.to(tl.int64) * strides[3]
+        pointers = rows + channel * multiple(outer, PIXEL_ALIGN) + column.to(tl.int64) * lane
         return pointers, (image < batch) & (column < multiple(width, PIXEL_ALIGN))
 
 
@@ -152,9 +163,9 @@ def _load_pixels(
 ):  # fmt: skip
     """The pixels a, b, c, d of a tile in fp32, zero beyond the image."""
     upper, mask = _pixel_pointers(pointer, strides, position, size, COLUMNS, PIXEL_ALIGN, CHANNELS_LAST)
-    lower = upper + multiple(strides[2], PIXEL_ALIGN)
+    lower = upper + multiple(strides[3], PIXEL_ALIGN)
     if CHANNELS_LAST:
-        step = multiple(strides[3], PIXEL_ALIGN)
+        step = multiple(strides[2], PIXEL_ALIGN)
         a = tl.load(upper, mask=mask, other=0.0)
         b = tl.load(upper + step, mask=mask & right, other=0.0)
         c = tl.load(lower, mask=mask & below, other=0.0)
@@ -173,10 +184,10 @@ def _store_pixels(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     upper, mask = _pixel_pointers(pointer, strides, position, size, COLUMNS, PIXEL_ALIGN, CHANNELS_LAST)
-    lower = upper + multiple(strides[2], PIXEL_ALIGN)
+    lower = upper + multiple(strides[3], PIXEL_ALIGN)
     dtype: tl.constexpr = pointer.dtype.element_ty
     if CHANNELS_LAST:
-        step = multiple(strides[3], PIXEL_ALIGN)
+        step = multiple(strides[2], PIXEL_ALIGN)
         tl.store(upper, a.to(dtype), mask=mask)
         tl.store(upper + step, b.to(dtype), mask=mask & right)
         tl.store(lower, c.to(dtype), mask=mask & below)
@@ -190,13 +201,14 @@ def _store_pixels(
 def _band_pointers(pointer, strides, position, size, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Pointers to the LL coefficients of a tile, and the step from one sub-band to the next."""
     image, channel, i, j, _ = position
-    pointers = pointer + image * multiple(strides[0], BAND_ALIGN) + i * multiple(strides[2], BAND_ALIGN)
+    lane, of_image, outer, of_row = strides
+    pointers = pointer + image * multiple(of_image, BAND_ALIGN) + i * multiple(of_row, BAND_ALIGN)
     if CHANNELS_LAST:
-        step = multiple(size[1], BAND_ALIGN) * tl.cast(strides[1], tl.int64)
-        return pointers + j * multiple(strides[3], BAND_ALIGN) + channel.to(tl.int64) * strides[1], step
+        step = multiple(size[1], BAND_ALIGN) * tl.cast(lane, tl.int64)
+        return pointers + j * multiple(outer, BAND_ALIGN) + channel.to(tl.int64) * lane, step
     else:
-        step = size[1] * tl.cast(multiple(strides[1], BAND_ALIGN), tl.int64)
-        return pointers + channel * multiple(strides[1], BAND_ALIGN) + j.to(tl.int64) * strides[3], step
+        step = size[1] * tl.cast(multiple(outer, BAND_ALIGN), tl.int64)
+        return pointers + channel * multiple(outer, BAND_ALIGN) + j.to(tl.int64) * lane, step
 
 
 @triton.jit
@@ -231,15 +243,20 @@ def _store_partials(partials, g0, g1, g2, g3):
     tl.store(partials + 3 * programs + program, tl.sum(tl.sum(g3, 1), 0))
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def analysis_kernel(
-    pixels, pixel_strides, other, other_strides, out, out_strides, low, high, partials, size, tiles,
+    pixels, other, out, low, high, partials, pixels_lane, other_lane, out_lane, batch, channels, height, width, tiles,
+    pixels_image, pixels_outer, pixels_row, other_image, other_outer, other_row, out_image, out_outer, out_row,
     EXTEND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """`out` = analysis of `pixels`, extended by replication (EXTEND) or zeros; `partials` = the derivatives, in the
     taps, of sum(other * analysis), one column a program. `out` or `other` with `partials` may be None.
     """
+    size = (batch, channels, height, width)
+    pixel_strides = (pixels_lane, pixels_image, pixels_outer, pixels_row)
+    other_strides = (other_lane, other_image, other_outer, other_row)
+    out_strides = (out_lane, out_image, out_outer, out_row)
     taps = load_taps(low, high)
     if partials is not None:
         g0 = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -263,15 +280,20 @@ def analysis_kernel(
         _store_partials(partials, g0, g1, g2, g3)
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def synthesis_kernel(
-    bands, band_strides, other, other_strides, out, out_strides, low, high, partials, size, tiles,
+    bands, other, out, low, high, partials, bands_lane, other_lane, out_lane, batch, channels, height, width, tiles,
+    bands_image, bands_outer, bands_row, other_image, other_outer, other_row, out_image, out_outer, out_row,
     EXTEND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, BAND_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """`out` = synthesis of `bands`, folded at the edges (EXTEND) or cropped; `partials` = the derivatives, in the taps,
     of sum(bands * analysis of other), one column a program. `out` or `other` with `partials` may be None.
     """
+    size = (batch, channels, height, width)
+    band_strides = (bands_lane, bands_image, bands_outer, bands_row)
+    other_strides = (other_lane, other_image, other_outer, other_row)
+    out_strides = (out_lane, out_image, out_outer, out_row)
     taps = load_taps(low, high)
     if partials is not None:
         g0 = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -322,13 +344,13 @@ def launch(
     coefficients = batch * channels * h * w
     table = _TILES.get(architecture(source.device), _TILES["default"])
     _, tile_bytes, warps = next(row for row in table if coefficients <= row[0])
-    columns = max(8, min(128, triton.next_power_of_2(lanes)))
+    columns = max(8, min(128, next_power_of_2(lanes)))
     if other is not None:
         # Half the elements for the sums' registers, but no less than 16 bytes a thread.
         tile_bytes //= 2
         warps = max(1, min(warps, tile_bytes // (16 * warp_size(source.device))))
     rows = max(1, tile_bytes // source.element_size() // columns)
-    tiles = triton.cdiv(coefficients // lanes, rows) * triton.cdiv(lanes, columns)
+    tiles = cdiv(coefficients // lanes, rows) * cdiv(lanes, columns)
     programs = tiles if other is None else min(tiles, _MAX_PARTIALS)
     pixel_tensors = [t for t in (source, other, out) if t is not None and t.shape[1] == channels]
     band_tensors = [t for t in (source, other, out) if t is not None and t.shape[1] == 4 * channels]
@@ -336,12 +358,13 @@ def launch(
     low_grad, high_grad = (
         (low.new_empty(0), high.new_empty(0)) if other is None else (torch.empty_like(low), torch.empty_like(high))
     )
+    source_lane, *source_strides = lane_first(source, channels_last)
+    other_lane, *other_strides = lane_first(other, channels_last)
+    out_lane, *out_strides = lane_first(out, channels_last)
     with torch.cuda.device_of(source):
         kernel[(programs,)](
-            source, source.stride(),
-            other, () if other is None else other.stride(),
-            out, () if out is None else out.stride(),
-            low.contiguous(), high.contiguous(), partials, size, tiles,
+            source, other, out, low.contiguous(), high.contiguous(), partials, source_lane, other_lane, out_lane,
+            *size, tiles, *source_strides, *other_strides, *out_strides,
             EXTEND=extend, ROWS=rows, COLUMNS=columns,
             PIXEL_ALIGN=alignment(channels if channels_last else width, lane_dim, pixel_tensors),
             BAND_ALIGN=alignment(lanes, lane_dim, band_tensors),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import channel_block, input_precision, matrix_options, parameter_gradients
+from ._device import cdiv, channel_block, input_precision, jit_for_all_sizes, matrix_options, parameter_gradients
 from ._math import gelu, gelu_derivative
 from ._sums import sum_partials
 from ._tiles import load, load_matrix, multiple, store_matrix
@@ -143,9 +143,9 @@ def _gate_gradients(gate, value, grad, BLOCK_C: tl.constexpr, N: tl.constexpr):
     return _stacked(grad * u * s * (1.0 - s), grad * s * gelu_derivative(value), 2 * BLOCK_C, N), s * u
 
 
-@triton.jit
+@jit_for_all_sizes("D")
 def spectrum_mix_kernel(
-    spectrum, matrix, weight, bias, scale, out, D, C, E, numbers, tiles,
+    spectrum, matrix, weight, bias, out, D, C, E, scale, numbers, tiles,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -174,9 +174,9 @@ def spectrum_mix_kernel(
         _store_spectrum(out, real, imaginary, image, e, E, tile, numbers, N, ALIGN)
 
 
-@triton.jit
+@jit_for_all_sizes("D")
 def spectrum_mix_backward_kernel(
-    grad, spectrum, matrix, weight, scale, out, D, C, E, width, numbers, tiles,
+    grad, spectrum, matrix, weight, out, D, C, E, scale, width, numbers, tiles,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -205,9 +205,9 @@ def spectrum_mix_backward_kernel(
     _store_spectrum(out, real / count, imaginary / count, image, d, D, tile, numbers, N, ALIGN)
 
 
-@triton.jit
+@jit_for_all_sizes("D")
 def spectrum_parameters_kernel(
-    grad, spectrum, matrix, weight, scale, partials, D, C, E, width, numbers, tiles, all_tiles, tiles_a_program,
+    grad, spectrum, matrix, weight, partials, D, C, E, scale, width, numbers, tiles, all_tiles, tiles_a_program,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -267,9 +267,9 @@ def spectrum_parameters_kernel(
         tl.store(target + E * C + d, of_bias, mask=d < tl.where(tl.program_id(1) == 0, E, 0))
 
 
-@triton.jit
+@jit_for_all_sizes("D")
 def spectrum_moments_kernel(
-    spectrum, scale, partials, D, numbers, tiles, all_tiles, tiles_a_program,
+    spectrum, partials, D, scale, numbers, tiles, all_tiles, tiles_a_program,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Partial sums, over some tiles of the scaled spectrum, of products of channels c with channels d and of channels
@@ -303,7 +303,7 @@ def spectrum_moments_kernel(
     tl.store(target + (D + c) * row_stride + D, scale * sums1, mask=mask)
 
 
-@triton.jit
+@jit_for_all_sizes("D")
 def spectrum_moments_backward_kernel(
     grad, spectrum, product, out, D, width, numbers, tiles, row_stride,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
@@ -331,9 +331,9 @@ def spectrum_moments_backward_kernel(
 
 
 def _tiles(spectrum: Tensor, columns: int) -> tuple[int, int, int]:
-    """Numbers of a channel of an image, tiles of an image, alignment of a channel in numbers."""
+    """Numbers of a channel of an image, tiles of an image, alignment of a channel in numbers: 16 bytes or 8."""
     numbers = 2 * spectrum.shape[2] * spectrum.shape[3]
-    return numbers, triton.cdiv(numbers, 2 * columns), math.gcd(16, numbers)
+    return numbers, cdiv(numbers, 2 * columns), math.gcd(4, numbers)
 
 
 def spectrum_mix(
@@ -368,10 +368,10 @@ def spectrum_mix(
     outputs = channels if out_weight is None else len(out_weight)
     out = spectrum.new_empty(batch, outputs, height, half, 2)
     numbers, tiles, align = _tiles(spectrum, 32)
-    block = channel_block(outputs, 128)
+    block = 16 if out_weight is None else channel_block(outputs, 128)
     with torch.cuda.device_of(spectrum):
-        spectrum_mix_kernel[(batch * tiles, 1 if out_weight is None else triton.cdiv(outputs, block))](
-            spectrum, matrix, out_weight, out_bias, scale, out, dim, channels, outputs, numbers, tiles,
+        spectrum_mix_kernel[(batch * tiles, 1 if out_weight is None else cdiv(outputs, block))](
+            spectrum, matrix, out_weight, out_bias, out, dim, channels, outputs, scale, numbers, tiles,
             BLOCK_K=16, BLOCK_C=16, BLOCK_E=block, N=32, ALIGN=align,
             PRECISION=input_precision(spectrum, precision), **matrix_options(spectrum),
         )  # fmt: skip
@@ -411,19 +411,19 @@ def spectrum_mix_backward(
             block = channel_block(dim, 64)
             options = matrix_options(spectrum)
             options["num_warps"] = options["num_warps"] * _GRADIENT_THREADS[precision] // 256
-            spectrum_mix_backward_kernel[(batch * tiles, triton.cdiv(dim, block))](
-                grad, spectrum, matrix, out_weight, scale, out, dim, channels, outputs, width, numbers, tiles,
+            spectrum_mix_backward_kernel[(batch * tiles, cdiv(dim, block))](
+                grad, spectrum, matrix, out_weight, out, dim, channels, outputs, scale, width, numbers, tiles,
                 BLOCK_K=16, BLOCK_C=16, BLOCK_D=block, N=columns, ALIGN=align, PRECISION=precision, **options,
             )  # fmt: skip
         if need_parameters:
             numbers, tiles, align = _tiles(spectrum, 16)
             each = _FREQUENCIES_A_PARTIAL // 16
-            parts = triton.cdiv(batch * tiles, each)
+            parts = cdiv(batch * tiles, each)
             widest = max(dim, outputs) if last else dim
             block = channel_block(widest, _PARAMETER_CHANNELS[precision])
             partials = spectrum.new_empty(parts, 1, sum(g.numel() for g in grads))
-            spectrum_parameters_kernel[(parts, triton.cdiv(channels, 16), triton.cdiv(widest, block))](
-                grad, spectrum, matrix, out_weight, scale, partials, dim, channels, outputs, width, numbers, tiles,
+            spectrum_parameters_kernel[(parts, cdiv(channels, 16), cdiv(widest, block))](
+                grad, spectrum, matrix, out_weight, partials, dim, channels, outputs, scale, width, numbers, tiles,
                 batch * tiles, each, BLOCK_K=16, BLOCK_C=16, BLOCK_D=block, N=16, ALIGN=align, PRECISION=precision,
                 **matrix_options(spectrum),
             )  # fmt: skip
@@ -441,12 +441,12 @@ def spectrum_moments(spectrum: Tensor, scale: float = 1.0) -> Tensor:
     batch, dim = spectrum.shape[:2]
     numbers, tiles, align = _tiles(spectrum, 32)
     each = _FREQUENCIES_A_PARTIAL // 32
-    parts, block = triton.cdiv(batch * tiles, each), channel_block(dim, 64)
+    parts, block = cdiv(batch * tiles, each), channel_block(dim, 64)
     partials = spectrum.new_empty(parts, 1, 2 * dim * (dim + 1))
     moments = spectrum.new_empty(2, dim, dim + 1, dtype=torch.float64)
     with torch.cuda.device_of(spectrum):
-        spectrum_moments_kernel[(parts, triton.cdiv(dim, block), triton.cdiv(dim, block))](
-            spectrum, scale, partials, dim, numbers, tiles, batch * tiles, each,
+        spectrum_moments_kernel[(parts, cdiv(dim, block), cdiv(dim, block))](
+            spectrum, partials, dim, scale, numbers, tiles, batch * tiles, each,
             BLOCK_C=block, BLOCK_D=block, N=32, ALIGN=align, **matrix_options(spectrum),
         )  # fmt: skip
         sum_partials(partials, moments)
@@ -464,7 +464,7 @@ def spectrum_moments_backward(grad: Tensor, spectrum: Tensor, product: Tensor, w
     out = torch.empty_like(spectrum)
     block = channel_block(dim, 64)
     with torch.cuda.device_of(spectrum):
-        spectrum_moments_backward_kernel[(batch * tiles, triton.cdiv(dim, block))](
+        spectrum_moments_backward_kernel[(batch * tiles, cdiv(dim, block))](
             grad, spectrum, product, out, dim, width, numbers, tiles, product.shape[1],
             BLOCK_K=16, BLOCK_D=block, N=32, ALIGN=align, **matrix_options(spectrum),
         )  # fmt: skip

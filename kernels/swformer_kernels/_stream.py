@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import alignment, is_channels_last, warp_size
+from ._device import alignment, cdiv, is_channels_last, next_power_of_2, warp_size
 from ._tiles import load, multiple, split_index
 
 
@@ -23,8 +23,8 @@ class Plan(NamedTuple):
     programs: int
     parts: int
     """Segments and strips of all planes of one channel: the partial sums of its gradients."""
-    numbers: tuple[int, int, int]
-    """Strips of a plane, rows of a strip, segments of a row."""
+    numbers: tuple[int, int, int, int]
+    """Strips of a plane, rows of a strip, segments of a row, columns of a segment's halo."""
     constants: dict[str, Any]
 
 
@@ -32,8 +32,8 @@ class Plan(NamedTuple):
 _STRIP_ROWS = (64, 32, 16)
 _ENOUGH_PROGRAMS = 512
 _LANES = 128
-# A segment stays within a warp, so that a shift by a lane is a shuffle.
-_MAX_LANES = 32
+# A segment stays within a warp, so that a shift by a lane is a shuffle. Each power of two is another variant.
+_MIN_LANES, _MAX_LANES = 16, 32
 # Fewer, so that several channels side by side fill what one access fetches.
 _LANES_OF_CHANNELS_LAST = 16
 
@@ -59,26 +59,25 @@ def plan(
     lanes = (
         _LANES_OF_CHANNELS_LAST
         if channels_last
-        else max(4, min(_MAX_LANES, triton.next_power_of_2(triton.cdiv(width, vector))))
+        else max(_MIN_LANES, min(_MAX_LANES, next_power_of_2(cdiv(width, vector))))
     )
-    halo = triton.cdiv(halo, vector) * vector if width > lanes * vector else 0
-    segments = triton.cdiv(width, lanes * vector - 2 * halo)
+    halo = cdiv(halo, vector) * vector if width > lanes * vector else 0
+    segments = cdiv(width, lanes * vector - 2 * halo)
     side_by_side = _LANES // (bands * lanes)
-    steps = triton.cdiv(height, unit)
+    steps = cdiv(height, unit)
     for rows in _STRIP_ROWS:
-        strips = triton.cdiv(steps, rows * reach)
-        programs = triton.cdiv(batch * strips * channels, side_by_side) * segments
+        strips = cdiv(steps, rows * reach)
+        programs = cdiv(batch * strips * channels, side_by_side) * segments
         if programs >= _ENOUGH_PROGRAMS:
             break
     return Plan(
         programs,
         segments * batch * strips,
-        (strips, min(steps, rows * reach), segments),
+        (strips, min(steps, rows * reach), segments, halo),
         {
             "P": side_by_side,
             "L": lanes,
             "V": vector,
-            "HALO": halo,
             "ALIGN": 1 if channels_last else alignment(width, 3, tensors),
             "CHANNELS_LAST": channels_last,
             "num_warps": threads // warp_size(x.device),
@@ -89,24 +88,29 @@ def plan(
 
 def partial_sums(x: Tensor, cut: Plan, needed: bool) -> Tensor | None:
     """What `store_sums` writes to, (B, C, strips and segments of a plane)."""
-    strips, _, segments = cut.numbers
+    strips, _, segments, _ = cut.numbers
     return torch.empty((*x.shape[:2], strips * segments), dtype=torch.float32, device=x.device) if needed else None
 
 
 @triton.jit
-def position(size, numbers, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr):
-    """Image, strip and channel of each strip of this program, (P, 1); its segment's number and first column."""
-    strips, _, segments = numbers
+def position(channels, strips, segments, halo, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr):
+    """Image, strip and channel of each strip of this program, (P, 1); its segment's number, first column and halo."""
+    halo = multiple(halo, V)
     program = tl.program_id(0)
     segment = program % segments
-    image, strip, channel = split_index((program // segments).to(tl.int64) * P, P, strips, size[1])
-    return image, strip, channel, segment, segment * (L * V - 2 * HALO) - HALO
+    image, strip, channel = split_index((program // segments).to(tl.int64) * P, P, strips, channels)
+    return image, strip, channel, segment, segment * (L * V - 2 * halo) - halo, halo
 
 
 @triton.jit
-def plane_offset(strides, image, channel, ALIGN: tl.constexpr):
-    """Offset of each strip's plane, (P, 1)."""
-    return image * multiple(strides[0], ALIGN) + channel * multiple(strides[1], ALIGN)
+def plane_place(strides, image, channel, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Offset of each strip's plane, (P, 1), and the steps from its rows and columns to the next."""
+    lane, of_image, outer, of_row = strides
+    start = image * multiple(of_image, ALIGN)
+    if CHANNELS_LAST:
+        return start + channel * lane, of_row, outer
+    else:
+        return start + channel * multiple(outer, ALIGN), multiple(of_row, ALIGN), lane
 
 
 @triton.jit
@@ -168,31 +172,31 @@ def load_row(
 
 @triton.jit
 def store_row(
-    rows, step, row, exists, start, width,
-    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    rows, step, row, exists, start, width, halo,
+    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Write the segment from column `start`, less its halo, to the rows at pointers (P, 1)."""
     dtype: tl.constexpr = rows.dtype.element_ty
     if CHANNELS_LAST:
         for v in tl.static_range(V):
             place = v + V * tl.arange(0, L)[None, :]
-            mask = exists & (place >= HALO) & (place < L * V - HALO) & (start + place < width)
+            mask = exists & (place >= halo) & (place < L * V - halo) & (start + place < width)
             tl.store(rows + (start + place).to(tl.int64) * step, row[v].to(dtype), mask=mask)
     else:
         narrow = ()
         for v in tl.static_range(V):
             narrow = narrow + (row[v].to(dtype),)
         place = tl.arange(0, L * V)[None, :]
-        mask = exists & (place >= HALO) & (place < L * V - HALO) & (start + place < width)
+        mask = exists & (place >= halo) & (place < L * V - halo) & (start + place < width)
         tl.store(rows + (start + place).to(tl.int64) * step, pack(narrow, P, L, V), mask=mask)
 
 
 @triton.jit
-def add_pixels(total, row, exists, start, width, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr):
+def add_pixels(total, row, exists, start, width, halo, L: tl.constexpr, V: tl.constexpr):
     """Add what `store_row` writes of a row, before rounding, to `total`, (P, L)."""
     for v in tl.static_range(V):
         place = v + V * tl.arange(0, L)[None, :]
-        mask = exists & (place >= HALO) & (place < L * V - HALO) & (start + place < width)
+        mask = exists & (place >= halo) & (place < L * V - halo) & (start + place < width)
         total += tl.where(mask, row[v], 0.0)
     return total
 
@@ -209,9 +213,9 @@ def add_inside(row, value, exists, start, width, L: tl.constexpr, V: tl.constexp
 
 
 @triton.jit
-def store_sums(partials, total, image, strip, channel, segment, alive, channels, numbers):
+def store_sums(partials, total, image, strip, channel, segment, alive, channels, strips, segments):
     """Write each strip's sum of `total` to its place among those of its plane."""
-    part = (image * channels + channel) * (numbers[0] * numbers[2]) + segment * numbers[0] + strip
+    part = (image * channels + channel) * (strips * segments) + segment * strips + strip
     tl.store(partials + part, tl.sum(total, 1, keep_dims=True), mask=alive)
 
 

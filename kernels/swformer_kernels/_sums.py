@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import cdiv, jit_for_all_sizes
 from ._tiles import store
 
+# Partial sums that a program reads at once: of a row, and rows of a column.
+_BLOCK = 1024
+_PARTS = 32
 
-@triton.jit
+
+@jit_for_all_sizes("count")
 def sum_taps_kernel(partials, taps, count, BLOCK: tl.constexpr):
     """Row `program_id` of the partials (2 * len(taps), count), summed into element program_id % 2 of its taps."""
     row = tl.program_id(0)
@@ -26,10 +30,10 @@ def sum_taps_kernel(partials, taps, count, BLOCK: tl.constexpr):
 def sum_taps(partials: Tensor, *taps: Tensor) -> None:
     """Each of `taps`, two numbers, = the sums of two rows of `partials` (2 * len(taps), n), in a fixed order."""
     rows, count = partials.shape
-    sum_taps_kernel[(rows,)](partials, taps, count, BLOCK=min(1024, triton.next_power_of_2(count)))
+    sum_taps_kernel[(rows,)](partials, taps, count, BLOCK=_BLOCK)
 
 
-@triton.jit
+@jit_for_all_sizes("parts")
 def sum_weights_kernel(
     partials, weight, bias, parts, count, TAPS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -52,17 +56,20 @@ def sum_weights(partials: Tensor, weight: Tensor, bias: Tensor) -> None:
     parts, channels, numbers = partials.shape
     count = channels * numbers
     columns = 64
-    sum_weights_kernel[(triton.cdiv(count, columns),)](
-        partials, weight, bias, parts, count,
-        TAPS=numbers - 1, PARTS=min(32, triton.next_power_of_2(parts)), COLUMNS=columns,
-    )  # fmt: skip
+    sum_weights_kernel[(cdiv(count, columns),)](
+        partials, weight, bias, parts, count, TAPS=numbers - 1, PARTS=_PARTS, COLUMNS=columns
+    )
 
 
-@triton.jit
-def sum_partials_kernel(partials, outputs, sizes, parts, total, count, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+@jit_for_all_sizes("parts")
+def sum_partials_kernel(
+    partials, outputs, parts, total, count, size0, size1, size2, size3, size4, size5,
+    PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Sums over the rows of the partials (parts, total), in fp64 and in a fixed order. Of every `count` of them the
-    first sizes[0] go to outs[0], the next sizes[1] to outs[1] and so on.
+    first size0 go to outputs[0], the next size1 to outputs[1] and so on.
     """
+    sizes = (size0, size1, size2, size3, size4, size5)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.arange(0, PARTS)[:, None]
     sums = tl.zeros((PARTS, COLUMNS), tl.float64)
@@ -80,12 +87,14 @@ def sum_partials_kernel(partials, outputs, sizes, parts, total, count, PARTS: tl
 
 
 def sum_partials(partials: Tensor, *outputs: Tensor) -> None:
-    """The sum over the first dimension of `partials` (parts, groups, count), written to the outputs one after the
+    """The sum over the first dimension of `partials` (parts, groups, count), written to up to six outputs one after the
     other: a group of each has so many numbers that together they are `count`. In fp64, rounded to the outputs' dtypes.
     """
     parts, groups, count = partials.shape
     total, columns = groups * count, 32
-    sum_partials_kernel[(triton.cdiv(total, columns),)](
-        partials, outputs, tuple(output.numel() // groups for output in outputs), parts, total, count,
-        PARTS=min(32, triton.next_power_of_2(parts)), COLUMNS=columns,
+    # Always six, of which the last may get nothing, so that there is one kernel.
+    missing = 6 - len(outputs)
+    sum_partials_kernel[(cdiv(total, columns),)](
+        partials, outputs + outputs[-1:] * missing, parts, total, count,
+        *(output.numel() // groups for output in outputs), *[0] * missing, PARTS=_PARTS, COLUMNS=columns,
     )  # fmt: skip

@@ -59,14 +59,17 @@ def store_matrix(matrix, value, row, exists, column, columns, row_stride):
 
 @triton.jit
 def map_pointers(x, strides, image, channel, exists, pixel, pixels, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Pointers to channels of an image of (B, C, H * W) at the pixels, and their mask: (channels, pixels)."""
+    """Pointers to channels of an image of (B, C, H * W) at the pixels, and their mask: (channels, pixels).
+
+    Strides are those of images and of channels, or of pixels if the channels are neighbours (CHANNELS_LAST).
+    """
     start = x + image * multiple(strides[0], ALIGN)
-    mask = exists[:, None] & (pixel < pixels)[None, :]
     if CHANNELS_LAST:
-        pointers = start + channel[:, None] + pixel.to(tl.int64)[None, :] * multiple(strides[2], ALIGN)
+        pointers = start + channel[:, None] + pixel.to(tl.int64)[None, :] * multiple(strides[1], ALIGN)
     else:
+        pixels = multiple(pixels, ALIGN)
         pointers = start + channel.to(tl.int64)[:, None] * multiple(strides[1], ALIGN) + pixel[None, :]
-    return pointers, mask
+    return pointers, exists[:, None] & (pixel < pixels)[None, :]
 
 
 @triton.jit
@@ -88,15 +91,19 @@ def tile_pixels(top, left, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def image_pointers(
     x, strides, image, channel, channels, row, column, size, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """Pointers to channels of an image of (B, C, H, W) at the pixels, and their mask: (channels, pixels)."""
-    start = x + image * multiple(strides[0], ALIGN)
+    """Pointers to channels of an image of (B, C, H, W) at the pixels, and their mask: (channels, pixels).
+
+    Strides as from `lane_first`.
+    """
+    lane, of_image, outer, of_row = strides
+    start = x + image * multiple(of_image, ALIGN)
     c = channel.to(tl.int64)[:, None]
-    lines = row.to(tl.int64)[None, :] * multiple(strides[2], ALIGN)
+    lines = row.to(tl.int64)[None, :] * multiple(of_row, ALIGN)
     if CHANNELS_LAST:
         channels = multiple(channels, ALIGN)
-        pointers = start + lines + column.to(tl.int64)[None, :] * multiple(strides[3], ALIGN) + c * strides[1]
+        pointers = start + lines + column.to(tl.int64)[None, :] * multiple(outer, ALIGN) + c * lane
         inside = (row < size[2]) & (column < size[3])
     else:
-        pointers = start + c * multiple(strides[1], ALIGN) + lines + column.to(tl.int64)[None, :] * strides[3]
+        pointers = start + c * multiple(outer, ALIGN) + lines + column.to(tl.int64)[None, :] * lane
         inside = (row < size[2]) & (column < multiple(size[3], ALIGN))
     return pointers, (channel < channels)[:, None] & inside[None, :]

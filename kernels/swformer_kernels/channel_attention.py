@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ._device import (
     alignment,
+    cdiv,
     check_dtype,
     empty,
     is_channels_last,
+    jit_for_all_sizes,
     matrix_options,
+    next_power_of_2,
     parameter_gradients,
     planes,
     warp_size,
@@ -25,11 +28,13 @@ from ._device import (
 from ._tiles import load, load_matrix, map_pointers, multiple, store, store_matrix
 
 _TILE = 2048
+_FEW_PIXELS = 256  # of smaller images a program takes several channels
 _TILE_OF_HALVES = 1024  # with twice as many LLVM's vectoriser fails on the sums of products
 _CHANNELS_OF_CHANNELS_LAST = 64
 # Tiles that a program adds up before the second stage.
 _TILES_A_PARTIAL = 8
-# Elements of a weight that a program of the small network takes at once.
+# Partial sums, and elements of a weight, that a program of the small network takes at once.
+_PARTS = 32
 _WEIGHTS = 2048
 
 
@@ -41,13 +46,14 @@ def _exists(channel, channels, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr)
     return channel < channels
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def attention_sums_kernel(
-    x, strides, grad, grad_strides, partials, size, tiles, tiles_a_program, parts,
+    x, grad, partials, batch, channels, pixels, x_image, x_outer, grad_image, grad_outer,
+    tiles, tiles_a_program, parts,
     BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Sums, over some tiles, of `x` and, unless `grad` is None, of x * grad, into `partials` (1 or 2, B, parts, C)."""
-    batch, channels, pixels = size
+    strides, grad_strides = (x_image, x_outer), (grad_image, grad_outer)
     blocks = tl.cdiv(channels, BLOCK_C)
     part = tl.program_id(0) % parts
     block = tl.program_id(0) // parts % blocks
@@ -88,10 +94,10 @@ def _sum_parts(partials, row, parts, channel, channels, PARTS: tl.constexpr):
 
 @triton.jit
 def _first_layer(
-    partials, w1, b1, image, size, hidden, parts, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr
-):
+    partials, w1, b1, image, channels, pixels, hidden, parts,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """w1 @ mean + b1, before the ReLU."""
-    _, channels, pixels = size
     r = tl.arange(0, BLOCK_R)
     total = load(b1 + r, mask=r < hidden)
     for start in range(0, channels, BLOCK_C):
@@ -109,15 +115,14 @@ def _second_layer(active, w2, b2, c, channels, hidden, BLOCK_R: tl.constexpr):
     return tl.sigmoid(tl.sum(weight * active[None, :], 1) + bias), weight
 
 
-@triton.jit
+@jit_for_all_sizes("channels")
 def attention_network_kernel(
-    partials, w1, b1, w2, b2, scale, size, hidden, parts,
+    partials, w1, b1, w2, b2, scale, channels, pixels, hidden, parts,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The attention of image `program_id`."""
-    channels = size[1]
     image = tl.program_id(0).to(tl.int64)
-    before = _first_layer(partials, w1, b1, image, size, hidden, parts, BLOCK_C, BLOCK_R, PARTS)
+    before = _first_layer(partials, w1, b1, image, channels, pixels, hidden, parts, BLOCK_C, BLOCK_R, PARTS)
     active = tl.where(before < 0, 0.0, before)
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -125,18 +130,18 @@ def attention_network_kernel(
         tl.store(scale + image * channels + c, values, mask=c < channels)
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def attention_network_backward_kernel(
-    partials, w1, b1, w2, b2, scale, shift, mean, grad_logits, hiddens, grad_hiddens, size, hidden, parts,
+    partials, w1, b1, w2, b2, scale, shift, mean, grad_logits, hiddens, grad_hiddens,
+    batch, channels, pixels, hidden, parts,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of image `program_id` the attention, what the gradient of x receives through the mean, and the factors of the
     weights' gradients: the mean, the hidden layer, and the gradients of both layers before their non-linearities.
     """
-    batch, channels, pixels = size
     image = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, BLOCK_R)
-    before = _first_layer(partials, w1, b1, image, size, hidden, parts, BLOCK_C, BLOCK_R, PARTS)
+    before = _first_layer(partials, w1, b1, image, channels, pixels, hidden, parts, BLOCK_C, BLOCK_R, PARTS)
     active = tl.where(before < 0, 0.0, before)
     grad_hidden = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -157,7 +162,7 @@ def attention_network_backward_kernel(
         tl.store(shift + image * channels + c, through / pixels, mask=c < channels)
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def attention_parameters_kernel(
     mean, grad_logits, hiddens, grad_hiddens, grad_w1, grad_b1, grad_w2, grad_b2, batch, channels, hidden,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -184,13 +189,13 @@ def attention_parameters_kernel(
     store(grad_b2 + c, of_b2, c < tl.where(tl.program_id(1) == 0, channels, 0))
 
 
-@triton.jit
+@jit_for_all_sizes("channels")
 def attention_apply_kernel(
-    x, strides, scale, shift, out, out_strides, size, tiles,
+    x, scale, shift, out, channels, pixels, x_image, x_outer, out_image, out_outer, tiles,
     BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """out = scale * x, plus `shift` unless it is None; both are (B, C)."""
-    _, channels, pixels = size
+    strides, out_strides = (x_image, x_outer), (out_image, out_outer)
     blocks = tl.cdiv(channels, BLOCK_C)
     pixel = tl.program_id(0) % tiles * N + tl.arange(0, N)
     channel = tl.program_id(0) // tiles % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -218,11 +223,11 @@ def _tile(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
     _, channels, pixels = tensors[0].shape
     channels_last, tile = is_channels_last(x), _TILE if x.element_size() == 4 else _TILE_OF_HALVES
     if channels_last:
-        block = min(_CHANNELS_OF_CHANNELS_LAST, triton.next_power_of_2(channels))
+        block = min(_CHANNELS_OF_CHANNELS_LAST, next_power_of_2(channels))
         columns, align = tile // block, alignment(channels, 1, tensors)
     else:
-        columns = min(tile, max(16, triton.next_power_of_2(pixels)))
-        block, align = min(tile // columns, triton.next_power_of_2(channels)), alignment(pixels, 2, tensors)
+        columns = tile if pixels > _FEW_PIXELS else min(tile, _FEW_PIXELS)
+        block, align = min(tile // columns, next_power_of_2(channels)), alignment(pixels, 2, tensors)
     return {
         "BLOCK_C": block,
         "N": columns,
@@ -233,36 +238,42 @@ def _tile(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
     }
 
 
+def _strides(x: Tensor, channels_last: bool) -> tuple[int, int]:
+    """As `map_pointers` takes them."""
+    image, channel, pixel = x.stride()
+    return image, pixel if channels_last else channel
+
+
 def _sum(x: Tensor, flat: list[Tensor]) -> Tensor:
     """Partial sums over the pixels of x, and of its products with the gradient if there is one."""
-    size, tile = tuple(flat[0].shape), _tile(x, flat)
-    tiles = triton.cdiv(size[2], tile["N"])
-    parts = triton.cdiv(tiles, _TILES_A_PARTIAL)
-    partials = torch.empty((len(flat), size[0], parts, size[1]), dtype=torch.float32, device=x.device)
-    grad = flat[1] if len(flat) > 1 else None
-    attention_sums_kernel[(size[0] * triton.cdiv(size[1], tile["BLOCK_C"]) * parts,)](
-        flat[0], flat[0].stride(), grad, None if grad is None else grad.stride(), partials, size,
+    (batch, channels, pixels), tile = flat[0].shape, _tile(x, flat)
+    tiles = cdiv(pixels, tile["N"])
+    parts = cdiv(tiles, _TILES_A_PARTIAL)
+    partials = torch.empty((len(flat), batch, parts, channels), dtype=torch.float32, device=x.device)
+    strides = [_strides(t, tile["CHANNELS_LAST"]) for t in flat]
+    attention_sums_kernel[(batch * cdiv(channels, tile["BLOCK_C"]) * parts,)](
+        flat[0], flat[1] if len(flat) > 1 else None, partials, batch, channels, pixels, *strides[0], *strides[-1],
         tiles, _TILES_A_PARTIAL, parts, **tile,
     )  # fmt: skip
     return partials
 
 
 def _apply(x: Tensor, flat: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
-    size, target = tuple(flat.shape), out.flatten(2)
+    (batch, channels, pixels), target = flat.shape, out.flatten(2)
     tile = _tile(x, [flat, target])
-    tiles = triton.cdiv(size[2], tile["N"])
-    attention_apply_kernel[(size[0] * triton.cdiv(size[1], tile["BLOCK_C"]) * tiles,)](
-        flat, flat.stride(), scale, shift, target, target.stride(), size, tiles, **tile
+    tiles, last = cdiv(pixels, tile["N"]), tile["CHANNELS_LAST"]
+    attention_apply_kernel[(batch * cdiv(channels, tile["BLOCK_C"]) * tiles,)](
+        flat, scale, shift, target, channels, pixels, *_strides(flat, last), *_strides(target, last), tiles, **tile
     )
 
 
-def _blocks(x: Tensor, hidden: int, parts: int) -> dict[str, int]:
+def _blocks(x: Tensor, hidden: int) -> dict[str, int]:
     """Constants of the small network's kernels."""
-    rows = triton.next_power_of_2(hidden)
+    rows = next_power_of_2(hidden)
     return {
-        "BLOCK_C": max(1, min(64, _WEIGHTS // rows, triton.next_power_of_2(x.shape[1]))),
+        "BLOCK_C": max(1, min(64, _WEIGHTS // rows, next_power_of_2(x.shape[1]))),
         "BLOCK_R": rows,
-        "PARTS": min(32, triton.next_power_of_2(parts)),
+        "PARTS": _PARTS,
         **matrix_options(x),
         "num_warps": 4,
     }
@@ -285,10 +296,9 @@ def channel_attention(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
         scale = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             partials = _sum(x, [flat])
-            parts = partials.shape[2]
             attention_network_kernel[(len(x),)](
-                partials, *(t.contiguous() for t in (w1, b1, w2, b2)), scale, tuple(flat.shape), hidden, parts,
-                **_blocks(x, hidden, parts),
+                partials, *(t.contiguous() for t in (w1, b1, w2, b2)), scale, *flat.shape[1:], hidden,
+                partials.shape[2], **_blocks(x, hidden),
             )  # fmt: skip
             _apply(x, flat, scale, None, y)
     return y
@@ -308,19 +318,17 @@ def channel_attention_backward(
     if x.numel() and (need_x or need_parameters):
         batch, channels, hidden = x.shape[0], x.shape[1], len(b1)
         flat = [_flat(x, x), _flat(grad, x)]
-        size = tuple(flat[0].shape)
         small = torch.empty((4, batch, channels), dtype=torch.float32, device=x.device)
         hiddens = torch.empty((2, batch, hidden), dtype=torch.float32, device=x.device)
         scale, shift, mean, grad_logits = small
         with torch.cuda.device_of(x):
             partials = _sum(x, flat)
-            parts = partials.shape[2]
             attention_network_backward_kernel[(batch,)](
                 partials, *(t.contiguous() for t in parameters), scale, shift, mean, grad_logits, hiddens[0],
-                hiddens[1], size, hidden, parts, **_blocks(x, hidden, parts),
+                hiddens[1], *flat[0].shape, hidden, partials.shape[2], **_blocks(x, hidden),
             )  # fmt: skip
             if need_parameters:
-                attention_parameters_kernel[(triton.cdiv(channels, 32), triton.cdiv(hidden, 32))](
+                attention_parameters_kernel[(cdiv(channels, 32), cdiv(hidden, 32))](
                     mean, grad_logits, hiddens[0], hiddens[1], *grads, batch, channels, hidden,
                     BLOCK_C=32, BLOCK_R=32, enable_fp_fusion=True,
                 )  # fmt: skip

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import check_dtype, empty, is_channels_last, parameter_gradients
+from ._device import check_dtype, empty, is_channels_last, jit_for_all_sizes, lane_first, parameter_gradients
 from ._math import gelu, gelu_derivative
 from ._stream import (
     add_pixels,
@@ -20,7 +19,7 @@ from ._stream import (
     load_weights,
     partial_sums,
     plan,
-    plane_offset,
+    plane_place,
     position,
     store_row,
     store_sums,
@@ -30,52 +29,53 @@ from ._sums import sum_weights
 from ._tiles import load, multiple
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def depthwise_gelu_kernel(
-    x, x_strides, y, y_strides, weight, bias, partials, size, numbers,
-    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+    x, y, weight, bias, partials, x_lane, y_lane, batch, channels, height, width, strips, rows, segments, halo,
+    x_image, x_outer, x_row, y_image, y_outer, y_row,
+    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """y = gelu(convolution of x); its sums over the pixels of each strip into `partials` (unless None)."""
     R: tl.constexpr = K // 2
-    image, strip, channel, segment, start = position(size, numbers, P, L, V, HALO)
-    batch, channels, height, width = size
+    image, strip, channel, segment, start, halo = position(channels, strips, segments, halo, P, L, V)
     width = multiple(width, ALIGN)
     alive = image < batch
-    first = strip * numbers[1]
-    last = tl.minimum(first + numbers[1], height)
-    x += plane_offset(x_strides, image, channel, ALIGN)
-    y += plane_offset(y_strides, image, channel, ALIGN)
+    first = strip * rows
+    last = tl.minimum(first + rows, height)
+    x_strides = (x_lane, x_image, x_outer, x_row)
+    y_strides = (y_lane, y_image, y_outer, y_row)
+    x_plane, x_down, x_step = plane_place(x_strides, image, channel, ALIGN, CHANNELS_LAST)
+    y_plane, y_down, y_step = plane_place(y_strides, image, channel, ALIGN, CHANNELS_LAST)
+    x += x_plane
+    y += y_plane
     weights = load_weights(weight, channel, alive, K * K)
     offset = load(bias + channel, alive) + tl.zeros((P, L), tl.float32)
     sums = zeros((K - 1) * V, P, L)
     total = tl.zeros((P, L), tl.float32)
-    for step in range(0, numbers[1] + 2 * R):
+    for step in range(0, rows + 2 * R):
         i = first - R + step
         exists = alive & (i >= 0) & (i < height)
-        row = load_row(
-            x + i * multiple(x_strides[2], ALIGN), x_strides[3], exists, start, width, P, L, V, CHANNELS_LAST
-        )
+        row = load_row(x + i * x_down, x_step, exists, start, width, P, L, V, CHANNELS_LAST)
         z, sums = convolve(sums, extend(row, R, V, P, L), weights, offset, K, V, False)
         activated = ()
         for q in tl.static_range(V):
             activated = activated + (gelu(z[q]),)
         o = i - R
         exists = alive & (o >= first) & (o < last)
-        store_row(
-            y + o * multiple(y_strides[2], ALIGN), y_strides[3], activated, exists, start, width,
-            P, L, V, HALO, CHANNELS_LAST,
-        )  # fmt: skip
+        store_row(y + o * y_down, y_step, activated, exists, start, width, halo, P, L, V, CHANNELS_LAST)
         if partials is not None:
-            total = add_pixels(total, activated, exists, start, width, L, V, HALO)
+            total = add_pixels(total, activated, exists, start, width, halo, L, V)
     if partials is not None:
-        store_sums(partials, total, image, strip, channel, segment, alive, channels, numbers)
+        store_sums(partials, total, image, strip, channel, segment, alive, channels, strips, segments)
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def depthwise_gelu_backward_kernel(
-    grad, grad_strides, grad_sums, x, x_strides, out, out_strides, weight, bias, partials, size, numbers,
-    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+    grad, grad_sums, x, out, weight, bias, partials, grad_lane, x_lane, out_lane,
+    batch, channels, height, width, strips, rows, segments, halo,
+    grad_image, grad_outer, grad_row, x_image, x_outer, x_row, out_image, out_outer, out_row,
+    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x into `out` and, of each strip, those of its channel's weight and bias into `partials`.
@@ -85,18 +85,23 @@ def depthwise_gelu_backward_kernel(
     gradient of every pixel of a plane.
     """
     R: tl.constexpr = K // 2
-    image, strip, channel, segment, start = position(size, numbers, P, L, V, HALO)
-    batch, channels, height, width = size
+    image, strip, channel, segment, start, halo = position(channels, strips, segments, halo, P, L, V)
     width = multiple(width, ALIGN)
     alive = image < batch
-    first = strip * numbers[1]
-    last = tl.minimum(first + numbers[1], height)
+    first = strip * rows
+    last = tl.minimum(first + rows, height)
     place = V * tl.arange(0, L)[None, :]
-    interior = (place >= HALO) & (place < L * V - HALO)
-    grad += plane_offset(grad_strides, image, channel, ALIGN)
-    x += plane_offset(x_strides, image, channel, ALIGN)
+    interior = (place >= halo) & (place < L * V - halo)
+    grad_strides = (grad_lane, grad_image, grad_outer, grad_row)
+    x_strides = (x_lane, x_image, x_outer, x_row)
+    grad_plane, grad_down, grad_step = plane_place(grad_strides, image, channel, ALIGN, CHANNELS_LAST)
+    x_plane, x_down, x_step = plane_place(x_strides, image, channel, ALIGN, CHANNELS_LAST)
+    grad += grad_plane
+    x += x_plane
     if out is not None:
-        out += plane_offset(out_strides, image, channel, ALIGN)
+        out_strides = (out_lane, out_image, out_outer, out_row)
+        out_plane, out_down, out_step = plane_place(out_strides, image, channel, ALIGN, CHANNELS_LAST)
+        out += out_plane
     weights = load_weights(weight, channel, alive, K * K)
     offset = load(bias + channel, alive) + tl.zeros((P, L), tl.float32)
     nothing = tl.zeros((P, L), tl.float32)
@@ -107,18 +112,14 @@ def depthwise_gelu_backward_kernel(
         held = zeros((K - 1) * V, P, L)
         weight_grads = zeros(K * K, P, L)
         bias_grad = nothing
-    for step in range(0, numbers[1] + 4 * R):
+    for step in range(0, rows + 4 * R):
         i = first - 2 * R + step
         exists = alive & (i >= 0) & (i < height)
-        row = load_row(
-            x + i * multiple(x_strides[2], ALIGN), x_strides[3], exists, start, width, P, L, V, CHANNELS_LAST
-        )
+        row = load_row(x + i * x_down, x_step, exists, start, width, P, L, V, CHANNELS_LAST)
         z, sums = convolve(sums, extend(row, R, V, P, L), weights, offset, K, V, False)
         r = i - R
         exists = alive & (r >= tl.maximum(first - R, 0)) & (r < height)
-        g = load_row(
-            grad + r * multiple(grad_strides[2], ALIGN), grad_strides[3], exists, start, width, P, L, V, CHANNELS_LAST
-        )
+        g = load_row(grad + r * grad_down, grad_step, exists, start, width, P, L, V, CHANNELS_LAST)
         inner = ()
         for q in tl.static_range(V):
             inside = exists & (start + place + q >= 0) & (start + place + q < width)
@@ -136,12 +137,10 @@ def depthwise_gelu_backward_kernel(
         if out is not None:
             done, transposed = convolve(transposed, around, weights, nothing, K, V, True)
             o = r - R
-            store_row(
-                out + o * multiple(out_strides[2], ALIGN), out_strides[3], done, alive & (o >= first) & (o < last),
-                start, width, P, L, V, HALO, CHANNELS_LAST,
-            )  # fmt: skip
+            exists = alive & (o >= first) & (o < last)
+            store_row(out + o * out_down, out_step, done, exists, start, width, halo, P, L, V, CHANNELS_LAST)
     if partials is not None:
-        part = (segment * batch + image) * numbers[0] + strip
+        part = (segment * batch + image) * strips + strip
         partials += (part * channels + channel) * (K * K + 1)
         for t in tl.static_range(K * K):
             tl.store(partials + t, tl.sum(weight_grads[t], 1, keep_dims=True), mask=alive)
@@ -164,10 +163,12 @@ def with_parts(x: Tensor, parameters: tuple[Tensor, ...], need_sums: bool) -> tu
     cut = plan(x, [x, y], vector, halo=1)
     partials = partial_sums(x, cut, need_sums)
     if x.numel():
+        last = is_channels_last(x)
+        (x_lane, *x_strides), (y_lane, *y_strides) = lane_first(x, last), lane_first(y, last)
         with torch.cuda.device_of(x):
             depthwise_gelu_kernel[(cut.programs,)](
-                x, x.stride(), y, y.stride(), weight.contiguous(), bias.contiguous(), partials, tuple(x.shape),
-                cut.numbers, K=3, **cut.constants,
+                x, y, weight.contiguous(), bias.contiguous(), partials, x_lane, y_lane, *x.shape, *cut.numbers,
+                *x_strides, *y_strides, K=3, **cut.constants,
             )  # fmt: skip
     return y, partials
 
@@ -210,11 +211,15 @@ def depthwise_gelu_backward(
         partials = None
         if need_parameters:
             partials = torch.empty((cut.parts, len(bias), 10), dtype=torch.float32, device=x.device)
+        last = is_channels_last(x)
+        grad_lane, *grad_strides = lane_first(grad, last)
+        x_lane, *x_strides = lane_first(x, last)
+        out_lane, *out_strides = lane_first(out, last)
         with torch.cuda.device_of(x):
             depthwise_gelu_backward_kernel[(cut.programs,)](
-                grad, grad.stride(), None if grad_sums is None else grad_sums.contiguous(), x, x.stride(),
-                out, () if out is None else out.stride(), weight.contiguous(), bias.contiguous(), partials,
-                tuple(x.shape), cut.numbers, K=3, **cut.constants,
+                grad, None if grad_sums is None else grad_sums.contiguous(), x, out, weight.contiguous(),
+                bias.contiguous(), partials, grad_lane, x_lane, out_lane, *x.shape, *cut.numbers,
+                *grad_strides, *x_strides, *out_strides, K=3, **cut.constants,
             )  # fmt: skip
             if partials is not None:
                 sum_weights(partials, *grads)

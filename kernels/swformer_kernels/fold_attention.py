@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import check_dtype, matrix_options, parameter_gradients
+from ._device import cdiv, check_dtype, jit_for_all_sizes, matrix_options, next_power_of_2, parameter_gradients
 from ._tiles import load, load_matrix, store, store_matrix
 from .channel_attention import attention_parameters_kernel
 
 _OUTPUTS = 32
 _CHANNELS = 16
 _INPUTS = 32
+_PARTS = 16
+_HIDDEN = 64  # at least, so that a network's widths share a kernel
 
 
 @triton.jit
@@ -39,7 +41,7 @@ def _means(sums, last, image, c, sizes, area, BLOCK_K: tl.constexpr, PARTS: tl.c
     """The means over the pixels of the channels c. Of `sums` those of the local branches are in parts, and those of the
     Fourier branch in some unit.
     """
-    spatial, wavelet, fourier, parts, strides, unit = sums
+    spatial, wavelet, fourier, unit, parts, strides = sums
     S, W, F, inputs, _, _ = sizes
     total = _sum_of_parts(spatial, image * S + c, parts[0], c < S, PARTS)
     total += _sum_of_parts(wavelet, image * W + c - S, parts[1], (c >= S) & (c < S + W), PARTS)
@@ -84,13 +86,15 @@ def _scale(scale, e, outputs):
         return load(scale + e, e < outputs)
 
 
-@triton.jit
+@jit_for_all_sizes("S")
 def fold_attention_kernel(
-    sums, last, network, weight, bias, scale, out, sizes, batch, area,
+    spatial, wavelet, fourier, last, network, weight, bias, scale, out, unit, area,
+    S, W, F, inputs, outputs, hidden, batch, spatial_parts, wavelet_parts, fourier_image, fourier_channel,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of image program_id(0), block program_id(1) of the outputs: the weights, and behind all images' the biases."""
-    S, W, F, inputs, outputs, hidden = sizes
+    sums = (spatial, wavelet, fourier, unit, (spatial_parts, wavelet_parts), (fourier_image, fourier_channel))
+    sizes = (S, W, F, inputs, outputs, hidden)
     local, channels = S + W, S + W + F
     width = local + inputs
     image = tl.program_id(0).to(tl.int64)
@@ -183,16 +187,17 @@ def _fourier_backward(
         store_matrix(of_last, product * attention[:, None], f, f < F, k, inputs, row_stride)
 
 
-@triton.jit
+@jit_for_all_sizes("S")
 def fold_attention_backward_kernel(
-    grad, sums, last, network, weight, scale, of_attention, of_weight, of_last, sizes, batch, area, locals,
+    grad, spatial, wavelet, fourier, last, network, weight, scale, of_attention, of_weight, of_last, area,
+    S, W, F, inputs, outputs, hidden, batch, locals,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of image program_id(0) and a block of channels, the first `locals` blocks those of the spatial and the wavelet
     branch: the attention's gradient (B, C), the scaled weight's (B, E, C), and of the Fourier branch's last convolution
     (B, F, I + 1), weight and bias, what comes through the product.
     """
-    S, W, F, inputs, outputs, _ = sizes
+    sums, sizes = (spatial, wavelet, fourier, 1.0, (1, 1), (inputs, 1)), (S, W, F, inputs, outputs, hidden)
     channels, width = S + W + F, S + W + inputs
     image = tl.program_id(0).to(tl.int64)
     before = _before_relu(sums, last, network, image, sizes, area, BLOCK_C, BLOCK_K, BLOCK_R, PARTS)
@@ -213,15 +218,16 @@ def fold_attention_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@jit_for_all_sizes("S")
 def fold_attention_network_backward_kernel(
-    sums, last, network, of_attention, mean, grad_logits, grad_means, hiddens, grad_hiddens, grads, sizes, area,
+    spatial, wavelet, fourier, last, network, of_attention, mean, grad_logits, grad_means, hiddens, grad_hiddens, grads,
+    area, S, W, F, inputs, outputs, hidden,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of image `program_id`, from the attention's gradient: those of the maps' sums, and the factors of the network's,
     as `attention_parameters_kernel` takes them; those of the means.
     """
-    S, W, F, inputs, _, hidden = sizes
+    sums, sizes = (spatial, wavelet, fourier, 1.0, (1, 1), (inputs, 1)), (S, W, F, inputs, outputs, hidden)
     local, channels = S + W, S + W + F
     image = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, BLOCK_R)
@@ -309,14 +315,16 @@ def _last_parameters(
         store_matrix(grads[3], total, f, f < F, k, inputs, inputs)
 
 
-@triton.jit
+@jit_for_all_sizes("S")
 def fold_attention_parameters_kernel(
-    grad, fourier, weight, bias, scale, of_weight, of_last, grad_means, grads, sizes, batch, area, blocks,
+    grad, fourier, weight, bias, scale, of_weight, of_last, grad_means, grads, area,
+    S, W, F, inputs, outputs, hidden, batch, blocks,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums over the images, in order, into the gradients of weight, bias, scale, and the Fourier branch's last weight
     and bias; `grad` is the folded biases'. The first `blocks` programs have the outputs, the others that branch.
     """
+    sizes = (S, W, F, inputs, outputs, hidden)
     program = tl.program_id(0)
     if program < blocks:
         _output_parameters(grad, weight, bias, scale, of_weight, grads, sizes, batch, program, BLOCK_E, BLOCK_C)
@@ -338,11 +346,11 @@ class _Net(NamedTuple):
     def outputs(self) -> int:
         return len(self.bias)
 
-    def blocks(self, like: Tensor, parts: int) -> dict[str, int | bool]:
+    def blocks(self, like: Tensor) -> dict[str, int | bool]:
         """Constants of the kernels."""
-        hidden = 1 << (self.sizes[5] - 1).bit_length()
-        sizes = {"BLOCK_E": _OUTPUTS, "BLOCK_C": _CHANNELS, "BLOCK_K": _INPUTS, "BLOCK_R": hidden}
-        return {**sizes, "PARTS": 1 << (parts - 1).bit_length(), **matrix_options(like), "num_warps": 4}
+        sizes = {"BLOCK_E": _OUTPUTS, "BLOCK_C": _CHANNELS, "BLOCK_K": _INPUTS, "PARTS": _PARTS}
+        hidden = max(_HIDDEN, next_power_of_2(self.sizes[5]))
+        return {**sizes, "BLOCK_R": hidden, **matrix_options(like), "num_warps": 4}
 
 
 def _net(spatial: Tensor, wavelet: Tensor, fourier: Tensor, *parameters: Any) -> _Net:
@@ -364,9 +372,9 @@ def fold_parts(
     out = spatial.new_empty(batch * outputs * (spatial.shape[1] + wavelet.shape[1] + fourier.shape[1] + 1))
     if batch:
         with torch.cuda.device_of(spatial):
-            fold_attention_kernel[(batch, (outputs + _OUTPUTS - 1) // _OUTPUTS)](
-                (spatial, wavelet, fourier, parts, fourier.stride(), unit), net.last, net.network, net.weight, net.bias,
-                net.scale, out, net.sizes, batch, float(area), **net.blocks(out, min(32, max(parts))),
+            fold_attention_kernel[(batch, cdiv(outputs, _OUTPUTS))](
+                spatial, wavelet, fourier, net.last, net.network, net.weight, net.bias, net.scale, out, unit,
+                float(area), *net.sizes, batch, *parts, *fourier.stride(), **net.blocks(out),
             )  # fmt: skip
     return out
 
@@ -400,33 +408,31 @@ def fold_attention_backward(
     net, batch = _net(spatial, wavelet, fourier, *parameters), len(spatial)
     local, channels = spatial.shape[1] + wavelet.shape[1], net.network[0].shape[1]
     last_channels, last_inputs = net.last[0].shape
-    means = torch.empty((4, batch, channels), dtype=torch.float32, device=grad.device)
-    hiddens = torch.empty((2, batch, net.sizes[5]), dtype=torch.float32, device=grad.device)
-    of_attention, mean, grad_logits, grad_means = means
-    of_weight = means.new_empty(batch, net.outputs, channels)
-    of_last = means.new_empty(batch, last_channels, last_inputs + 1)
-    sums = (spatial, wavelet, fourier, (1, 1), fourier.stride(), 1.0)
-    constants = net.blocks(grad, 1)
-    locals, lasts = ((n + _CHANNELS - 1) // _CHANNELS for n in (local, last_channels))
-    blocks = (net.outputs + _OUTPUTS - 1) // _OUTPUTS
+    numbers = (4 * (channels,), 2 * (net.sizes[5],), (net.outputs * channels, last_channels * (last_inputs + 1)))
+    (of_attention, mean, grad_logits, grad_means), hiddens, (of_weight, of_last) = (
+        [torch.empty(batch * n, dtype=torch.float32, device=grad.device) for n in counts] for counts in numbers
+    )
+    sums, constants = (spatial, wavelet, fourier), net.blocks(grad)
+    locals, lasts = cdiv(local, _CHANNELS), cdiv(last_channels, _CHANNELS)
+    blocks, weights = cdiv(net.outputs, _OUTPUTS), batch * net.outputs * (local + last_inputs)
     with torch.cuda.device_of(grad):
         fold_attention_backward_kernel[(batch, locals + lasts)](
-            grad, sums, net.last, net.network, net.weight, net.scale, of_attention, of_weight, of_last, net.sizes,
-            batch, float(area), locals, **constants,
+            grad, *sums, net.last, net.network, net.weight, net.scale, of_attention, of_weight, of_last, float(area),
+            *net.sizes, batch, locals, **constants,
         )  # fmt: skip
         del constants["BLOCK_E"]
         fold_attention_network_backward_kernel[(batch,)](
-            sums, net.last, net.network, of_attention, mean, grad_logits, grad_means, hiddens[0], hiddens[1], every[:3],
-            net.sizes, float(area), **constants,
+            *sums, net.last, net.network, of_attention, mean, grad_logits, grad_means, *hiddens,
+            every[:3], float(area), *net.sizes, **constants,
         )  # fmt: skip
-        attention_parameters_kernel[((channels + 31) // 32, (net.sizes[5] + 31) // 32)](
-            mean, grad_logits, hiddens[0], hiddens[1], *every[3:7], batch, channels, net.sizes[5],
+        attention_parameters_kernel[(cdiv(channels, 32), cdiv(net.sizes[5], 32))](
+            mean, grad_logits, *hiddens, *every[3:7], batch, channels, net.sizes[5],
             BLOCK_C=32, BLOCK_R=32, enable_fp_fusion=True,
         )  # fmt: skip
         of_last_weight, of_last_bias, of_weights, of_biases, of_scales = every[7:]
         fold_attention_parameters_kernel[(blocks + lasts,)](
-            grad[batch * net.outputs * (local + last_inputs) :], fourier, net.weight, net.bias, net.scale, of_weight,
-            of_last, grad_means, (of_weights, of_biases, of_scales, of_last_weight, of_last_bias), net.sizes, batch,
-            float(area), blocks, BLOCK_E=_OUTPUTS, BLOCK_C=_CHANNELS, BLOCK_K=_INPUTS, enable_fp_fusion=True,
+            grad[weights:], fourier, net.weight, net.bias, net.scale, of_weight, of_last, grad_means,
+            (of_weights, of_biases, of_scales, of_last_weight, of_last_bias), float(area), *net.sizes, batch, blocks,
+            BLOCK_E=_OUTPUTS, BLOCK_C=_CHANNELS, BLOCK_K=_INPUTS, enable_fp_fusion=True,
         )  # fmt: skip
     return every

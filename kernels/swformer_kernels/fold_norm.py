@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import check_dtype, matrix_options, parameter_gradients
+from ._device import cdiv, check_dtype, jit_for_all_sizes, matrix_options, parameter_gradients
 from ._tiles import load, load_matrix, store, store_matrix
 
 _ROWS, _COLUMNS, _DEPTH = 32, 32, 16
@@ -47,9 +47,9 @@ def _folded_bias(weight, bias, norm, row, exists, D, eps, BLOCK_D: tl.constexpr)
     return total
 
 
-@triton.jit
+@jit_for_all_sizes("rows")
 def fold_norm_kernel(
-    first, second, rows, D, N, E, second_rows, second_D, eps, second_eps,
+    first, second, eps, second_eps, rows, D, N, E, second_rows, second_D,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Blocks program_id(1) of the outputs and program_id(2) of the inputs of job program_id(0); the second has no other
@@ -106,9 +106,9 @@ def _scaled_bias_gradients(grad, scale, row, exists, D, outputs):
     return values
 
 
-@triton.jit
+@jit_for_all_sizes("rows")
 def fold_norm_backward_kernel(
-    grad, job, grads, rows, D, N, E, eps, columns,
+    grad, job, grads, eps, rows, D, N, E, columns,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the convolution and the normalisation for a block of the inputs, from the programs before `columns`;
@@ -198,10 +198,6 @@ def _contiguous(arguments: tuple[Any, ...]) -> list[Any]:
     return [p if p is None or p.is_contiguous() else p.contiguous() for p in arguments]
 
 
-def _count(rows: int, block: int) -> int:
-    return (rows + block - 1) // block
-
-
 def fold_pair(
     first: tuple[Any, ...], second: tuple[Any, ...] | None, eps: float, second_eps: float = 1.0
 ) -> list[Tensor]:
@@ -223,8 +219,8 @@ def fold_pair(
     (rows, inputs, n, e), (other_rows, other_inputs, *_) = sizes[0], sizes[-1]
     outputs, widest = max(rows - n + e, other_rows), max(inputs, other_inputs)
     with torch.cuda.device_of(first[0]):
-        fold_norm_kernel[(len(jobs), _count(outputs, _ROWS), _count(widest, _COLUMNS))](
-            jobs[0], jobs[-1], rows, inputs, n, e, other_rows, other_inputs, eps, second_eps,
+        fold_norm_kernel[(len(jobs), cdiv(outputs, _ROWS), cdiv(widest, _COLUMNS))](
+            jobs[0], jobs[-1], eps, second_eps, rows, inputs, n, e, other_rows, other_inputs,
             BLOCK_R=_ROWS, BLOCK_D=_COLUMNS, BLOCK_K=_DEPTH, **matrix_options(first[0]) | {"num_warps": 4},
         )  # fmt: skip
     return results
@@ -252,11 +248,11 @@ def fold_norm_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         parts = (weight, bias, (mean, variance, norm_weight, norm_bias), then_weight, then_bias, scale)
         rows, inputs = weight.shape
         n, e = (0, 0) if then_weight is None else (then_weight.shape[1], len(then_weight))
-        columns = _count(inputs, _COLUMNS)
-        others = 0 if then_weight is None and scale is None else _count(rows - n + e, _ROWS)
+        columns = cdiv(inputs, _COLUMNS)
+        others = 0 if then_weight is None and scale is None else cdiv(rows - n + e, _ROWS)
         with torch.cuda.device_of(weight):
             fold_norm_backward_kernel[(columns + others,)](
-                grad.contiguous(), parts, every, rows, inputs, n, e, eps, columns,
+                grad.contiguous(), parts, every, eps, rows, inputs, n, e, columns,
                 BLOCK_R=_ROWS, BLOCK_D=_COLUMNS, BLOCK_K=_DEPTH, **matrix_options(weight) | {"num_warps": 4},
             )  # fmt: skip
     return every

@@ -1,25 +1,26 @@
 """Multi-scale feed-forward network, forward and backward.
 
 Average pooling commutes with the first 1x1 convolution, so the pooled image is convolved. Maps of all three scales that
-are kept between kernels make a pyramid: one buffer with the levels (B, M, ceil(H / s), ceil(W / s)) for s = 1, 2, 4. A
-program takes a tile of some rows and columns of an image or a level; pixels that it needs from its neighbours' tiles it
-reads or computes again.
+are kept between kernels make a pyramid: one buffer with the levels (B, M, ceil(H / s), ceil(W / s)) for s = 1, 2, 4.
+Their rows end in zeros up to a multiple of 16 bytes, so that kernels are the same for all sizes. A program takes a tile
+of some rows and columns of an image or a level; pixels that it needs from its neighbours' tiles it reads or computes
+again.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ._device import (
     alignment,
+    cdiv,
     channel_block,
     check_dtype,
     empty,
     input_precision,
     is_channels_last,
+    lane_first,
     matrix_options,
     parameter_gradients,
 )
@@ -68,27 +69,25 @@ class _Net(NamedTuple):
     def outputs(self) -> int:
         return len(self.out_bias)
 
-    @property
-    def align(self) -> int:
-        return math.gcd(16, *(width for _, width in self.levels))
-
     def tiles(self, rows: int, columns: int = _COLUMNS) -> int:
         """Tiles of the images."""
         batch, _, height, width = self.size
-        return batch * triton.cdiv(height, rows) * triton.cdiv(width, columns)
+        return batch * cdiv(height, rows) * cdiv(width, columns)
 
     def low_tiles(self) -> int:
         """Programs over the levels 1 and 2."""
-        tiles = sum(triton.cdiv(h, _LEVEL_ROWS) * triton.cdiv(w, _COLUMNS) for h, w in self.levels[1:])
-        return self.size[0] * triton.cdiv(self.mid, _LEVEL_CHANNELS) * tiles
+        tiles = sum(cdiv(h, _LEVEL_ROWS) * cdiv(w, _COLUMNS) for h, w in self.levels[1:])
+        return self.size[0] * cdiv(self.mid, _LEVEL_CHANNELS) * tiles
 
-    def pyramid(self, like: Tensor, first: int = 0) -> tuple[Tensor, tuple[int, ...]]:
-        """An uninitialised pyramid without the levels before `first`, and where each level starts."""
-        starts, end = [0] * first, 0
-        for height, width in self.levels[first:]:
-            starts.append(end)
-            end += self.size[0] * self.mid * height * width
-        return like.new_empty(end), tuple(starts)
+    def level_numel(self, like: Tensor, level: int) -> int:
+        """Elements of a level of a pyramid, with what its rows end in."""
+        height, width = self.levels[level]
+        vector = 16 // like.element_size()
+        return self.size[0] * self.mid * height * (cdiv(width, vector) * vector)
+
+    def pyramid(self, like: Tensor, first: int = 0) -> Tensor:
+        """An uninitialised pyramid without the levels before `first`."""
+        return like.new_empty(sum(self.level_numel(like, level) for level in range(first, 3)))
 
 
 def _net(x: Tensor, *parameters: Tensor) -> _Net:
@@ -97,7 +96,7 @@ def _net(x: Tensor, *parameters: Tensor) -> _Net:
     if any(weight.shape[-2:] != (3, 3) for weight in depthwise[::2]):
         raise ValueError("the depthwise kernels must be 3 x 3 for the Triton kernels")
     batch, dim, height, width = x.shape
-    levels = tuple((triton.cdiv(height, s), triton.cdiv(width, s)) for s in (1, 2, 4))
+    levels = tuple((cdiv(height, s), cdiv(width, s)) for s in (1, 2, 4))
     in_weight, in_bias, out_weight, out_bias = (p.contiguous() for p in (in_weight, in_bias, out_weight, out_bias))
     dw_weights, dw_biases = (
         # A program takes one of the three.
@@ -115,21 +114,22 @@ def _layout(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
     return {"ALIGN": alignment(tensors[0].shape[lane], lane, tensors), "CHANNELS_LAST": last}
 
 
-def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
-    """The pyramids before and (without its first level) after the depthwise convolutions, and their levels' starts."""
-    hidden, starts = net.pyramid(x)
-    mixed, mixed_starts = net.pyramid(x, first=1)
-    block = channel_block(net.mid, _HIDDEN_CHANNELS)
-    ffn_in_kernel[(net.tiles(_BAND), triton.cdiv(net.mid, block))](
-        x, x.stride(), net.in_weight, net.in_bias, hidden, starts, net.size, net.levels, net.mid,
-        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=_COLUMNS, LEVEL_ALIGN=net.align,
-        PRECISION=input_precision(x, exact="tf32x3"), **_layout(x, [x]), **matrix_options(x),
+def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The pyramids before and (without its first level) after the depthwise convolutions."""
+    hidden, mixed = net.pyramid(x), net.pyramid(x, first=1)
+    batch, dim, height, width = net.size
+    block, layout = channel_block(net.mid, _HIDDEN_CHANNELS), _layout(x, [x])
+    lane, *strides = lane_first(x, layout["CHANNELS_LAST"])
+    ffn_in_kernel[(net.tiles(_BAND), cdiv(net.mid, block))](
+        x, net.in_weight, net.in_bias, hidden, lane, dim, net.mid, batch, height, width, *strides,
+        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=_COLUMNS,
+        PRECISION=input_precision(x, exact="tf32x3"), **layout, **matrix_options(x),
     )  # fmt: skip
     ffn_low_kernel[(net.low_tiles(),)](
-        hidden, mixed, starts, mixed_starts, net.dw_weights, net.dw_biases, net.size[0], net.mid, net.levels,
-        BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, LEVEL_ALIGN=net.align, enable_fp_fusion=True,
+        hidden, mixed, net.dw_weights, net.dw_biases, batch, net.mid, height, width,
+        BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, enable_fp_fusion=True,
     )  # fmt: skip
-    return hidden, starts, mixed, mixed_starts
+    return hidden, mixed
 
 
 def multiscale_ffn(x: Tensor, *arguments: Any) -> Tensor:
@@ -150,20 +150,20 @@ def multiscale_ffn(x: Tensor, *arguments: Any) -> Tensor:
 def scaled_ffn(x: Tensor, parameters: tuple[Tensor, ...], scale: Tensor | None, residual: Tensor | None) -> Tensor:
     """`multiscale_ffn` times `scale`, one number for each output channel, plus `residual`."""
     net = _net(x, *parameters)
-    size = (x.shape[0], net.outputs, *x.shape[2:])
-    y = empty(x, *size)
+    batch, _, height, width = net.size
+    y = empty(x, batch, net.outputs, height, width)
+    last = is_channels_last(y)
     if residual is not None:
-        layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
-        residual = residual.contiguous(memory_format=layout)
+        residual = residual.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     if x.numel():
+        (residual_lane, *residual_strides), (lane, *strides) = lane_first(residual, last), lane_first(y, last)
         with torch.cuda.device_of(x):
-            hidden, _, mixed, mixed_starts = _forward_pyramids(net, x)
+            hidden, mixed = _forward_pyramids(net, x)
             block = channel_block(net.outputs, _OUT_CHANNELS)
-            ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), triton.cdiv(net.outputs, block))](
-                hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias,
-                scale, residual, None if residual is None else residual.stride(), y, y.stride(), size, net.levels,
-                net.mid,
-                BLOCK_C=16, BLOCK_E=block, ROWS=_OUT_ROWS, COLUMNS=_OUT_COLUMNS, LEVEL_ALIGN=net.align,
+            ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), cdiv(net.outputs, block))](
+                hidden, mixed, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias, scale, residual, y,
+                residual_lane, lane, net.outputs, net.mid, batch, height, width, *residual_strides, *strides,
+                BLOCK_C=16, BLOCK_E=block, ROWS=_OUT_ROWS, COLUMNS=_OUT_COLUMNS,
                 PRECISION=input_precision(x, exact="tf32x3"),
                 **_layout(y, [y] if residual is None else [y, residual]), **matrix_options(x),
             )  # fmt: skip
@@ -188,48 +188,47 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
     def partials(parts: int, count: int) -> Tensor | None:
         return torch.empty((parts, 1, count), dtype=torch.float32, device=x.device) if need_parameters else None
 
-    options = {"LEVEL_ALIGN": net.align}
     matrix = {"PRECISION": input_precision(x, exact="tf32x3"), **matrix_options(x)}
     with torch.cuda.device_of(x):
-        hidden, starts, mixed, mixed_starts = _forward_pyramids(net, x)
-        mixed_grads, _ = net.pyramid(x)
-        first_grads, low_grads = mixed_grads[: starts[1]], mixed_grads[starts[1] :]
-        other_grads = x.new_empty(2, batch, mid, height, width)
+        hidden, mixed = _forward_pyramids(net, x)
+        mixed_grads, full = net.pyramid(x), net.level_numel(x, 0)
+        first_grads, low_grads = mixed_grads[:full], mixed_grads[full:]
+        other_grads = x.new_empty(2 * full)
         tiles, each = net.tiles(_OUT_BACKWARD_ROWS), max(1, _PIXELS_A_PARTIAL // (_OUT_BACKWARD_ROWS * _COLUMNS))
-        block, parts = channel_block(outputs, _OUT_CHANNELS), triton.cdiv(tiles, each)
+        block, parts = channel_block(outputs, _OUT_CHANNELS), cdiv(tiles, each)
         of_out = partials(parts, outputs * (3 * mid + 1))
-        blocks = triton.cdiv(outputs, block) if need_parameters else 1
+        blocks = cdiv(outputs, block) if need_parameters else 1
         channels = channel_block(mid, _OUT_BACKWARD_CHANNELS)
-        ffn_out_backward_kernel[(parts, triton.cdiv(mid, channels), blocks)](
-            grad, grad.stride(), hidden, mixed, mixed_starts, net.dw_weights[0], net.dw_biases[0], net.out_weight,
-            first_grads, other_grads, of_out, (batch, outputs, height, width), net.levels, mid, tiles, each,
-            BLOCK_K=16, BLOCK_C=channels, BLOCK_E=block, ROWS=_OUT_BACKWARD_ROWS, COLUMNS=_COLUMNS,
-            **options, **_layout(grad, [grad]), **matrix,
+        layout = _layout(grad, [grad])
+        lane, *strides = lane_first(grad, layout["CHANNELS_LAST"])
+        ffn_out_backward_kernel[(parts, cdiv(mid, channels), blocks)](
+            grad, hidden, mixed, net.dw_weights[0], net.dw_biases[0], net.out_weight, first_grads, other_grads, of_out,
+            lane, outputs, mid, batch, height, width, tiles, each, *strides,
+            BLOCK_K=16, BLOCK_C=channels, BLOCK_E=block, ROWS=_OUT_BACKWARD_ROWS, COLUMNS=_COLUMNS, **layout, **matrix,
         )  # fmt: skip
-        ffn_downsample_kernel[(net.low_tiles(),)](
-            other_grads, low_grads, mixed_starts, net.size, mid, net.levels,
-            BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, **options, enable_fp_fusion=True,
-        )  # fmt: skip
-        hidden_grads, _ = net.pyramid(x)
-        parts = triton.cdiv(net.tiles(_LEVEL_ROWS), max(1, _PIXELS_A_PARTIAL // (_LEVEL_ROWS * _COLUMNS)))
+        levels = {"BLOCK_C": _LEVEL_CHANNELS, "ROWS": _LEVEL_ROWS, "COLUMNS": _COLUMNS, "enable_fp_fusion": True}
+        ffn_downsample_kernel[(net.low_tiles(),)](other_grads, low_grads, batch, mid, height, width, **levels)
+        hidden_grads = net.pyramid(x)
+        parts = cdiv(net.tiles(_LEVEL_ROWS), max(1, _PIXELS_A_PARTIAL // (_LEVEL_ROWS * _COLUMNS)))
         of_depthwise = partials(parts, 3 * mid * 10)
-        ffn_depthwise_backward_kernel[(parts, 3, triton.cdiv(mid, _LEVEL_CHANNELS))](
-            mixed_grads, hidden, hidden_grads, starts, net.dw_weights, of_depthwise, batch, mid, net.levels,
-            BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, **options, enable_fp_fusion=True,
-        )  # fmt: skip
+        ffn_depthwise_backward_kernel[(parts, 3, cdiv(mid, _LEVEL_CHANNELS))](
+            mixed_grads, hidden, hidden_grads, net.dw_weights, of_depthwise, batch, mid, height, width, **levels
+        )
         if need_x:
-            block = channel_block(dim, _INPUT_CHANNELS)
-            ffn_in_backward_kernel[(net.tiles(_BAND), triton.cdiv(dim, block))](
-                hidden_grads, starts, net.in_weight, out, out.stride(), net.size, net.levels, mid,
-                BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=_COLUMNS, **options, **_layout(x, [out]), **matrix,
+            block, layout = channel_block(dim, _INPUT_CHANNELS), _layout(x, [out])
+            lane, *strides = lane_first(out, layout["CHANNELS_LAST"])
+            ffn_in_backward_kernel[(net.tiles(_BAND), cdiv(dim, block))](
+                hidden_grads, net.in_weight, out, lane, dim, mid, batch, height, width, *strides,
+                BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=_COLUMNS, **layout, **matrix,
             )  # fmt: skip
         if need_parameters:
             tiles, each = net.tiles(1), max(1, _PIXELS_A_PARTIAL // _COLUMNS)
-            block, parts = channel_block(dim, _INPUT_CHANNELS), triton.cdiv(tiles, each)
+            block, parts, layout = channel_block(dim, _INPUT_CHANNELS), cdiv(tiles, each), _layout(x, [x])
+            lane, *strides = lane_first(x, layout["CHANNELS_LAST"])
             of_in = partials(parts, 3 * mid * (dim + 1))
-            ffn_in_parameters_kernel[(parts, triton.cdiv(mid, _PARAMETER_CHANNELS), triton.cdiv(dim, block))](
-                hidden_grads, starts, x, x.stride(), of_in, net.size, net.levels, mid, tiles, each,
-                BLOCK_M=_PARAMETER_CHANNELS, BLOCK_D=block, COLUMNS=_COLUMNS, **_layout(x, [x]), **matrix,
+            ffn_in_parameters_kernel[(parts, cdiv(mid, _PARAMETER_CHANNELS), cdiv(dim, block))](
+                hidden_grads, x, of_in, lane, dim, mid, batch, height, width, tiles, each, *strides,
+                BLOCK_M=_PARAMETER_CHANNELS, BLOCK_D=block, COLUMNS=_COLUMNS, **layout, **matrix,
             )  # fmt: skip
             for sums, places in ((of_in, (0, 1)), (of_depthwise, range(2, 8)), (of_out, (8, 9))):
                 if sums is not None:

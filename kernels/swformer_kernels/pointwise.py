@@ -10,9 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import alignment, channel_block, check_dtype, input_precision, matrix_options, parameter_gradients, planes
+from ._device import (
+    alignment,
+    cdiv,
+    channel_block,
+    check_dtype,
+    input_precision,
+    jit_for_all_sizes,
+    matrix_options,
+    parameter_gradients,
+    planes,
+)
 from ._sums import sum_partials
-from ._tiles import load, load_matrix, map_pointers, multiple, store, store_matrix
+from ._tiles import load, load_matrix, map_pointers, store, store_matrix
 
 # Pixels a program takes, in bytes: 16 a thread, of 16 channels.
 _BYTES = 256
@@ -23,14 +33,6 @@ _PARAMETER_CHANNELS = 64
 _PARAMETER_PIXELS = 32
 # Pixels a program of a reduction adds up in fp32 before the second stage goes on in fp64.
 _PIXELS_A_PARTIAL = 2048
-
-
-@triton.jit
-def total_channels(counts):
-    total = 0
-    for i in tl.static_range(len(counts)):
-        total += counts[i]
-    return total
 
 
 @triton.jit
@@ -60,53 +62,63 @@ def store_maps(maps, strides, counts, value, image, channel, pixel, pixels, ALIG
         first += counts[i]
 
 
-@triton.jit
+@jit_for_all_sizes("inputs")
 def pointwise_kernel(
-    maps, strides, counts, weight, weight_strides, bias, bias_stride, residual, residual_strides,
-    outs, out_strides, out_counts, pixels, tiles,
-    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    maps, weight, bias, residual, outs, inputs, outputs, weight_image, weight_stride, bias_image,
+    count0, count1, count2, image0, channel0, image1, channel1, image2, channel2, residual_image, residual_channel,
+    out_count0, out_count1, out_count2,
+    out_image0, out_channel0, out_image1, out_channel1, out_image2, out_channel2, pixels, tiles,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The concatenation of `outs` = weight @ the concatenation of `maps` + bias + residual; those two may be None."""
+    """The concatenation of `outs` = weight @ the concatenation of `maps` + bias + residual; those two may be None.
+
+    Rows of the weight are `weight_stride` apart or, if it is TRANSPOSED, columns.
+    """
+    counts, out_counts = (count0, count1, count2), (out_count0, out_count1, out_count2)
+    strides = ((image0, channel0), (image1, channel1), (image2, channel2))
+    out_strides = ((out_image0, out_channel0), (out_image1, out_channel1), (out_image2, out_channel2))
     image = (tl.program_id(0) // tiles).to(tl.int64)
-    pixels = multiple(pixels, ALIGN)
     pixel = tl.program_id(0) % tiles * N + tl.arange(0, N)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    inputs = total_channels(counts)
-    outputs = total_channels(out_counts)
-    weight += image * weight_strides[0]
+    weight += image * weight_image
     total = tl.zeros((BLOCK_E, N), tl.float32)
     for start in range(0, inputs, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
-        left = load_matrix(weight, e, e < outputs, c, inputs, weight_strides[1], weight_strides[2])
+        if TRANSPOSED:
+            left = load_matrix(weight, e, e < outputs, c, inputs, 1, weight_stride)
+        else:
+            left = load_matrix(weight, e, e < outputs, c, inputs, weight_stride)
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     if bias is not None:
-        bias += image * bias_stride
+        bias += image * bias_image
         total += load(bias + e, mask=e < outputs)[:, None]
     if residual is not None:
-        total += load_maps((residual,), (residual_strides,), out_counts, image, e, pixel, pixels, ALIGN)
+        residual_strides = ((residual_image, residual_channel),)
+        total += load_maps((residual,), residual_strides, (outputs,), image, e, pixel, pixels, ALIGN)
     store_maps(outs, out_strides, out_counts, total, image, e, pixel, pixels, ALIGN)
 
 
-@triton.jit
+@jit_for_all_sizes("inputs")
 def pointwise_parameters_kernel(
-    grad, grad_strides, maps, strides, counts, partials, outputs, pixels, tiles, tiles_a_program, parts,
+    grad, maps, partials, inputs, outputs, grad_image, grad_channel,
+    count0, count1, count2, image0, channel0, image1, channel1, image2, channel2, pixels, tiles, tiles_a_program, parts,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over some tiles of an image: of the weight's gradient and then of the bias's, a row of `partials`."""
+    counts, strides = (count0, count1, count2), ((image0, channel0), (image1, channel1), (image2, channel2))
     part = tl.program_id(0) % parts
     image = (tl.program_id(0) // parts).to(tl.int64)
     images = tl.num_programs(0) // parts
-    pixels = multiple(pixels, ALIGN)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inputs = total_channels(counts)
     of_weight = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
     of_bias = tl.zeros((BLOCK_E,), tl.float32)
     first = part * tiles_a_program
     for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
         pixel = tile * N + tl.arange(0, N)
-        left = load_maps((grad,), (grad_strides,), (outputs,), image, e, pixel, pixels, ALIGN)
+        left = load_maps((grad,), ((grad_image, grad_channel),), (outputs,), image, e, pixel, pixels, ALIGN)
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
         of_weight = tl.dot(left, tl.trans(right), of_weight, input_precision=PRECISION)
         of_bias += tl.sum(left, 1)
@@ -115,12 +127,17 @@ def pointwise_parameters_kernel(
     tl.store(partials + outputs * inputs + e, of_bias, mask=e < tl.where(tl.program_id(2) == 0, outputs, 0))
 
 
-def _strides(maps: list[Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((x.stride(0), x.stride(1)) for x in maps)
+def _numbers(maps: list[Tensor]) -> list[int]:
+    """Channels of three maps, zero for those that are missing, and the strides of their images and channels."""
+    counts = [x.shape[1] for x in maps]
+    strides = [s for x in maps for s in x.stride()[:2]]
+    missing = 3 - len(maps)
+    return [*counts, *[0] * missing, *strides, *[0] * (2 * missing)]
 
 
-def _counts(maps: list[Tensor]) -> tuple[int, ...]:
-    return tuple(x.shape[1] for x in maps)
+def _outputs(channels: int, most: int) -> int:
+    """Output channels of a program: few choices, so that the convolutions of a network share kernels."""
+    return 16 if channels <= 16 else min(most, max(64, channel_block(channels, most)))
 
 
 def _multiply(
@@ -128,17 +145,19 @@ def _multiply(
 ) -> None:
     """Launch `pointwise_kernel` on (B, C, P) maps; weight is (1 or B, outputs, inputs)."""
     batch, _, pixels = maps[0].shape
-    columns, block = _BYTES // maps[0].element_size(), channel_block(sum(_counts(outs)), _CHANNELS)
-    tiles = triton.cdiv(pixels, columns)
+    _, outputs, inputs = weight.shape
+    columns, block = _BYTES // maps[0].element_size(), _outputs(outputs, _CHANNELS)
+    tiles = cdiv(pixels, columns)
     everything = [*maps, *outs] if residual is None else [*maps, *outs, residual]
-    weight_strides = (weight.stride(0) if len(weight) > 1 else 0, weight.stride(1), weight.stride(2))
-    bias_stride = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
+    weight_image, row, column = weight.stride()
+    transposed = row == 1 and column != 1
+    bias_image = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
     with torch.cuda.device_of(maps[0]):
-        pointwise_kernel[(batch * tiles, triton.cdiv(sum(_counts(outs)), block))](
-            tuple(maps), _strides(maps), _counts(maps), weight, weight_strides, bias, bias_stride,
-            residual, None if residual is None else _strides([residual])[0],
-            tuple(outs), _strides(outs), _counts(outs), pixels, tiles,
-            BLOCK_K=16, BLOCK_E=block, N=columns, ALIGN=alignment(pixels, 2, everything),
+        pointwise_kernel[(batch * tiles, cdiv(outputs, block))](
+            tuple(maps), weight, bias, residual, tuple(outs), inputs, outputs,
+            weight_image if len(weight) > 1 else 0, column if transposed else row, bias_image, *_numbers(maps),
+            *((0, 0) if residual is None else residual.stride()[:2]), *_numbers(outs), pixels, tiles,
+            BLOCK_K=16, BLOCK_E=block, N=columns, ALIGN=alignment(pixels, 2, everything), TRANSPOSED=transposed,
             PRECISION=input_precision(maps[0], exact="tf32x3"), **matrix_options(maps[0]),
         )  # fmt: skip
 
@@ -189,20 +208,20 @@ def pointwise_backward(
         _multiply([flat], weight.mT, None, None, [g.flatten(2) for g in grads if g.dim() == 4])
     of_weight, of_bias = parameter_gradients(x0, (weight, bias), need_parameters)
     if need_parameters and x0.numel():
-        tiles = triton.cdiv(pixels, _PARAMETER_PIXELS)
+        tiles = cdiv(pixels, _PARAMETER_PIXELS)
         each = _PIXELS_A_PARTIAL // _PARAMETER_PIXELS
-        parts = triton.cdiv(tiles, each)
+        parts = cdiv(tiles, each)
         count = outputs * (inputs + 1)
         partials = torch.empty((parts, batch, count), dtype=torch.float32, device=x0.device)
-        rows, columns = channel_block(outputs, _PARAMETER_CHANNELS), channel_block(inputs, _PARAMETER_CHANNELS)
+        rows, columns = _outputs(outputs, _PARAMETER_CHANNELS), channel_block(inputs, _PARAMETER_CHANNELS)
         options = matrix_options(grad)
         # So few threads that each has 16 bytes of the narrower side.
         threads = min(256, min(rows, columns) * _PARAMETER_PIXELS * grad.element_size() // 16)
         options["num_warps"] = max(1, options["num_warps"] * threads // 256)
         with torch.cuda.device_of(x0):
-            pointwise_parameters_kernel[(batch * parts, triton.cdiv(outputs, rows), triton.cdiv(inputs, columns))](
-                flat, _strides([flat])[0], tuple(maps), _strides(maps), _counts(maps), partials,
-                outputs, pixels, tiles, each, parts,
+            pointwise_parameters_kernel[(batch * parts, cdiv(outputs, rows), cdiv(inputs, columns))](
+                flat, tuple(maps), partials, inputs, outputs, *flat.stride()[:2], *_numbers(maps), pixels, tiles,
+                each, parts,
                 BLOCK_E=rows, BLOCK_C=columns, N=_PARAMETER_PIXELS, ALIGN=alignment(pixels, 2, [flat, *maps]),
                 PRECISION=input_precision(grad, exact="tf32x3"), **options,
             )  # fmt: skip

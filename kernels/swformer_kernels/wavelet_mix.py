@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import check_dtype, empty, is_channels_last, parameter_gradients
+from ._device import check_dtype, empty, is_channels_last, jit_for_all_sizes, lane_first, parameter_gradients
 from ._haar import fold, load_taps, replicate
 from ._stream import (
     Plan,
@@ -29,7 +29,7 @@ from ._stream import (
     pack,
     partial_sums,
     plan,
-    plane_offset,
+    plane_place,
     position,
     store_row,
     store_sums,
@@ -69,23 +69,24 @@ def _double(value, P: tl.constexpr):
 
 @triton.jit
 def _pointers(
-    x, plane, strides, exists, i, start, height, width,
-    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr, ALIGN: tl.constexpr,
+    x, plane, exists, i, start, height, width, halo,
+    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the segments of both rows of pixels of coefficient row i, (2 P, L * V), and their mask less HALO."""
+    """Pointers to the segments of both rows of pixels of coefficient row i, (2 P, L * V), and a mask less the halo."""
+    offset, down, step = plane
     y = 2 * _double(i, P) + (tl.arange(0, 2 * P) // P)[:, None]
     place = tl.arange(0, L * V)[None, :]
     column = start + place
     mask = _double(exists, P) & (y < height) & (column >= 0) & (column < width)
-    mask = mask & (place >= HALO) & (place < L * V - HALO)
+    mask = mask & (place >= halo) & (place < L * V - halo)
     # Offsets, not pointers, are doubled: a compiler that forgets what divides a reshaped tensor is told again.
-    rows = x + multiple(_double(plane, P), ALIGN) + y * multiple(strides[2], ALIGN)
-    return rows + column.to(tl.int64) * strides[3], mask
+    rows = x + multiple(_double(offset, P), ALIGN) + y * multiple(down, ALIGN)
+    return rows + column.to(tl.int64) * step, mask
 
 
 @triton.jit
 def _load_pixels(
-    x, plane, strides, added, exists, i, start, height, width,
+    x, plane, added, exists, i, start, height, width,
     P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, EXTEND: tl.constexpr,
 ):  # fmt: skip
@@ -94,12 +95,12 @@ def _load_pixels(
     """
     below = 2 * i + 1 < height
     if CHANNELS_LAST:
-        down = multiple(strides[2], ALIGN)
-        rows = x + plane
-        upper = load_row(rows + 2 * i * down, strides[3], exists, start, width, P, L, V, True)
-        lower = load_row(rows + (2 * i + 1) * down, strides[3], exists & below, start, width, P, L, V, True)
+        offset, down, step = plane
+        rows = x + offset
+        upper = load_row(rows + 2 * i * down, step, exists, start, width, P, L, V, True)
+        lower = load_row(rows + (2 * i + 1) * down, step, exists & below, start, width, P, L, V, True)
     else:
-        pointers, mask = _pointers(x, plane, strides, exists, i, start, height, width, P, L, V, 0, ALIGN)
+        pointers, mask = _pointers(x, plane, exists, i, start, height, width, 0, P, L, V, ALIGN)
         both = tl.reshape(tl.load(pointers, mask=mask, other=0.0), (2, P, L * V))
         both0, both1 = tl.split(tl.permute(both, (1, 2, 0)))
         upper, lower = unpack(both0, P, L, V), unpack(both1, P, L, V)
@@ -140,8 +141,8 @@ def _sum_bands(row, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def _store_pixels(
-    y, plane, strides, bands, filters, exists, i, start, height, width,
-    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+    y, plane, bands, filters, exists, i, start, height, width, halo,
+    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """Synthesise and write the pixels of coefficient row i; FOLD transposes the replication beyond an odd edge."""
@@ -155,28 +156,27 @@ def _store_pixels(
             a, b, c, d = fold(a, b, c, d, _spread(below, P, 1), right)
         upper, lower = upper + (a, b), lower + (c, d)
     if CHANNELS_LAST:
-        down = multiple(strides[2], ALIGN)
-        rows = y + plane
+        offset, down, step = plane
+        rows = y + offset
         upper, lower = _sum_bands(upper, P, L, V), _sum_bands(lower, P, L, V)
-        store_row(rows + 2 * i * down, strides[3], upper, exists, start, width, P, L, V, HALO, True)
-        store_row(rows + (2 * i + 1) * down, strides[3], lower, exists & below, start, width, P, L, V, HALO, True)
+        store_row(rows + 2 * i * down, step, upper, exists, start, width, halo, P, L, V, True)
+        store_row(rows + (2 * i + 1) * down, step, lower, exists & below, start, width, halo, P, L, V, True)
     else:
         both = tl.join(pack(upper, 4 * P, L, V), pack(lower, 4 * P, L, V))
         both = tl.permute(tl.sum(tl.reshape(both, (4, P, L * V, 2)), 0), (2, 0, 1))
-        pointers, mask = _pointers(y, plane, strides, exists, i, start, height, width, P, L, V, HALO, ALIGN)
+        pointers, mask = _pointers(y, plane, exists, i, start, height, width, halo, P, L, V, ALIGN)
         tl.store(pointers, tl.reshape(both, (2 * P, L * V)).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _add_blocks(
-    total, bands, filters, exists, i, start, height, width,
-    P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
-):  # fmt: skip
+    total, bands, filters, exists, i, start, height, width, halo, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr
+):
     """Add to `total`, (4 P, L), what the coefficients give to the sum of the pixels that `_store_pixels` writes."""
     r0, r1, c0, c1 = filters
     rows = r0 + tl.where(_spread(2 * i + 1 < height, P, 1), r1, 0.0)
     place = V * tl.arange(0, L)[None, :]
-    interior = _spread(exists, P, 1) & (place >= HALO) & (place < L * V - HALO)
+    interior = _spread(exists, P, 1) & (place >= halo) & (place < L * V - halo)
     for q in tl.static_range(V // 2):
         column = start + place + 2 * q
         weight = rows * (c0 + tl.where(column + 1 < width, c1, 0.0))
@@ -215,10 +215,11 @@ def _store_tap_gradients(target, sums, filters, P: tl.constexpr):
         tl.store(target + t * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(grads[t], 1), 0))
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def wavelet_kernel(
-    x, x_strides, added, y, y_strides, weight, bias, in_low, in_high, out_low, out_high, partials, size, numbers,
-    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+    x, added, y, weight, bias, in_low, in_high, out_low, out_high, partials, x_lane, y_lane,
+    batch, channels, height, width, strips, rows, segments, halo, x_image, x_outer, x_row, y_image, y_outer, y_row,
+    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ADJOINT: tl.constexpr,
 ):  # fmt: skip
     """y = synthesis of the convolution of the analysis of x; its sums over the pixels of each strip into `partials`
@@ -227,16 +228,15 @@ def wavelet_kernel(
     """
     R: tl.constexpr = K // 2
     C: tl.constexpr = V // 2
-    image, strip, channel, segment, start = position(size, numbers, P, L, V, HALO)
-    batch, channels, height, width = size
+    image, strip, channel, segment, start, halo = position(channels, strips, segments, halo, P, L, V)
     width = multiple(width, ALIGN)
     h = (height + 1) // 2
     alive = image < batch
-    first = strip * numbers[1]
-    last = tl.minimum(first + numbers[1], h)
+    first = strip * rows
+    last = tl.minimum(first + rows, h)
     of_sums = load_plane(added, image, channel, alive, channels, P)
-    x_plane = plane_offset(x_strides, image, channel, ALIGN)
-    y_plane = plane_offset(y_strides, image, channel, ALIGN)
+    x_plane = plane_place((x_lane, x_image, x_outer, x_row), image, channel, ALIGN, CHANNELS_LAST)
+    y_plane = plane_place((y_lane, y_image, y_outer, y_row), image, channel, ALIGN, CHANNELS_LAST)
     in_filters = _filters(in_low, in_high, P)
     out_filters = _filters(out_low, out_high, P)
     number = _spread(channel, P, 1) + (tl.arange(0, 4 * P) // P)[:, None] * channels
@@ -246,10 +246,10 @@ def wavelet_kernel(
         offset += load(bias + number, mask=_spread(alive, P, 1))
     sums = zeros((K - 1) * C, 4 * P, L)
     total = tl.zeros((4 * P, L), tl.float32)
-    for step in range(0, numbers[1] + 2 * R):
+    for step in range(0, rows + 2 * R):
         i = first - R + step
         pixels = _load_pixels(
-            x, x_plane, x_strides, of_sums, alive & (i >= 0) & (i < h), i, start, height, width,
+            x, x_plane, of_sums, alive & (i >= 0) & (i < h), i, start, height, width,
             P, L, V, ALIGN, CHANNELS_LAST, not ADJOINT,
         )  # fmt: skip
         bands = extend(_analyse(pixels, in_filters, P, L, C), R, C, 4 * P, L)
@@ -257,21 +257,22 @@ def wavelet_kernel(
         o = i - R
         exists = alive & (o >= first) & (o < last)
         _store_pixels(
-            y, y_plane, y_strides, done, out_filters, exists, o, start, height, width,
-            P, L, V, HALO, ALIGN, CHANNELS_LAST, ADJOINT,
+            y, y_plane, done, out_filters, exists, o, start, height, width, halo,
+            P, L, V, ALIGN, CHANNELS_LAST, ADJOINT,
         )  # fmt: skip
         if partials is not None:
-            total = _add_blocks(total, done, out_filters, exists, o, start, height, width, P, L, V, HALO)
+            total = _add_blocks(total, done, out_filters, exists, o, start, height, width, halo, P, L, V)
     if partials is not None:
         total = tl.sum(tl.reshape(total, (4, P, L)), 0)
-        store_sums(partials, total, image, strip, channel, segment, alive, channels, numbers)
+        store_sums(partials, total, image, strip, channel, segment, alive, channels, strips, segments)
 
 
-@triton.jit
+@jit_for_all_sizes("batch")
 def wavelet_backward_kernel(
-    grad, grad_strides, grad_sums, x, x_strides, out, out_strides, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi,
-    partials, tap_partials, size, numbers,
-    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, HALO: tl.constexpr,
+    grad, grad_sums, x, out, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, partials, tap_partials,
+    grad_lane, x_lane, out_lane, batch, channels, height, width, strips, rows, segments, halo,
+    grad_image, grad_outer, grad_row, x_image, x_outer, x_row, out_image, out_outer, out_row,
+    K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x into `out` (unless None); of each strip those of weight and bias into `partials`; of each
@@ -283,19 +284,18 @@ def wavelet_backward_kernel(
     """
     R: tl.constexpr = K // 2
     C: tl.constexpr = V // 2
-    image, strip, channel, segment, start = position(size, numbers, P, L, V, HALO)
-    batch, channels, height, width = size
+    image, strip, channel, segment, start, halo = position(channels, strips, segments, halo, P, L, V)
     width = multiple(width, ALIGN)
     h = (height + 1) // 2
     alive = image < batch
-    first = strip * numbers[1]
-    last = tl.minimum(first + numbers[1], h)
+    first = strip * rows
+    last = tl.minimum(first + rows, h)
     place = V * tl.arange(0, L)[None, :]
-    interior = (place >= HALO) & (place < L * V - HALO)
-    grad_plane = plane_offset(grad_strides, image, channel, ALIGN)
-    x_plane = plane_offset(x_strides, image, channel, ALIGN)
+    interior = (place >= halo) & (place < L * V - halo)
+    grad_plane = plane_place((grad_lane, grad_image, grad_outer, grad_row), image, channel, ALIGN, CHANNELS_LAST)
+    x_plane = plane_place((x_lane, x_image, x_outer, x_row), image, channel, ALIGN, CHANNELS_LAST)
     if out is not None:
-        out_plane = plane_offset(out_strides, image, channel, ALIGN)
+        out_plane = plane_place((out_lane, out_image, out_outer, out_row), image, channel, ALIGN, CHANNELS_LAST)
     dec = _filters(dec_lo, dec_hi, P)
     rec = _filters(rec_lo, rec_hi, P)
     alive_bands = _spread(alive, P, 1)
@@ -311,18 +311,18 @@ def wavelet_backward_kernel(
     bias_grad = nothing
     dec_grads = zeros(4, 4 * P, L)
     rec_grads = zeros(4, 4 * P, L)
-    for step in range(0, numbers[1] + 3 * R):
+    for step in range(0, rows + 3 * R):
         i = first - R + step
         r = i - R
         m = r - R
         pixels = _load_pixels(
-            x, x_plane, x_strides, of_sums, alive & (i >= 0) & (i < h) & (i < last + R), i, start, height, width,
+            x, x_plane, of_sums, alive & (i >= 0) & (i < h) & (i < last + R), i, start, height, width,
             P, L, V, ALIGN, CHANNELS_LAST, True,
         )  # fmt: skip
         bands = extend(_analyse(pixels, dec, P, L, C), R, C, 4 * P, L)
         convolved, sums = convolve(sums, bands, weights, offset, K, C, False)
         grad_pixels = _load_pixels(
-            grad, grad_plane, grad_strides, of_sums,
+            grad, grad_plane, of_sums,
             alive & (r >= tl.maximum(first - R, 0)) & (r < h) & (r < last + R), r, start, height, width,
             P, L, V, ALIGN, CHANNELS_LAST, False,
         )  # fmt: skip
@@ -345,10 +345,10 @@ def wavelet_backward_kernel(
         held = held[4 * C :]
         if out is not None:
             _store_pixels(
-                out, out_plane, out_strides, transposed, dec, alive & (m >= first) & (m < last),
-                m, start, height, width, P, L, V, HALO, ALIGN, CHANNELS_LAST, True,
+                out, out_plane, transposed, dec, alive & (m >= first) & (m < last),
+                m, start, height, width, halo, P, L, V, ALIGN, CHANNELS_LAST, True,
             )  # fmt: skip
-    part = (segment * batch + image) * numbers[0] + strip
+    part = (segment * batch + image) * strips + strip
     target = partials + (_spread(part, P, 1) * 4 * channels + number) * (K * K + 1)
     for t in tl.static_range(K * K):
         tl.store(target + t, tl.sum(weight_grads[t], 1, keep_dims=True), mask=alive_bands)
@@ -384,10 +384,12 @@ def _stream(
     adjoint: bool,
 ) -> None:
     """y = the wavelet branch of x, or its adjoint."""
+    last = is_channels_last(y)
+    (x_lane, *x_strides), (y_lane, *y_strides) = lane_first(x, last), lane_first(y, last)
     with torch.cuda.device_of(x):
         wavelet_kernel[(cut.programs,)](
-            x, x.stride(), added, y, y.stride(), *(p.contiguous() for p in parameters), partials, tuple(y.shape),
-            cut.numbers, K=parameters[0].shape[-1], ADJOINT=adjoint, **cut.constants,
+            x, added, y, *(p.contiguous() for p in parameters), partials, x_lane, y_lane, *y.shape, *cut.numbers,
+            *x_strides, *y_strides, K=parameters[0].shape[-1], ADJOINT=adjoint, **cut.constants,
         )  # fmt: skip
 
 
@@ -454,10 +456,14 @@ def wavelet_mix_backward(
         cut = _plan(x, [grad, x] if out is None else [grad, x, out], radius)
         partials = torch.empty((cut.parts, len(bias), (2 * radius + 1) ** 2 + 1), dtype=torch.float32, device=x.device)
         tap_partials = torch.empty((8, cut.programs), dtype=torch.float32, device=x.device)
+        last = is_channels_last(x)
+        grad_lane, *grad_strides = lane_first(grad, last)
+        x_lane, *x_strides = lane_first(x, last)
+        out_lane, *out_strides = lane_first(out, last)
         with torch.cuda.device_of(x):
             wavelet_backward_kernel[(cut.programs,)](
-                grad, grad.stride(), added, x, x.stride(), out, () if out is None else out.stride(),
-                *(p.contiguous() for p in parameters), partials, tap_partials, tuple(x.shape), cut.numbers,
+                grad, added, x, out, *(p.contiguous() for p in parameters), partials, tap_partials,
+                grad_lane, x_lane, out_lane, *x.shape, *cut.numbers, *grad_strides, *x_strides, *out_strides,
                 K=2 * radius + 1, **cut.constants,
             )  # fmt: skip
             sum_weights(partials, grads[0], grads[1])

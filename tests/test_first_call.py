@@ -1,0 +1,63 @@
+"""How many kernels a first call compiles, and that a call at another size compiles hardly any."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.inspection.machine_code import ROOT
+from benchmarks.inspection.variants import PHOTOS
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+FIRST = {
+    "derain-s eval float32": 19,
+    "block training float32": 40,
+    "derain-s training float32": 54,
+    "derain-s eval bfloat16": 16,
+    "block training bfloat16": 33,
+    "derain-s training bfloat16": 38,
+}
+"""Most variants that the first call of a sequence may need."""
+NEXT = {
+    # Many coefficients: the Haar transform takes larger tiles.
+    ("derain-s eval float32", "1x3x1024x1024"): 1,
+    ("derain-s training float32", "2x3x160x192"): 1,
+    ("derain-s eval bfloat16", "1x3x1024x1024"): 1,
+    # Rows that begin at boundaries of 8 bytes but not of 16, and other numbers of lanes.
+    ("derain-s eval bfloat16", "1x3x250x301"): 5,
+    ("derain-s eval bfloat16", "1x3x333x517"): 2,
+    ("block training bfloat16", "1x40x64x96"): 2,
+    ("block training bfloat16", "3x40x192x160"): 4,
+    ("derain-s training bfloat16", "2x3x160x192"): 5,
+    ("derain-s training bfloat16", "1x3x112x144"): 12,
+}
+"""Most variants that a later call may add, where it may add any."""
+
+
+@pytest.fixture(scope="module")
+def added() -> dict[str, dict[str, int]]:
+    """In a process without the interpreter, which has no variants."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.inspection.variants"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    result: dict[str, dict[str, int]] = json.loads(run.stdout)
+    return result
+
+
+@pytest.mark.parametrize("sequence", FIRST)
+def test_variants(sequence: str, added: dict[str, dict[str, int]]) -> None:
+    (_, first), *others = added[sequence].items()
+    assert 0 < first <= FIRST[sequence]
+    for size, count in others:
+        assert count <= NEXT.get((sequence, size), 0), size
+
+
+def test_a_new_size_of_photo_compiles_nothing(added: dict[str, dict[str, int]]) -> None:
+    for height, width in PHOTOS[1:4]:
+        assert added["derain-s eval float32"][f"1x3x{height}x{width}"] == 0
