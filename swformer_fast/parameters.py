@@ -117,17 +117,17 @@ class BlockParameters(NamedTuple):
 
 def flatten(bundle: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """The tensors of a bundle, in the order of its fields."""
-    return tuple(_tensors(bundle))
-
-
-def _tensors(bundle: tuple[Any, ...]) -> list[Tensor | None]:
     tensors: list[Tensor | None] = []
+    _append(bundle, tensors)
+    return tuple(tensors)
+
+
+def _append(bundle: tuple[Any, ...], tensors: list[Tensor | None]) -> None:
     for part in bundle:
         if isinstance(part, tuple):
-            tensors += _tensors(part)
+            _append(part, tensors)
         else:
             tensors.append(part)
-    return tensors
 
 
 def unflatten(kind: type[_Bundle], tensors: Sequence[Any]) -> _Bundle:

@@ -117,6 +117,8 @@ def alignment(lanes: int, lane_dim: int, tensors: list[Tensor]) -> int:
     """What divides the extent of dimension `lane_dim` and all strides but its own: 8 or 4, 16 bytes at most, else 1."""
     divisor = math.gcd(16 // min([t.element_size() for t in tensors]), lanes)
     for t in tensors:
+        if lane_dim == t.dim() - 1 and t.is_contiguous():
+            continue  # the strides are multiples of the extent
         for dim, (n, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
             if n > 1 and dim != lane_dim:
                 divisor = math.gcd(divisor, stride)

@@ -42,9 +42,10 @@ def swformer_block(x: Tensor, *arguments: Any) -> Tensor:
     if not x.numel():
         return x.new_empty(x.shape)
     x = x.contiguous()
-    dim, area = x.shape[1], x.shape[2] * x.shape[3]
+    batch, dim, height, width = x.shape
+    area = height * width
     in_weight, in_bias, *factors, last_weight, last_bias = fourier
-    then, channels = (in_weight.flatten(1), in_bias), len(in_bias)
+    then, channels = (in_weight.flatten(1), in_bias), in_bias.shape[0]
     mixer_job, ffn_job = (
         (weight.flatten(1), bias, *norm, *then, None) for (weight, bias), norm in ((conv_in, norm1), (ffn[:2], norm2))
     )
@@ -60,15 +61,15 @@ def swformer_block(x: Tensor, *arguments: Any) -> Tensor:
     assert right_sums is not None
     spectrum = transform(x)
     matrix = compose(eps[2], area, (fourier_weight.view(channels, dim), fourier_bias, *factors), spectrum).matrix
-    mixed = spectrum_mix(spectrum, matrix, None, None, x.shape[3], 1 / math.sqrt(area))
+    mixed = spectrum_mix(spectrum, matrix, None, None, width, 1 / math.sqrt(area))
     del spectrum
     frequencies = inverse_transform(mixed, x)
 
     last = (last_weight.flatten(1), last_bias, conv_out[0].flatten(1), conv_out[1], beta[0].reshape(-1))
     sums = left_sums, right_sums, mixed[:, :, 0, 0, 0]  # in the zero frequency stands the mean
     weights = fold_parts(*sums, float(area), (*(p.flatten(1) if p.dim() > 1 else p for p in attention), *last), area)
-    weight, bias = weights.split((len(weights) - len(x) * dim, len(x) * dim))
+    weight, bias = weights.split((weights.numel() - batch * dim, batch * dim))
     del mixed, sums
-    y = pointwise(left, right, frequencies, weight.view(len(x), dim, -1), bias.view(len(x), dim), x)
-    weight, bias = of_ffn.split((len(of_ffn) - len(ffn[1]), len(ffn[1])))
+    y = pointwise(left, right, frequencies, weight.view(batch, dim, -1), bias.view(batch, dim), x)
+    weight, bias = of_ffn.split((of_ffn.numel() - ffn[1].numel(), ffn[1].numel()))
     return scaled_ffn(y, (weight.view(-1, dim), bias, *ffn[2:]), gamma[0].reshape(-1).contiguous(), y)
