@@ -139,13 +139,14 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
             Step("baselines", 60, [suite("block", scratch, dry)]),
         ]
     products = ("multiscale_ffn", "fourier_mix", "pointwise")
+    folds = ("fold_norm", "fold_attention", "swformer_block")  # whose own file is for every backend
     others = ("haar", "depthwise_gelu", "wavelet_mix", "channel_attention")
     tests = [
         [
-            pytest(contract, "-k", f"triton and ({' or '.join(group)})"),
-            pytest(*(kernels.format(op) for op in group), "-m", "not slow"),
+            pytest(contract, "-k", f"triton and ({' or '.join(group + more)})"),
+            pytest(*(kernels.format(op) for op in group), *files, "-m", "not slow"),
         ]
-        for group in (products, others)
+        for group, more, files in ((products, folds, ["tests/test_fold.py"]), (others, (), []))
     ]
     baselines = [
         suite(name, scratch / name / precision, dry, "--compile", "--precision", precision)
@@ -161,6 +162,7 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
         Step(
             "sdo", 45, [pytest("tests/test_step.py", "tests/test_shortcut.py", "tests/test_sdo_graphs.py", "-m", "gpu")]
         ),
+        Step("graphs", 45, [pytest("tests/test_graphed.py", "-m", "gpu", workers=1)]),
         Step("repeat", 60, [pytest("tests/test_gpu.py", "-m", "gpu", "-k", "launches")]),
         # Their times are thrown away; torch.compile's code is kept for the second part.
         Step("baselines", 120, baselines),

@@ -402,13 +402,18 @@ def update_running(running: Iterable[Tensor | None], batch: Iterable[Tensor], mo
     """Each running statistic takes in the batch's, as nn.BatchNorm2d's does."""
     pairs = [(old, new) for old, new in zip(running, batch, strict=True) if old is not None]
     with torch.no_grad():
-        if all(old.dtype == new.dtype and not (old.is_neg() or new.is_neg()) for old, new in pairs):
+        if not torch.compiler.is_compiling() and all([_alike(*pair) for pair in pairs]) and pairs:
             olds, news = ([pair[i] for pair in pairs] for i in range(2))
             torch._foreach_lerp_(olds, news, momentum)  # on a GPU one launch
             return
         for old, new in pairs:
             dtype = torch.promote_types(old.dtype, new.dtype)  # a batch's may be out of a half type's range
             old.copy_(old.to(dtype).lerp_(new.to(dtype), momentum))
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    """Whether PyTorch takes the pair in a list."""
+    return old.dtype == new.dtype and not old.is_neg() and not new.is_neg()
 
 
 def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> bool:

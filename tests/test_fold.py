@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import KERNELS, arguments, check
+from contract import KERNELS, arguments, check, device_of
 from helpers import assert_close, perturb
 from torch import Tensor, nn
 
@@ -22,14 +23,14 @@ GROUPS = (("mean", "variance"), ("norm_weight",), ("norm_bias",), ("then_weight"
 CHOICES = [c for c in product((True, False), repeat=len(GROUPS)) if c[0] or not (c[1] or c[2])]
 
 
-def fold_norm_arguments(choice: tuple[bool, ...], channels: int) -> list[object]:
-    args = arguments("fold_norm", 1, channels, 1, 1)
+def fold_norm_arguments(choice: tuple[bool, ...], channels: int, device: str = "cpu") -> list[Any]:
+    args = arguments("fold_norm", 1, channels, 1, 1, device=device)
     names = [spec.name for spec in sf.ops.CATALOGUE["fold_norm"].inputs]
     for group, wanted in zip(GROUPS, choice, strict=True):
         for name in () if wanted else group:
             args[names.index(name)] = None
     if args[names.index("then_weight")] is None and args[names.index("scale")] is not None:
-        args[names.index("scale")] = torch.rand(len(args[1])).requires_grad_()
+        args[names.index("scale")] = torch.rand(len(args[1]), device=device).requires_grad_()
     return args
 
 
@@ -37,7 +38,7 @@ def fold_norm_arguments(choice: tuple[bool, ...], channels: int) -> list[object]
 @pytest.mark.parametrize("choice", CHOICES)
 def test_fold_norm_with_some_of_its_parts(choice: tuple[bool, ...], backend: str) -> None:
     with sf.use_backend(backend):
-        check("fold_norm", fold_norm_arguments(choice, 5))
+        check("fold_norm", fold_norm_arguments(choice, 5, device_of(backend)))
 
 
 @pytest.mark.parametrize("choice", CHOICES)

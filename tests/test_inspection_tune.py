@@ -89,7 +89,8 @@ def test_every_family_has_a_table() -> None:
     from benchmarks.inspection.launches import LAUNCHES
 
     tables = [table for make in tune.TABLES.values() for table in make(torch.device("cpu"))]
-    assert {table.family for table in tables} == set(LAUNCHES)
+    folds = {"fold_norm", "fold_attention"}  # of parameters alone
+    assert {table.family for table in tables} == set(LAUNCHES) - folds
     assert len({table.name for table in tables}) == len(tables)
 
 

@@ -146,6 +146,8 @@ def _multiply(
     """Launch `pointwise_kernel` on (B, C, P) maps; weight is (1 or B, outputs, inputs)."""
     batch, _, pixels = maps[0].shape
     _, outputs, inputs = weight.shape
+    if 1 not in weight.stride()[1:]:
+        weight = weight.contiguous()
     columns, block = _BYTES // maps[0].element_size(), _outputs(outputs, _CHANNELS)
     tiles = cdiv(pixels, columns)
     everything = [*maps, *outs] if residual is None else [*maps, *outs, residual]
