@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import self_test
@@ -32,6 +33,8 @@ class Implementations:
     triton: str
     """The module of the Triton kernels, named as the op, as its launcher is; that of the backward op is there too."""
     reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    """Results like the reference's, empty."""
     limits: Callable[..., str | None]
     """limits(backend, *args): why that backend cannot take these arguments, or None."""
     sample: Callable[[torch.Generator, tuple[Any, ...]], tuple[Any, ...]] | None = None
@@ -305,22 +308,56 @@ class _Asking(TorchDispatchMode):
         raise _Answer(choose(OPS[name], args))
 
 
-def why_not(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
-    """Which backend would run `function` on these arguments, and why not a faster one. Nothing runs.
+class _Watching(TorchDispatchMode):
+    """Our ops give empty results; how often each is called, and what would run."""
 
-    function: one of `functional`, or its name, with what it takes; or the name of another op, with what that takes.
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace != PACKAGE:
+            return func(*args, **(kwargs or {}))
+        self.calls[f"{name}: {choose(OPS[name], args)}"] += 1
+        return OPS[name].fake(*args)
+
+
+def _of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # in training they would move
+    with _Watching() as watching:
+        torch.func.functional_call(model, buffers, args, kwargs)
+    lines = [f"{count} x {call}" for call, count in watching.calls.items()]
+    return "\n".join(lines) or f"{type(model).__name__} calls no op of {PACKAGE} here"
+
+
+def why_not(function: Callable[..., Any] | nn.Module | str, *args: Any, **kwargs: Any) -> str:
+    """Which backend would run `function` on these arguments, and why not a faster one. None of our ops runs.
+
+    function: one of `functional`, or its name, with what it takes; or the name of another op, with what that takes. Or
+    a module with what it takes: then the ops that it calls in the present mode (gradients, training), a line each; what
+    else it does is done, on empty results.
 
     >>> why_not(F.haar_dwt2d, x, dec_lo, dec_hi)
     'cpp runs'
+    >>> with torch.no_grad():
+    ...     print(why_not(model, image))
+    2 x haar_dwt2d: cpp runs
+    12 x swformer_block: cpp runs
+    6 x pointwise: cpp runs
     """
     from . import functional
 
+    if isinstance(function, nn.Module):
+        return _of_model(function, args, kwargs)
     name: Any = getattr(function, "__name__", function)
     public = getattr(functional, name) if isinstance(name, str) and name in functional.__all__ else None
     exists = name in OPS if isinstance(function, str) else public is not None and function is public
     if not exists:
         names = ", ".join(sorted({*functional.__all__, *OPS}))
-        raise ValueError(f"function must be one of swformer_fast.functional's or a name of {names}, got {name!r}")
+        raise ValueError(
+            f"function must be one of swformer_fast.functional's, a module or a name of {names}, got {name!r}"
+        )
     if public is None:
         if kwargs or not any(isinstance(a, Tensor) for a in args):
             raise TypeError(f"args must hold the tensors that {name} takes, in order, got {args!r} and {kwargs!r}")

@@ -221,6 +221,28 @@ def test_why_not_of_other_ops_takes_their_flat_arguments(nothing_runs: None) -> 
     assert "float64" in sf.why_not("multiscale_ffn_backward", *[X.double()] * 2, *[X] * 10, True, True)
 
 
+@pytest.mark.skipif(not EXTENSION, reason="the extension is not built")
+def test_why_not_of_a_model(nothing_runs: None) -> None:
+    network, image = sf.SWFormer.from_preset("tiny").eval(), torch.rand(1, 3, 32, 32)
+    with sf.use_backend("auto"):
+        with torch.no_grad():
+            assert sf.why_not(network, image).splitlines() == [
+                "2 x haar_dwt2d: cpp runs",
+                "7 x swformer_block: cpp runs",
+                "6 x pointwise: cpp runs",
+            ]
+            op_by_op = sf.why_not(network.half(), image.half())
+        assert "7 x fourier_mix: cpp runs" in op_by_op
+        assert "swformer_block" not in op_by_op
+        network.float().train()
+        before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        answer = sf.why_not(network, image, all_scales=True)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+        assert "7 x fold_attention: cpp runs" in answer
+        assert "swformer_block" not in answer
+        assert sf.why_not(torch.nn.Linear(3, 3), torch.ones(3)) == "Linear calls no op of swformer_fast here"
+
+
 def test_functions_run_again_after_why_not() -> None:
     expected = sf.functional.haar_dwt2d(X, LOW, HIGH)
     sf.why_not(sf.functional.haar_dwt2d, X, LOW, HIGH)

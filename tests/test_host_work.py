@@ -12,6 +12,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 import swformer_fast as sf
+from benchmarks.inspection import host
 from benchmarks.inspection.arguments import ARGUMENTS
 from benchmarks.inspection.launching import HostWork, NoHostWork
 from benchmarks.op_cases import moved
@@ -82,6 +83,14 @@ def test_every_op_with_a_triton_kernel_is_called(monkeypatch: pytest.MonkeyPatch
     for train in (False, True):
         test_models("block", True, train)
     assert called >= {name for name, op in backend.OPS.items() if backend._has_kernels(op.triton)}
+
+
+@pytest.mark.parametrize(
+    ("case", "most"), [("block eval", 750), ("block training step", 2900), ("derain-s eval", 9800)]
+)
+def test_calls_of_python_functions(case: str, most: int) -> None:
+    """At batch 1 a GPU waits for the host: its time, in a unit that is the same on every machine."""
+    assert 0 < host.measure(case, 1)[2] <= most
 
 
 def _made_from_numbers(x: Tensor) -> Tensor:

@@ -239,6 +239,7 @@ class Operator:
             self.name,
             self.name,
             self._formatted(self.forward),
+            self.fake_forward,
             self.limits,
             self.sample if self.products else None,
         )
@@ -250,6 +251,7 @@ class Operator:
             self.implementations(),
             name=self.backward_name,
             reference=self.backward,
+            fake=self.fake_backward,
             limits=lambda backend, *args: self.limits(backend, *args[begin:end]),
             sample=self.backward_sample if self.products else None,
         )
@@ -291,9 +293,9 @@ CATALOGUE: dict[str, Operator] = {}
 def register(operator: Operator) -> Operator:
     """Make `operator` an op of torch.ops.swformer_fast, with its backward op and gradients."""
     CATALOGUE[operator.name] = operator
-    _define(operator.schema, operator.implementations(), operator.fake_forward)
+    _define(operator.schema, operator.implementations())
     if operator.differentiable:
-        _define(operator.backward_schema, operator.backward_implementations(), operator.fake_backward)
+        _define(operator.backward_schema, operator.backward_implementations())
         _register_gradient(operator.name, _Backward(operator), operator.forward)
         _register_gradient(operator.backward_name, _DoubleBackward(operator), operator.backward)
         _under_autocast(operator.name, _with_image_cast if operator.takes_image else _as_they_are)
@@ -301,12 +303,12 @@ def register(operator: Operator) -> Operator:
     return operator
 
 
-def _define(schema: str, implementations: Implementations, fake: Callable[..., Any]) -> None:
+def _define(schema: str, implementations: Implementations) -> None:
     name = implementations.name
     backend.OPS[name] = implementations
     _LIB.define(schema, tags=_TAGS)
     _LIB.impl(name, lambda *args: backend.run(implementations, args), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{PACKAGE}::{name}", fake, lib=_LIB)
+    torch.library.register_fake(f"{PACKAGE}::{name}", implementations.fake, lib=_LIB)
 
 
 def _under_autocast(name: str, prepare: Callable[..., tuple[Any, ...]]) -> None:
