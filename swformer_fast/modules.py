@@ -69,7 +69,7 @@ class MultiDomainMixer(reference.MultiDomainMixer):
         functional.check_image("x", x)
         if not (self.fusible and fusion.foldable(x)):
             return super().forward(x)
-        return self.mix(x, fusion.NOTHING, 0.0, None, None)
+        return fusion.fused(lambda x: self.mix(x, fusion.NOTHING, 0.0, None, None), x)
 
     @property
     def fusible(self) -> bool:
@@ -117,9 +117,11 @@ class SWFormerBlock(reference.SWFormerBlock):
         defined = as_defined(MultiDomainMixer, mixer) and mixer.fusible
         defined = defined and as_defined(MultiScaleFFN, ffn) and ffn.readable
         defined = defined and as_defined(nn.BatchNorm2d, self.norm1, self.norm2) and self.canonical
-        if not (defined and fusion.foldable(x)):
-            return super().forward(x)
-        (parameters,) = ffn.arguments()
+        return fusion.fused(self._fused, x) if defined and fusion.foldable(x) else super().forward(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        mixer = cast(MultiDomainMixer, self.mixer)
+        (parameters,) = self.ffn.arguments()
         if not (torch.is_grad_enabled() or self.norm1.training or self.norm2.training):
             mix, training, _, eps = mixer.arguments()
             norm1, norm2 = norm_parameters(self.norm1), norm_parameters(self.norm2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import functional, fusion, reference
+from ._layout import channels_last
 from .modules import HaarDWT2d, SWFormerBlock
 from .parameters import Convolution
 from .reference import PRESETS
@@ -20,7 +22,8 @@ class Merge(reference_network.Merge):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.conv is None or not (plain(self.conv) and fusion.foldable(a) and fusion.foldable(b)):
             return super().forward(a, b)
-        return fusion.merge(a, b, Convolution(*conv_parameters(self.conv)))
+        conv = Convolution(*conv_parameters(self.conv))
+        return fusion.fused(lambda a, b: fusion.merge(a, b, conv), a, b)
 
 
 class Resample(reference_network.Resample):
@@ -30,7 +33,16 @@ class Resample(reference_network.Resample):
         conv, rearrange = self
         if not (plain(conv) and fusion.foldable(x)):
             return super().forward(x)
-        return rearrange(fusion.convolve(x, Convolution(*conv_parameters(conv))))
+        parameters = Convolution(*conv_parameters(conv))
+        return rearrange(fusion.fused(lambda x: fusion.convolve(x, parameters), x))
+
+
+class Stage(reference_network.Stage):
+    __doc__ = reference_network.Stage.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Once for all of its blocks, which take contiguous maps.
+        return super().forward(x.contiguous() if channels_last(x) and fusion.foldable(x) else x)
 
 
 class SWFormer(reference.SWFormer):
@@ -40,6 +52,18 @@ class SWFormer(reference.SWFormer):
     dwt_type = HaarDWT2d
     merge_type = Merge
     resample_type = Resample
+    stage_type = Stage
+
+    def forward(self, image: Tensor, all_scales: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        outputs = super().forward(image, all_scales)
+        if not (isinstance(image, Tensor) and channels_last(image)):
+            return outputs
+        if isinstance(outputs, Tensor):
+            return outputs.contiguous(memory_format=torch.channels_last)
+        full, half, quarter = (y.contiguous(memory_format=torch.channels_last) for y in outputs)
+        return full, half, quarter
+
+    forward.__doc__ = reference.SWFormer.forward.__doc__
 
     def _pad(self, image: Tensor) -> Tensor:
         functional.check_input("image", image, next(self.parameters()))

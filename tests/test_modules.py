@@ -148,10 +148,73 @@ def test_block_on_the_meta_device() -> None:
     assert block(torch.randn(1, 8, 20, 24, device="meta")).shape == (1, 8, 20, 24)
 
 
-def test_block_under_autocast() -> None:
-    block = sf.SWFormerBlock(8)
+def results(model: nn.Module, x: Tensor, record: bool) -> tuple[list[Tensor], set[str]]:
+    """Output and, recorded, all gradients; and the ops that were called."""
+    x = x.detach().requires_grad_(record)
+    with torch.set_grad_enabled(record), torch.profiler.profile() as profile:
+        y = model(x)
+        weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)
+        tensors = [x, *(p for name, p in model.named_parameters() if not name.startswith(("heads.1", "heads.2")))]
+        grads = torch.autograd.grad((y * weights).sum(), tensors) if record else ()
+    names = {event.key.removeprefix("swformer_fast::") for event in profile.key_averages()}
+    return [y, *grads], names & {"swformer_block", "fold_attention", "channel_attention"}
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("name", "channels"), [("SWFormerBlock", 8), ("tiny", 3)])
+@pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last])
+def test_channels_last_runs_the_fused_block(
+    model_format: torch.memory_format, name: str, channels: int, training: bool, record: bool
+) -> None:
+    """Of the input, and of the model too, as people call `model.to(memory_format=torch.channels_last)`."""
+
+    def make(package: Any) -> nn.Module:
+        return package.SWFormerBlock(8) if name == "SWFormerBlock" else package.SWFormer.from_preset(name)
+
+    fast, slow = make(sf), make(reference).double()
+    perturb(fast)
+    slow.load_state_dict(fast.state_dict())
+    x = torch.randn(2, channels, 24, 32)
+    actual, ops = results(
+        fast.train(training).to(memory_format=model_format), x.contiguous(memory_format=torch.channels_last), record
+    )
+    expected, _ = results(slow.train(training), x.double(), record)
+    assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    assert ops == {"fold_attention" if record or training else "swformer_block"}
+    assert_close(actual[0], expected[0])
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert (a - e).norm() <= 1e-4 * e.norm() + 1e-4
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "channels"), [("SWFormerBlock", 8), ("tiny", 3)])
+def test_autocast_runs_the_fused_block(name: str, channels: int, dtype: torch.dtype, record: bool) -> None:
+    """On a CPU in fp32, in which our kernels are no slower; the network's 3x3 convolutions are autocast's as ever."""
+    fast = sf.SWFormerBlock(8) if name == "SWFormerBlock" else sf.SWFormer.from_preset(name)
+    perturb(fast)
+    slow = getattr(reference, "SWFormerBlock" if name == "SWFormerBlock" else "SWFormer")
+    slow = slow(8) if name == "SWFormerBlock" else slow.from_preset(name)
+    slow.load_state_dict(fast.state_dict())
+    x = torch.randn(2, channels, 24, 32).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.isfinite(block(torch.randn(2, 8, 16, 16))).all()
+        actual, ops = results(fast.eval(), x, record)
+        likes, _ = results(slow.eval(), x, record)
+    expected, _ = results(slow.double(), x.double(), record)
+    assert ops == {"fold_attention" if record else "swformer_block"}
+    assert [a.dtype for a in actual] == [like.dtype for like in likes]
+    if name == "SWFormerBlock" and dtype == torch.float32:
+        for a, e in zip(actual, expected, strict=True):
+            assert (a - e).norm() <= 1e-5 * e.norm() + 1e-5
+        return
+
+    def error(tensors: list[Tensor]) -> float:
+        return sum(
+            (t - e).square().sum().item() / e.square().sum().item() for t, e in zip(tensors, expected, strict=True)
+        )
+
+    assert error(actual) < error(likes)
 
 
 class Wrapper(nn.Module):

@@ -70,6 +70,10 @@ class Merge(nn.Module):
         return a + b if self.conv is None else self.conv(torch.cat((a, b), dim=1))
 
 
+class Stage(nn.Sequential):
+    """The blocks of one resolution on one side."""
+
+
 class Resample(nn.Sequential):
     """A 1x1 convolution and a rearrangement of pixels to another resolution."""
 
@@ -98,7 +102,8 @@ class SWFormer(nn.Module):
         skip: how the encoder's maps join the decoder, "concat" with a 1x1 convolution or "add".
         block_options: of every `SWFormerBlock`.
 
-    Subclasses choose other parts by the class attributes `block_type`, `dwt_type`, `merge_type` and `resample_type`.
+    Subclasses choose other parts by the class attributes `block_type`, `dwt_type`, `merge_type`, `resample_type` and
+    `stage_type`.
 
     Source: architecture figure of arXiv 2505.05504, whose authors published no code: a reconstruction of matching size
     and cost.
@@ -108,6 +113,7 @@ class SWFormer(nn.Module):
     dwt_type: type[HaarDWT2d] = HaarDWT2d
     merge_type: type[Merge] = Merge
     resample_type: type[Resample] = Resample
+    stage_type: type[Stage] = Stage
 
     def __init__(
         self,
@@ -144,7 +150,7 @@ class SWFormer(nn.Module):
             nn.Conv2d(channels, width, 3, padding=1) for channels, width in zip(image_channels, widths, strict=True)
         )
         self.stages = nn.ModuleList(
-            nn.Sequential(*(self.block_type(width, **block_options) for _ in range(depth)))
+            self.stage_type(*(self.block_type(width, **block_options) for _ in range(depth)))
             for width, depth in zip((d1, d2, d3, d2, d1), depths, strict=True)
         )
         self.downs = nn.ModuleList(
