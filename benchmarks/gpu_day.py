@@ -156,7 +156,20 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
     return [
         Step("correct", 70, [["-m", "benchmarks.inspection.correct"]]),
         Step("launches", 60, [[*launches, "--real", family] for family in LAUNCHES]),
-        Step("block", 70, [pytest("tests/test_gpu.py", "-m", "gpu", "-k", "not suites and not launches")]),
+        Step(
+            "block",
+            70,
+            [
+                pytest(
+                    "tests/test_gpu.py",
+                    "tests/test_half_precision.py",
+                    "-m",
+                    "gpu",
+                    "-k",
+                    "not suites and not launches",
+                )
+            ],
+        ),
         Step("products", 110, tests[0]),
         Step("others", 80, tests[1]),
         Step(

@@ -29,25 +29,28 @@ from .parameters import (
 
 
 def foldable(x: Tensor) -> bool:
-    """Whether the fused path takes this map: constants are folded in full precision.
-
-    On a CPU also under autocast, which is ignored there: our kernels are no slower in fp32 than in half precision.
-    """
-    if x.dim() != 4:
-        return False
-    autocast = autocasts(x)
-    return not (autocast and x.device.type != "cpu") and (autocast or x.dtype in (torch.float32, torch.float64))
+    """Whether the fused path takes this map. On a CPU half-precision maps run op by op: there constants would be folded
+    into rounded weights."""
+    full = x.dtype in (torch.float32, torch.float64)
+    return x.dim() == 4 and x.is_floating_point() and (full or x.device.type != "cpu" or autocasts(x))
 
 
 def fused(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-    """The function of `foldable` maps, contiguous and outside autocast; the result in the first one's layout."""
-    last = channels_last(maps[0])
-    if not autocasts(maps[0]):
-        y = function(*[x.contiguous() if channels_last(x) else x for x in maps])
+    """The function of `foldable` maps, contiguous and outside autocast; the result in the first one's layout.
+
+    Under autocast the maps are cast and the result is fp32, as a sum with an fp32 parameter is; on a CPU all of it is
+    fp32, in which our kernels are no slower.
+    """
+    x = maps[0]
+    last, device = channels_last(x), x.device.type
+    if not autocasts(x):
+        y = function(*[t.contiguous() if channels_last(t) else t for t in maps])
     else:
-        full = [x if x.dtype == torch.float64 else x.float() for x in maps]
-        with torch.autocast(maps[0].device.type, enabled=False):
-            y = function(*[x.contiguous() if channels_last(x) else x for x in full])
+        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+        cast = [t if t.dtype == torch.float64 else t.to(dtype) for t in maps]
+        with torch.autocast(device, enabled=False):
+            y = function(*[t.contiguous() if channels_last(t) else t for t in cast])
+        y = y if y.dtype == torch.float64 else y.float()
     return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
@@ -204,7 +207,7 @@ def feed_forward(
 
 def in_one(x: Tensor, parameters: BlockParameters) -> bool:
     """Whether the block may be one op, which has no gradients: what its kernels for the CPU and for a GPU take."""
-    if x.dtype != torch.float32 or torch.jit.is_tracing():  # what is traced in one mode runs in the other too
+    if x.dtype == torch.float64 or torch.jit.is_tracing():  # what is traced in one mode runs in the other too
         return False
     mixer, ffn = parameters.mixer, parameters.ffn
     norms = parameters.norm1, parameters.norm2, mixer.fourier.gate.norm

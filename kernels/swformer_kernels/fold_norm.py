@@ -198,13 +198,24 @@ def _contiguous(arguments: tuple[Any, ...]) -> list[Any]:
     return [p if p is None or p.is_contiguous() else p.contiguous() for p in arguments]
 
 
+def _alike(p: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both in one dtype."""
+    return (p, q) if p is None or q is None or p.dtype == q.dtype else (p.float(), q.float())
+
+
 def fold_pair(
-    first: tuple[Any, ...], second: tuple[Any, ...] | None, eps: float, second_eps: float = 1.0
+    first: tuple[Any, ...],
+    second: tuple[Any, ...] | None,
+    eps: float,
+    second_eps: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """`fold_norm` of one or two jobs, given by its arguments but eps, in one launch.
 
-    The second has no other convolution, and dtypes and Nones, of that too, as the first.
+    The second has no other convolution, and Nones, of that too, as the first. Results are of `dtype`.
     """
+    if second is not None:  # a program takes the one's tensors or the other's
+        first, second = zip(*map(_alike, first, second), strict=True)
     results: list[Tensor] = []
     jobs: list[tuple[Any, ...]] = []
     sizes: list[tuple[int, ...]] = []
@@ -212,7 +223,7 @@ def fold_pair(
         weight, bias, mean, variance, norm_weight, norm_bias, then_weight, then_bias, scale = _contiguous(arguments)
         rows, inputs = weight.shape
         n, e = (0, 0) if then_weight is None or jobs else (then_weight.shape[1], len(then_weight))
-        out = weight.new_empty((rows - n + e) * (inputs + 1))
+        out = weight.new_empty((rows - n + e) * (inputs + 1), dtype=dtype)
         results.append(out)
         jobs.append((weight, bias, (mean, variance, norm_weight, norm_bias), then_weight, then_bias, scale, out))
         sizes.append((rows, inputs, n, e))
@@ -234,7 +245,7 @@ def fold_norm(*arguments: Any) -> Tensor:
     """
     *job, eps = arguments
     check_dtype("weight", job[0])
-    return fold_pair(tuple(job), None, eps)[0]
+    return fold_pair(tuple(job), None, eps, dtype=job[0].dtype)[0]
 
 
 def fold_norm_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

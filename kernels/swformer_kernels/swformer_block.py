@@ -32,7 +32,10 @@ def _cut(arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 
 def swformer_block(x: Tensor, *arguments: Any) -> Tensor:
-    """`reference.swformer_block` of a float32 `x`, with running statistics and depthwise kernels of 3 x 3.
+    """`reference.swformer_block` with running statistics and depthwise kernels of 3 x 3.
+
+    `x` is float32, float16 or bfloat16, the parameters of any of these dtypes; arithmetic and folded parameters are
+    fp32, maps between kernels have the dtype of `x`, spectra fp32.
 
     Raises:
         TypeError: `x` has another dtype.

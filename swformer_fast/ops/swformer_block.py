@@ -64,8 +64,8 @@ def _definition(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _limits(backend: str, *args: Any) -> str | None:
-    if args[0].dtype != torch.float32:
-        return f"the kernel takes float32, not {args[0].dtype}"
+    if args[0].dtype == torch.float64 or (backend == "cpp" and args[0].dtype != torch.float32):
+        return f"the kernels take no {args[0].dtype}"
     if any(args[i].shape[2:] != (3, 3) for i in _DEPTHWISE):
         return "the depthwise kernels must be 3 x 3"
     return contiguous_maps(backend, args[0])

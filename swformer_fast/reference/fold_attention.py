@@ -35,8 +35,13 @@ def fold_attention(
         area: pixels of an image.
 
     Returns:
-        All weights and then all biases in one vector: (B * E * (S + W + I) + B * E,).
+        All weights and then all biases in one vector: (B * E * (S + W + I) + B * E,), in the sums' dtype, to which the
+        parameters are cast.
     """
+    w1, b1, w2, b2, last_weight, last_bias, weight, bias = (
+        p.to(fourier_sums.dtype) for p in (w1, b1, w2, b2, last_weight, last_bias, weight, bias)
+    )
+    scale = None if scale is None else scale.to(fourier_sums.dtype)
     of_last = fourier_sums @ last_weight.t() + area * last_bias
     means = torch.cat((spatial_sums, wavelet_sums, of_last), dim=1) / area
     attention = ((means @ w1.t() + b1).relu() @ w2.t() + b2).sigmoid()
