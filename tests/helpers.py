@@ -202,9 +202,8 @@ def check_launchers(
 
 
 def tf32(x: Tensor) -> Tensor:
-    """fp32 numbers rounded to tf32's ten bits of mantissa."""
-    bits = x.view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    """fp32 numbers rounded to tf32's ten bits of mantissa, ties away from zero."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def with_field(bundle: Any, name: str, value: Any) -> Any:

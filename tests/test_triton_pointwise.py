@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, poisoned_memory, tf32, zero_kernel
+from helpers import assert_close, poisoned_memory, rel_rms, tf32, zero_kernel
 from torch import Tensor
 
 import swformer_fast as sf
@@ -10,6 +10,7 @@ from benchmarks.inspection.interpret import count_traffic
 from swformer_fast import reference
 
 pointwise = pytest.importorskip("swformer_kernels.pointwise", reason="triton is not installed")
+_device = pytest.importorskip("swformer_kernels._device")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
@@ -101,6 +102,58 @@ def test_products_of_three_tf32_products() -> None:
     assert_close(low_a @ high_b + high_a @ low_b + high_a @ high_b, a.double() @ b.double())
 
 
+@interpreted
+def test_tf32_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies in fp32 what the kernels leave of the operands: the nearest numbers of tf32, of which
+    positive ones are too large as often as too small, where numbers cut off are always too small.
+    """
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    x, weight, bias = torch.rand(1, 40, 16, 16) + 0.1, torch.rand(1, 33, 40) + 0.1, torch.zeros(33)
+    y = pointwise.pointwise(x, None, None, weight, bias, None)
+    of_x, _, _, of_weight, _ = pointwise.pointwise_backward(y, x, None, None, weight, bias, True, True)
+    y_rounded, x_rounded, weight_rounded = (tf32(t).double() for t in (y, x, weight))
+    expected = (
+        torch.einsum("oec,bchw->behw", weight_rounded, x_rounded),
+        torch.einsum("oec,behw->bchw", weight_rounded, y_rounded),
+        torch.einsum("behw,bchw->ec", y_rounded, x_rounded)[None],
+    )
+    for actual, wanted in zip((y, of_x, of_weight), expected, strict=True):
+        assert rel_rms(actual, wanted) < 1e-6
+    exact = torch.einsum("oec,bchw->behw", weight.double(), x.double())
+    cut = torch.einsum("oec,bchw->behw", *((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (weight, x)))
+    bias_of_rounded, bias_of_cut = (((result - exact) / exact).mean().abs() for result in (y, cut))
+    assert 20 * bias_of_rounded < bias_of_cut
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+def test_tf32_keeps_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    numbers = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, torch.finfo(torch.float32).tiny])
+    numbers = torch.cat((numbers, torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)))
+    y = pointwise.pointwise(numbers.view(1, 1, 1, -1), None, None, torch.ones(1, 1, 1), torch.zeros(1), None)
+    assert torch.equal(y.flatten().nan_to_num(1.5, 2.5, 3.5), numbers.nan_to_num(1.5, 2.5, 3.5))
+
+
+@pytest.mark.parametrize(
+    ("target", "exact"),
+    [
+        *((target, "tf32x3") for target in ("sm_80", "sm_90", "sm_100")),
+        *((target, "ieee") for target in ("sm_86", "sm_89", "sm_120", "gfx942")),
+    ],
+)
+def test_products_are_taken_the_fastest_way(target: str, exact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three products of tf32 where they are faster than one of fp32; what is asked for stays."""
+    monkeypatch.setattr(_device, "architecture", lambda device: target)
+    x = torch.empty(0)
+    assert _device.input_precision(x) == exact
+    if target != "gfx942":
+        assert [_device.input_precision(x, asked) for asked in ("tf32x3", "tf32")] == ["tf32x3", "tf32"]
+        assert _device.input_precision(x.bfloat16()) == "tf32"
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+        assert _device.input_precision(x) == "tf32"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_maps_are_exact_intf32(dtype: torch.dtype) -> None:
     x, weight = torch.randn(120, 256).to(dtype), torch.randn(64, 120)
@@ -116,6 +169,9 @@ def test_zeroed_kernel_fails(kernel: str, output: str, monkeypatch: pytest.Monke
     zero_kernel(monkeypatch, kernel, output)
     with pytest.raises(AssertionError):
         _check(_arguments())
+    if DEVICE == "cpu":
+        with pytest.raises(AssertionError):
+            test_tf32_rounds(monkeypatch)
 
 
 @interpreted

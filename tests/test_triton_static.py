@@ -26,7 +26,11 @@ PRODUCTS = ("pointwise", "multiscale_ffn", "fourier_mix")
 NO_PRODUCTS = ("ffn_low_kernel", "ffn_downsample_kernel", "ffn_depthwise_backward_kernel")
 """Kernels without matrix products, of launches that have some."""
 TAKES_PRECISION = ("spectrum_mix_kernel", "spectrum_mix_backward_kernel", "spectrum_parameters_kernel")
-"""Kernels whose products are "ieee" unless something else is asked for."""
+"""Kernels whose products a launch may ask to be "ieee"."""
+SLOW_TF32 = ("sm_86",)
+"""Targets whose matrix units take tf32 no faster than fp32 is taken without them."""
+EXACT = (" fp32", " alone")
+"""In the names of launches whose products are exact, the fastest way."""
 SMALL = ("sum_", "attention_network", "attention_parameters", "compose", "batch_statistics", "fold_")
 """Kernels of partial sums, of the few numbers that channel attention makes of an image, and of parameters alone."""
 
@@ -44,11 +48,6 @@ SPILLS = {
     ("3.6", "sm_100", "wavelet_mix_backward 3x3 bf16 2x40x64x64"): 72,
     # The assembler's choice, which fits half as many programs again on a multiprocessor.
     ("3.6", "sm_86", "depthwise_gelu_backward fp32 channels_last 2x40x256x256"): 4,
-    # Five indices for after the loop, and one read in it; half the channels a program would spare them and double the
-    # products.
-    ("3.6", "sm_80", "spectrum_mix_backward tf32x3 2x40x256x256"): 15,
-    ("3.6", "sm_80", "spectrum_mix_backward tf32x3 2x64x256x256"): 5,
-    ("3.6", "sm_80", "spectrum_mix_backward tf32x3 2x96x256x256"): 5,
 }
 """Accesses to spilled registers, where there are any, by version of Triton."""
 
@@ -69,6 +68,7 @@ def _check(result: Resources) -> None:
         assert max(result.stores) >= min(stored, result.width), result
     # Those of AMD take fp32 numbers as they are.
     products = result.needs_tensor_core if result.target.startswith("sm_") else result.family in PRODUCTS
+    products &= not (result.target in SLOW_TF32 and any(part in result.launch for part in EXACT))
     products |= (VERSION, result.target) in AS_TF32X3 and result.kernel in TAKES_PRECISION
     assert (result.tensor_core > 0) == (products and result.kernel not in NO_PRODUCTS), result
     if result.width == 128 and not result.kernel.startswith("spectrum_"):

@@ -38,7 +38,7 @@ class Launch:
     width: int = 128
     """Bits of the widest access that the layout and the registers allow."""
     tensor_core: bool = False
-    """Whether an NVIDIA target must use its matrix instructions."""
+    """Whether an NVIDIA target must use its matrix instructions, where they are faster."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def _fourier_mix(make: Make, shape: Shape) -> Iterator[Launch]:
         yield Launch(f"spectrum_mix_backward {precision}", back, (grad, *mixing, *flags), not products, 64, products)
     # As in a block, which folds the last convolution into another one.
     alone = (spectrum, matrix, None, None, width, 1.0)
-    yield Launch("spectrum_mix alone", _spectrum.spectrum_mix, alone)
-    yield Launch("spectrum_mix_backward alone", back, (grad, *alone, True, True), False, 64)
+    yield Launch("spectrum_mix alone", _spectrum.spectrum_mix, alone, True, 128, True)
+    yield Launch("spectrum_mix_backward alone", back, (grad, *alone, True, True), False, 64, True)
     yield Launch("spectrum_moments", _spectrum.spectrum_moments, (spectrum,))
     through = (grad, spectrum, make(dim, 2 * (dim + 1) + batch), width)
     yield Launch("spectrum_moments_backward", _spectrum.spectrum_moments_backward, through)

@@ -93,8 +93,8 @@ CONSTANTS: dict[str, tuple[tuple[Shape, ...], Constants]] = {
         (
             ("_BYTES _CHANNELS", tuple(product((128, 256, 512), (32, 64, 128))), ("pointwise 3 maps fp32",)),
             (
-                "_PARAMETER_CHANNELS _PARAMETER_PIXELS",
-                tuple(product((32, 64, 128), (16, 32, 64))),
+                "_PARAMETER_CHANNELS _PARAMETER_BYTES",
+                tuple(product((32, 64, 128), (64, 128))),
                 ("pointwise_backward 3 maps fp32",),
             ),
             ("_PIXELS_A_PARTIAL", PARTIALS, ("pointwise_backward 3 maps fp32",)),
@@ -103,7 +103,7 @@ CONSTANTS: dict[str, tuple[tuple[Shape, ...], Constants]] = {
     "multiscale_ffn": (
         SHAPES,
         (
-            ("_BAND _HIDDEN_CHANNELS", tuple(product((4, 8), (32, 64, 128))), (FORWARD,)),
+            ("_BAND _BAND_COLUMNS _HIDDEN_CHANNELS", tuple(product((4, 8), (16, 32), (32, 64))), (FORWARD,)),
             ("_OUT_ROWS _OUT_COLUMNS", ((8, 16), (4, 32), (4, 16), (8, 32)), (FORWARD,)),
             ("_OUT_CHANNELS", (32, 64, 128), (FORWARD, BACKWARD)),
             ("_LEVEL_ROWS _LEVEL_CHANNELS", tuple(product((4, 8, 16), (2, 4, 8))), (FORWARD, BACKWARD)),

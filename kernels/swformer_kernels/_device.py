@@ -12,6 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+# GPUs for data centres: eight (A100), seven (H100), fourteen (B200) products in tf32 for one in fp32, by their data
+# sheets. Others' matrix units take tf32 no faster than fp32 is taken without them.
+_FAST_TF32 = ("sm_80", "sm_90", "sm_10", "sm_11")
 # Triton 3.6 multiplies in plain tf32, for the matrix units of sm_100 and its kin, what it should multiply in "ieee".
 _EXACT_ON_BLACKWELL = "ieee" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else "tf32x3"
 
@@ -58,28 +61,34 @@ def warp_size(device: torch.device) -> int:
     return 64 if architecture(device).startswith("gfx") else 32
 
 
-def matrix_options(x: Tensor) -> dict[str, int | bool]:
-    """Launch options of kernels of matrix products on 256 threads."""
-    options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+def matrix_options(x: Tensor, threads: int = 256, registers: int = 255) -> dict[str, int | bool]:
+    """Launch options of kernels of matrix products: threads of a program and the registers that each is held to.
+
+    A multiprocessor has 65536 registers: 128 for each of 512 threads, 168 for each of three programs of 128. Older
+    matrix units than Hopper's take whole operands in registers, which would not suffice.
+    """
     target = architecture(x.device)
-    if target.startswith("gfx"):
-        options["num_warps"] = 4
-    elif target.startswith("sm_"):
+    options = {"num_warps": threads // (64 if target.startswith("gfx") else 32), "num_stages": 1}
+    if target.startswith("sm_"):
         # Left alone, ptxas spills a few registers to fit one more program on a multiprocessor.
         options["maxnreg"] = 255
-    return options
+    if target.startswith(("sm_90", "sm_10", "sm_11")) and registers < 255:
+        options |= {"num_stages": 2, "maxnreg": registers}
+    return options | {"enable_fp_fusion": True}
 
 
-def input_precision(x: Tensor, asked: str | None = None, exact: str = "ieee") -> str:
+def input_precision(x: Tensor, asked: str | None = None) -> str:
     """How a matrix product takes the numbers of `x` and fp32 numbers: "ieee", "tf32x3" or "tf32".
 
-    As asked, else `exact` or tf32 as `torch.set_float32_matmul_precision` says. Half-precision numbers are exact in
-    tf32. "tf32x3" rounds no worse than fp32 sums do, and stands for "ieee" where the compiler gets that wrong.
+    As asked, else tf32 or exact as `torch.set_float32_matmul_precision` says. Half-precision numbers are exact in tf32.
+    "tf32x3" rounds no worse than fp32 sums do, and stands for "ieee" where the compiler gets that wrong; it is taken
+    where it is faster.
     """
     target = architecture(x.device)
     if target.startswith("gfx"):
         return "ieee"
     highest = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = "tf32x3" if target.startswith(_FAST_TF32) else "ieee"
     precision = asked or (exact if highest else "tf32")
     return _EXACT_ON_BLACKWELL if precision == "ieee" and target.startswith(("sm_10", "sm_11")) else precision
 

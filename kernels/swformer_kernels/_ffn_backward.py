@@ -17,7 +17,7 @@ from ._ffn_forward import (
     store_level,
 )
 from ._math import gelu, gelu_derivative
-from ._tiles import image_pointers, load, load_matrix, store, store_matrix, tile_pixels, tile_place
+from ._tiles import dot, image_pointers, load, load_matrix, store, store_matrix, tile_pixels, tile_place
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _active_gradient(
         pointers, mask = image_pointers(grad, strides, image, k, outputs, row, column, size, ALIGN, CHANNELS_LAST)
         right = load(pointers, mask)
         factor = tl.trans(load_matrix(weight, k, k < outputs, channel, channels, 3 * channels))
-        total = tl.dot(factor, right, total, input_precision=PRECISION)
+        total = dot(factor, right, total, PRECISION)
     return total
 
 
@@ -69,7 +69,7 @@ def ffn_out_backward_kernel(
                 )
                 right = load(pointers, mask)
                 active = tl.trans(gelu(before))
-                added = added + (tl.dot(right, active, of_weight[s], input_precision=PRECISION),)
+                added = added + (dot(right, active, of_weight[s], PRECISION),)
                 if s == 0:
                     of_bias += tl.sum(right, 1)
             inner = _active_gradient(
@@ -212,7 +212,7 @@ def _image_gradient(
         pointers, mask = level_pointers(level, image, m, mid, row, column, height, width)
         right = load(pointers, mask)
         transposed = tl.trans(load_matrix(weight, m, m < mid, d, dim, dim))
-        sums = tl.dot(transposed, right, sums, input_precision=PRECISION)
+        sums = dot(transposed, right, sums, PRECISION)
     return _spread(sums / pixels_of(row, column, size, FACTOR)[None, :], ROWS, COLUMNS, FACTOR)
 
 
@@ -268,7 +268,7 @@ def ffn_in_parameters_kernel(
             pointers, mask = level_pointers(level, image, m, mid, u, v, level_height, level_width)
             count = pixels_of(u, v, size, 1 << s)
             shares = tl.where((column < width)[None, :], load(pointers, mask) / count[None, :], 0.0)
-            weights = weights + (tl.dot(shares, right, of_weight[s], input_precision=PRECISION),)
+            weights = weights + (dot(shares, right, of_weight[s], PRECISION),)
             biases = biases + (of_bias[s] + tl.sum(shares, 1),)
         of_weight = weights
         of_bias = biases

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ._device import jit_for_all_sizes
 from ._math import gelu
-from ._tiles import image_pointers, load, load_matrix, store, tile_pixels, tile_place
+from ._tiles import dot, image_pointers, load, load_matrix, store, tile_pixels, tile_place
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _store_hidden(
         pointers, mask = image_pointers(x, strides, image, d, dim, row, column, size, ALIGN, CHANNELS_LAST)
         pixels = load(pointers, mask)
         factor = load_matrix(weight, m, m < mid, d, dim, dim)
-        sums = tl.dot(factor, _pooled(pixels, ROWS, COLUMNS, FACTOR), sums, input_precision=PRECISION)
+        sums = dot(factor, _pooled(pixels, ROWS, COLUMNS, FACTOR), sums, PRECISION)
     offset = load(bias + m, mask=m < mid)
     values = sums / pixels_of(u, v, size, FACTOR)[None, :] + offset[:, None]
     level = hidden + level_start(hidden, size, mid, SCALE, 0)
@@ -237,7 +237,7 @@ def ffn_out_kernel(
             c = start + tl.arange(0, BLOCK_C)
             before = before_gelu(hidden, mixed, dw_weight, dw_bias, image, c, mid, row, column, size, s)
             factor = load_matrix(weight + s * mid, e, e < outputs, c, mid, 3 * mid)
-            total = tl.dot(factor, gelu(before), total, input_precision=PRECISION)
+            total = dot(factor, gelu(before), total, PRECISION)
     if scale is not None:
         total *= load(scale + e, mask=e < outputs)[:, None]
     if residual is not None:

@@ -20,12 +20,12 @@ from torch import Tensor
 from ._device import cdiv, channel_block, input_precision, jit_for_all_sizes, matrix_options, parameter_gradients
 from ._math import gelu, gelu_derivative
 from ._sums import sum_partials
-from ._tiles import load, load_matrix, multiple, store_matrix
+from ._tiles import dot, load, load_matrix, multiple, store_matrix
 
-# What the registers allow, by the way of taking products: frequencies and threads of a program of the spectrum's
-# gradient, and channels of one of the parameters' gradients.
-_GRADIENT_FREQUENCIES = {"ieee": 32, "tf32x3": 16, "tf32": 16}
-_GRADIENT_THREADS = {"ieee": 256, "tf32x3": 128, "tf32": 256}
+# What the registers allow, by the way of taking products: frequencies, threads and registers of a program of the
+# spectrum's gradient, and channels of one of the parameters' gradients.
+_GRADIENT_FREQUENCIES = {"ieee": 32, "tf32x3": 16, "tf32": 32}
+_GRADIENT_THREADS = {"ieee": (256, 255), "tf32x3": (128, 168), "tf32": (256, 128)}
 _PARAMETER_CHANNELS = {"ieee": 32, "tf32x3": 16, "tf32": 32}
 # Frequencies a program of a reduction adds up in fp32 before the second stage goes on in fp64.
 _FREQUENCIES_A_PARTIAL = 2048
@@ -87,11 +87,11 @@ def _multiplicity(tile, width, N: tl.constexpr):
 
 
 @triton.jit
-def _matrix_rows(first, C, BLOCK_C: tl.constexpr):
-    """The matrix's rows for channels first .. first + BLOCK_C - 1 of all factors and parts, (4 BLOCK_C,), and which
-    exist.
+def _matrix_rows(first, C, BLOCK_C: tl.constexpr, FACTORS: tl.constexpr = 2):
+    """The matrix's rows for channels first .. first + BLOCK_C - 1 of both parts of all factors, or of the gate alone,
+    (2 FACTORS BLOCK_C,), and which exist.
     """
-    index = tl.arange(0, 4 * BLOCK_C)
+    index = tl.arange(0, 2 * FACTORS * BLOCK_C)
     channel = first + index % BLOCK_C
     return index // BLOCK_C * C + channel, channel < C
 
@@ -109,10 +109,8 @@ def _preactivations(
     for first in range(0, D, BLOCK_K):
         d = first + tl.arange(0, BLOCK_K)
         real, imaginary = _load_spectrum(spectrum, image, d, D, tile, numbers, N, ALIGN)
-        total = tl.dot(load_matrix(matrix, row, exists, d, D, row_stride), real, total, input_precision=PRECISION)
-        total = tl.dot(
-            load_matrix(matrix + D + 1, row, exists, d, D, row_stride), imaginary, total, input_precision=PRECISION
-        )
+        total = dot(load_matrix(matrix, row, exists, d, D, row_stride), real, total, PRECISION)
+        total = dot(load_matrix(matrix + D + 1, row, exists, d, D, row_stride), imaginary, total, PRECISION)
     return _unstacked(total, 2 * BLOCK_C, N)
 
 
@@ -130,17 +128,17 @@ def _output_gradients(
             e = first + tl.arange(0, BLOCK_K)
             real, imaginary = _load_spectrum(grad, image, e, E, tile, numbers, N, ALIGN)
             transposed = tl.trans(load_matrix(weight, e, e < E, c, C, C))
-            total = tl.dot(transposed, _side_by_side(real, imaginary, BLOCK_K, N), total, input_precision=PRECISION)
+            total = dot(transposed, _side_by_side(real, imaginary, BLOCK_K, N), total, PRECISION)
         real, imaginary = _apart(total, BLOCK_C, N)
     return _stacked(real, imaginary, BLOCK_C, N) * (scale * _multiplicity(tile, width, N))
 
 
 @triton.jit
-def _gate_gradients(gate, value, grad, BLOCK_C: tl.constexpr, N: tl.constexpr):
-    """The gradients of sigmoid(gate) * gelu(value), gate's over value's, and that product."""
+def _gate_gradients(gate, value, grad):
+    """The gradients of sigmoid(gate) * gelu(value) by gate and by value, and that product."""
     s = tl.sigmoid(gate)
     u = gelu(value)
-    return _stacked(grad * u * s * (1.0 - s), grad * s * gelu_derivative(value), 2 * BLOCK_C, N), s * u
+    return grad * u * s * (1.0 - s), grad * s * gelu_derivative(value), s * u
 
 
 @jit_for_all_sizes("D")
@@ -166,7 +164,7 @@ def spectrum_mix_kernel(
             _store_spectrum(out, scale * real, scale * imaginary, image, c, C, tile, numbers, N, ALIGN)
         else:
             last = load_matrix(weight, e, e < E, c, C, C)
-            total = tl.dot(last, _side_by_side(real, imaginary, BLOCK_C, N), total, input_precision=PRECISION)
+            total = dot(last, _side_by_side(real, imaginary, BLOCK_C, N), total, PRECISION)
     if weight is not None:
         real, imaginary = _apart(scale * total, BLOCK_E, N)
         at_zero = (N * tile + tl.arange(0, N) == 0)[None, :]
@@ -196,11 +194,15 @@ def spectrum_mix_backward_kernel(
         inner = _output_gradients(
             grad, weight, scale, image, tile, c, C, E, width, numbers, BLOCK_K, BLOCK_C, N, ALIGN, PRECISION
         )
-        inner, _ = _gate_gradients(gate, value, inner, BLOCK_C, N)
-        left = tl.trans(load_matrix(matrix, row, exists, d, D, row_stride))
-        real = tl.dot(left, inner, real, input_precision=PRECISION)
-        left = tl.trans(load_matrix(matrix + D + 1, row, exists, d, D, row_stride))
-        imaginary = tl.dot(left, inner, imaginary, input_precision=PRECISION)
+        of_gate, of_value, _ = _gate_gradients(gate, value, inner)
+        # One factor after the other: both would need twice the registers.
+        row, exists = _matrix_rows(first, C, BLOCK_C, 1)
+        for factor in tl.range(2, num_stages=1):
+            inner = tl.where(factor == 0, of_gate, of_value)
+            rows = matrix + factor * 2 * C * row_stride
+            real = dot(tl.trans(load_matrix(rows, row, exists, d, D, row_stride)), inner, real, PRECISION)
+            left = tl.trans(load_matrix(rows + D + 1, row, exists, d, D, row_stride))
+            imaginary = dot(left, inner, imaginary, PRECISION)
     count = _multiplicity(tile, width, N)
     _store_spectrum(out, real / count, imaginary / count, image, d, D, tile, numbers, N, ALIGN)
 
@@ -236,10 +238,11 @@ def spectrum_parameters_kernel(
         inner = _output_gradients(
             grad, weight, scale, image, tile, c, C, E, width, numbers, BLOCK_K, BLOCK_C, N, ALIGN, PRECISION
         )
-        inner, y = _gate_gradients(gate, value, inner, BLOCK_C, N)
+        of_gate, of_value, y = _gate_gradients(gate, value, inner)
+        inner = _stacked(of_gate, of_value, 2 * BLOCK_C, N)
         real, imaginary = _load_spectrum(spectrum, image, d, D, tile, numbers, N, ALIGN)
-        of_real = tl.dot(inner, tl.trans(real), of_real, input_precision=PRECISION)
-        of_imaginary = tl.dot(inner, tl.trans(imaginary), of_imaginary, input_precision=PRECISION)
+        of_real = dot(inner, tl.trans(real), of_real, PRECISION)
+        of_imaginary = dot(inner, tl.trans(imaginary), of_imaginary, PRECISION)
         of_constant += tl.sum(inner, 1)
         at_zero = (N * tile + tl.arange(0, N) == 0)[None, :]
         of_zero += tl.sum(tl.where(at_zero, inner, 0.0), 1)
@@ -250,7 +253,7 @@ def spectrum_parameters_kernel(
             left = _side_by_side(real * count, imaginary * count, BLOCK_D, N)
             real, imaginary = _unstacked(y, BLOCK_C, N)
             right = tl.trans(_side_by_side(real, imaginary, BLOCK_C, N))
-            of_weight = tl.dot(left, right, of_weight, input_precision=PRECISION)
+            of_weight = dot(left, right, of_weight, PRECISION)
     row_stride = 2 * (D + 1)
     size = 4 * C * row_stride
     if weight is not None:
@@ -358,7 +361,7 @@ def spectrum_mix(
         matrix: (4 * C, 2 * (D + 1)), fp32; see the head of `fourier_mix`.
         out_weight: (E, C). out_bias: (E,). Both None: the unit matrix and no bias, E = C.
         precision: of products, "ieee", "tf32x3" or "tf32"; None follows `torch.get_float32_matmul_precision`, whose
-            default, "highest", is "ieee".
+            default, "highest", is whichever of the first two is faster.
 
     Returns:
         (B, E, H, width // 2 + 1, 2).
@@ -367,13 +370,15 @@ def spectrum_mix(
     channels = len(matrix) // 4
     outputs = channels if out_weight is None else len(out_weight)
     out = spectrum.new_empty(batch, outputs, height, half, 2)
-    numbers, tiles, align = _tiles(spectrum, 32)
     block = 16 if out_weight is None else channel_block(outputs, 128)
+    columns = 32 if block <= 64 else 16
+    precision = input_precision(spectrum, precision)
+    numbers, tiles, align = _tiles(spectrum, columns)
     with torch.cuda.device_of(spectrum):
         spectrum_mix_kernel[(batch * tiles, 1 if out_weight is None else cdiv(outputs, block))](
             spectrum, matrix, out_weight, out_bias, out, dim, channels, outputs, scale, numbers, tiles,
-            BLOCK_K=16, BLOCK_C=16, BLOCK_E=block, N=32, ALIGN=align,
-            PRECISION=input_precision(spectrum, precision), **matrix_options(spectrum),
+            BLOCK_K=16, BLOCK_C=16, BLOCK_E=block, N=columns, ALIGN=align,
+            PRECISION=precision, **matrix_options(spectrum, registers=255 if precision == "ieee" else 128),
         )  # fmt: skip
     return out
 
@@ -409,23 +414,24 @@ def spectrum_mix_backward(
             columns = _GRADIENT_FREQUENCIES[precision]
             numbers, tiles, align = _tiles(spectrum, columns)
             block = channel_block(dim, 64)
-            options = matrix_options(spectrum)
-            options["num_warps"] = options["num_warps"] * _GRADIENT_THREADS[precision] // 256
             spectrum_mix_backward_kernel[(batch * tiles, cdiv(dim, block))](
                 grad, spectrum, matrix, out_weight, out, dim, channels, outputs, scale, width, numbers, tiles,
-                BLOCK_K=16, BLOCK_C=16, BLOCK_D=block, N=columns, ALIGN=align, PRECISION=precision, **options,
+                BLOCK_K=16, BLOCK_C=16, BLOCK_D=block, N=columns, ALIGN=align, PRECISION=precision,
+                **matrix_options(spectrum, *_GRADIENT_THREADS[precision]),
             )  # fmt: skip
         if need_parameters:
             numbers, tiles, align = _tiles(spectrum, 16)
             each = _FREQUENCIES_A_PARTIAL // 16
             parts = cdiv(batch * tiles, each)
             widest = max(dim, outputs) if last else dim
-            block = channel_block(widest, _PARAMETER_CHANNELS[precision])
+            block = channel_block(widest, _PARAMETER_CHANNELS[precision] if last else 32)
+            # The last weight's gradient takes the registers of a program.
+            options = matrix_options(spectrum, *((256, 255) if last or precision == "ieee" else (128, 168)))
             partials = spectrum.new_empty(parts, 1, sum(g.numel() for g in grads))
             spectrum_parameters_kernel[(parts, cdiv(channels, 16), cdiv(widest, block))](
                 grad, spectrum, matrix, out_weight, partials, dim, channels, outputs, scale, width, numbers, tiles,
                 batch * tiles, each, BLOCK_K=16, BLOCK_C=16, BLOCK_D=block, N=16, ALIGN=align, PRECISION=precision,
-                **matrix_options(spectrum),
+                **options,
             )  # fmt: skip
             sum_partials(partials, *grads)
     return out, *grads

@@ -44,6 +44,36 @@ def store(pointers, value, mask):
 
 
 @triton.jit
+def _to_tf32(x):
+    """The nearest numbers that tf32 has, ties away from zero; infinities and NaN stay."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _below_tf32(x, high):
+    """What `high`, the nearest number in tf32, leaves of x, in tf32; nothing of an infinity."""
+    return _to_tf32(tl.where(x == high, 0.0, x - high))
+
+
+@triton.jit
+def dot(left, right, total, PRECISION: tl.constexpr):
+    """total + left @ right of fp32 numbers.
+
+    "tf32" rounds what matrix units would cut off. "tf32x3" takes numbers apart where they are: Triton does so after it
+    has given every thread its rows and columns of the operands, which takes a hundred registers.
+    """
+    if PRECISION == "ieee":
+        return tl.dot(left, right, total, input_precision="ieee")
+    left_high, right_high = _to_tf32(left), _to_tf32(right)
+    if PRECISION == "tf32x3":
+        small = tl.dot(_below_tf32(left, left_high), right_high, input_precision="tf32")
+        small = tl.dot(left_high, _below_tf32(right, right_high), small, input_precision="tf32")
+        total += tl.where(small == small, small, 0.0)  # an infinity times nothing
+    return tl.dot(left_high, right_high, total, input_precision="tf32")
+
+
+@triton.jit
 def load_matrix(matrix, row, exists, column, columns, row_stride, column_stride=1):
     """Elements of a matrix, (len(row), len(column)), in fp32."""
     mask = exists[:, None] & (column < columns)[None, :]

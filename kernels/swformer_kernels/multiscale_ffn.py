@@ -35,10 +35,11 @@ from ._ffn_forward import ffn_in_kernel, ffn_low_kernel, ffn_out_kernel
 from ._sums import sum_partials
 
 _COLUMNS = 32
-# Rows of a tile: of the 1x1 convolutions around the pyramid (those of a sample of the last level), of the planes' part
-# forward and backward, and of the kernels of single levels.
-_BAND = 4
-_OUT_ROWS, _OUT_COLUMNS = 8, 16
+# Rows and columns of a tile of the 1x1 convolutions around the pyramid: rows of a sample of the last level, and columns
+# whose sums fit 128 registers a thread.
+_BAND, _BAND_COLUMNS = 4, 16
+# Rows of a tile: of the planes' part forward and backward, and of the kernels of single levels.
+_OUT_ROWS, _OUT_COLUMNS = 4, 32
 _OUT_BACKWARD_ROWS = 1
 _LEVEL_ROWS = 8
 # Channels that a program takes: of the first convolution and its gradients, after and before the last one, of a level.
@@ -120,10 +121,10 @@ def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, Tensor]:
     batch, dim, height, width = net.size
     block, layout = channel_block(net.mid, _HIDDEN_CHANNELS), _layout(x, [x])
     lane, *strides = lane_first(x, layout["CHANNELS_LAST"])
-    ffn_in_kernel[(net.tiles(_BAND), cdiv(net.mid, block))](
+    ffn_in_kernel[(net.tiles(_BAND, _BAND_COLUMNS), cdiv(net.mid, block))](
         x, net.in_weight, net.in_bias, hidden, lane, dim, net.mid, batch, height, width, *strides,
-        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=_COLUMNS,
-        PRECISION=input_precision(x, exact="tf32x3"), **layout, **matrix_options(x),
+        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=_BAND_COLUMNS,
+        PRECISION=input_precision(x), **layout, **matrix_options(x, registers=128),
     )  # fmt: skip
     ffn_low_kernel[(net.low_tiles(),)](
         hidden, mixed, net.dw_weights, net.dw_biases, batch, net.mid, height, width,
@@ -164,7 +165,7 @@ def scaled_ffn(x: Tensor, parameters: tuple[Tensor, ...], scale: Tensor | None, 
                 hidden, mixed, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias, scale, residual, y,
                 residual_lane, lane, net.outputs, net.mid, batch, height, width, *residual_strides, *strides,
                 BLOCK_C=16, BLOCK_E=block, ROWS=_OUT_ROWS, COLUMNS=_OUT_COLUMNS,
-                PRECISION=input_precision(x, exact="tf32x3"),
+                PRECISION=input_precision(x),
                 **_layout(y, [y] if residual is None else [y, residual]), **matrix_options(x),
             )  # fmt: skip
     return y
@@ -188,7 +189,9 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
     def partials(parts: int, count: int) -> Tensor | None:
         return torch.empty((parts, 1, count), dtype=torch.float32, device=x.device) if need_parameters else None
 
-    matrix = {"PRECISION": input_precision(x, exact="tf32x3"), **matrix_options(x)}
+    precision = input_precision(x)
+    matrix = {"PRECISION": precision, **matrix_options(x)}
+    light = {"PRECISION": precision, **matrix_options(x, registers=128)}
     with torch.cuda.device_of(x):
         hidden, mixed = _forward_pyramids(net, x)
         mixed_grads, full = net.pyramid(x), net.level_numel(x, 0)
@@ -198,7 +201,10 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         block, parts = channel_block(outputs, _OUT_CHANNELS), cdiv(tiles, each)
         of_out = partials(parts, outputs * (3 * mid + 1))
         blocks = cdiv(outputs, block) if need_parameters else 1
-        channels = channel_block(mid, _OUT_BACKWARD_CHANNELS)
+        # Products without matrix units take more registers.
+        channels = channel_block(
+            mid, min(16, _OUT_BACKWARD_CHANNELS) if precision == "ieee" else _OUT_BACKWARD_CHANNELS
+        )
         layout = _layout(grad, [grad])
         lane, *strides = lane_first(grad, layout["CHANNELS_LAST"])
         ffn_out_backward_kernel[(parts, cdiv(mid, channels), blocks)](
@@ -217,18 +223,18 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         if need_x:
             block, layout = channel_block(dim, _INPUT_CHANNELS), _layout(x, [out])
             lane, *strides = lane_first(out, layout["CHANNELS_LAST"])
-            ffn_in_backward_kernel[(net.tiles(_BAND), cdiv(dim, block))](
+            ffn_in_backward_kernel[(net.tiles(_BAND, _BAND_COLUMNS), cdiv(dim, block))](
                 hidden_grads, net.in_weight, out, lane, dim, mid, batch, height, width, *strides,
-                BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=_COLUMNS, **layout, **matrix,
+                BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=_BAND_COLUMNS, **layout, **light,
             )  # fmt: skip
         if need_parameters:
-            tiles, each = net.tiles(1), max(1, _PIXELS_A_PARTIAL // _COLUMNS)
+            tiles, each = net.tiles(1, _BAND_COLUMNS), max(1, _PIXELS_A_PARTIAL // _BAND_COLUMNS)
             block, parts, layout = channel_block(dim, _INPUT_CHANNELS), cdiv(tiles, each), _layout(x, [x])
             lane, *strides = lane_first(x, layout["CHANNELS_LAST"])
             of_in = partials(parts, 3 * mid * (dim + 1))
             ffn_in_parameters_kernel[(parts, cdiv(mid, _PARAMETER_CHANNELS), cdiv(dim, block))](
                 hidden_grads, x, of_in, lane, dim, mid, batch, height, width, tiles, each, *strides,
-                BLOCK_M=_PARAMETER_CHANNELS, BLOCK_D=block, COLUMNS=_COLUMNS, **layout, **matrix,
+                BLOCK_M=_PARAMETER_CHANNELS, BLOCK_D=block, COLUMNS=_BAND_COLUMNS, **layout, **light,
             )  # fmt: skip
             for sums, places in ((of_in, (0, 1)), (of_depthwise, range(2, 8)), (of_out, (8, 9))):
                 if sums is not None:

@@ -22,15 +22,15 @@ from ._device import (
     planes,
 )
 from ._sums import sum_partials
-from ._tiles import load, load_matrix, map_pointers, store, store_matrix
+from ._tiles import dot, load, load_matrix, map_pointers, store, store_matrix
 
 # Pixels a program takes, in bytes: 16 a thread, of 16 channels.
 _BYTES = 256
 # Output channels a program takes.
 _CHANNELS = 128
-# What the registers allow for the parameters' gradients: channels of either side, and pixels.
+# What the registers allow for the parameters' gradients: channels of either side, and pixels in bytes.
 _PARAMETER_CHANNELS = 64
-_PARAMETER_PIXELS = 32
+_PARAMETER_BYTES = 64
 # Pixels a program of a reduction adds up in fp32 before the second stage goes on in fp64.
 _PIXELS_A_PARTIAL = 2048
 
@@ -90,7 +90,7 @@ def pointwise_kernel(
         else:
             left = load_matrix(weight, e, e < outputs, c, inputs, weight_stride)
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = dot(left, right, total, PRECISION)
     if bias is not None:
         bias += image * bias_image
         total += load(bias + e, mask=e < outputs)[:, None]
@@ -120,7 +120,7 @@ def pointwise_parameters_kernel(
         pixel = tile * N + tl.arange(0, N)
         left = load_maps((grad,), ((grad_image, grad_channel),), (outputs,), image, e, pixel, pixels, ALIGN)
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
-        of_weight = tl.dot(left, tl.trans(right), of_weight, input_precision=PRECISION)
+        of_weight = dot(left, tl.trans(right), of_weight, PRECISION)
         of_bias += tl.sum(left, 1)
     partials += (part * images + image) * outputs * (inputs + 1)
     store_matrix(partials, of_weight, e, e < outputs, c, inputs, inputs)
@@ -160,7 +160,9 @@ def _multiply(
             weight_image if len(weight) > 1 else 0, column if transposed else row, bias_image, *_numbers(maps),
             *((0, 0) if residual is None else residual.stride()[:2]), *_numbers(outs), pixels, tiles,
             BLOCK_K=16, BLOCK_E=block, N=columns, ALIGN=alignment(pixels, 2, everything), TRANSPOSED=transposed,
-            PRECISION=input_precision(maps[0], exact="tf32x3"), **matrix_options(maps[0]),
+            PRECISION=input_precision(maps[0]),
+            # Pointers to more than one map take the registers that many sums leave.
+            **matrix_options(maps[0], registers=255 if block > 64 and len(maps) > 1 else 128),
         )  # fmt: skip
 
 
@@ -210,22 +212,20 @@ def pointwise_backward(
         _multiply([flat], weight.mT, None, None, [g.flatten(2) for g in grads if g.dim() == 4])
     of_weight, of_bias = parameter_gradients(x0, (weight, bias), need_parameters)
     if need_parameters and x0.numel():
-        tiles = cdiv(pixels, _PARAMETER_PIXELS)
-        each = _PIXELS_A_PARTIAL // _PARAMETER_PIXELS
+        width = _PARAMETER_BYTES // grad.element_size()
+        tiles, each = cdiv(pixels, width), _PIXELS_A_PARTIAL // width
         parts = cdiv(tiles, each)
         count = outputs * (inputs + 1)
         partials = torch.empty((parts, batch, count), dtype=torch.float32, device=x0.device)
         rows, columns = _outputs(outputs, _PARAMETER_CHANNELS), channel_block(inputs, _PARAMETER_CHANNELS)
-        options = matrix_options(grad)
-        # So few threads that each has 16 bytes of the narrower side.
-        threads = min(256, min(rows, columns) * _PARAMETER_PIXELS * grad.element_size() // 16)
-        options["num_warps"] = max(1, options["num_warps"] * threads // 256)
+        # So few that each has 16 bytes of the narrower side.
+        threads = min(256, min(rows, columns) * _PARAMETER_BYTES // 16)
         with torch.cuda.device_of(x0):
             pointwise_parameters_kernel[(batch * parts, cdiv(outputs, rows), cdiv(inputs, columns))](
                 flat, tuple(maps), partials, inputs, outputs, *flat.stride()[:2], *_numbers(maps), pixels, tiles,
                 each, parts,
-                BLOCK_E=rows, BLOCK_C=columns, N=_PARAMETER_PIXELS, ALIGN=alignment(pixels, 2, [flat, *maps]),
-                PRECISION=input_precision(grad, exact="tf32x3"), **options,
+                BLOCK_E=rows, BLOCK_C=columns, N=width, ALIGN=alignment(pixels, 2, [flat, *maps]),
+                PRECISION=input_precision(grad), **matrix_options(grad, threads, 128),
             )  # fmt: skip
             images = max(len(weight), bias.numel() // outputs)
             sums = [
