@@ -66,7 +66,7 @@ def test_mix(dims: tuple[int, int, int], size: tuple[int, int]) -> None:
 
 
 def test_error_of_tf32() -> None:
-    """By emulation, as the interpreter ignores how products are taken: why tf32 is on request only."""
+    """Why tf32 is on request only."""
     tensors = (_spectrum(1, 40, 16, 16), *_parameters(40, 40, 40))
     exact = _mix(*fp64(tensors))
 
@@ -80,6 +80,17 @@ def test_error_of_tf32() -> None:
 def test_several_tiles() -> None:
     spectrum, parameters = _spectrum(2, 3, 9, 20), _parameters(3, 4, 5)
     assert_close(spectra.spectrum_mix(spectrum, *parameters, 20), _mix(*fp64((spectrum, *parameters))))
+
+
+def test_three_tf32_products() -> None:
+    """They give what "ieee" gives, forward and backward."""
+    spectrum, parameters, grad = _spectrum(1, 17, 5, 8), _parameters(17, 20, 9), _spectrum(1, 9, 5, 8)
+
+    def results(precision: str) -> tuple[Tensor, ...]:
+        mixed = spectra.spectrum_mix(spectrum, *parameters, 8, 0.3, precision)
+        return mixed, *spectra.spectrum_mix_backward(grad, spectrum, *parameters, 8, 0.3, True, True, precision)
+
+    assert_close(results("tf32x3"), results("ieee"))
 
 
 @pytest.mark.parametrize("dims", DIMS)

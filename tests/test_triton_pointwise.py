@@ -94,12 +94,10 @@ def test_what_is_refused() -> None:
         torch.ops.swformer_fast.pointwise(*args)
 
 
-def test_products_of_three_tf32_products() -> None:
-    """What the interpreter does not do: fp32 numbers as sums of two of tf32, three of whose four products are taken."""
-    a, b = torch.randn(64, 120), torch.randn(120, 256)
-    high_a, high_b = tf32(a), tf32(b)
-    low_a, low_b = tf32(a - high_a), tf32(b - high_b)
-    assert_close(low_a @ high_b + high_a @ low_b + high_a @ high_b, a.double() @ b.double())
+def test_products_of_three_tf32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 numbers as sums of two of tf32, three of whose four products are taken, are as exact as fp32."""
+    monkeypatch.setattr(pointwise, "input_precision", lambda x: "tf32x3")
+    _check(_arguments((33, 40), out=20, size=(5, 14)))
 
 
 @interpreted
@@ -126,9 +124,10 @@ def test_tf32_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
-def test_tf32_keeps_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning")
+def test_tf32_keeps_what_is_not_finite(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "input_precision", lambda x: precision)
     numbers = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, torch.finfo(torch.float32).tiny])
     numbers = torch.cat((numbers, torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)))
     y = pointwise.pointwise(numbers.view(1, 1, 1, -1), None, None, torch.ones(1, 1, 1), torch.zeros(1), None)

@@ -135,7 +135,8 @@ def read_sass(sass: str) -> dict[str, Any]:
     offsets = [int(offset, 16) for offset in re.findall(r"/\*([0-9a-f]{4,5})\*/\s", sass)]
     return {
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loads": _widths(sass, r"\bLDG\.(\S+)", bits),
+        # To registers or, ahead of time, to shared memory.
+        "loads": _widths(sass, r"\bLDG(?:STS)?\.(\S+)", bits),
         "stores": _widths(sass, r"\bSTG\.(\S+)", bits),
         "tensor_core": len(re.findall(r"\b(?:[HQI]MMA|HGMMA|UTC\w*MMA)\b", sass)),
         "code_bytes": max(offsets, default=-16) + 16,

@@ -414,10 +414,13 @@ def spectrum_mix_backward(
             columns = _GRADIENT_FREQUENCIES[precision]
             numbers, tiles, align = _tiles(spectrum, columns)
             block = channel_block(dim, 64)
+            threads, registers = _GRADIENT_THREADS[precision]
+            if block < 64:  # below what Hopper's matrix units take from shared memory
+                registers = 255
             spectrum_mix_backward_kernel[(batch * tiles, cdiv(dim, block))](
                 grad, spectrum, matrix, out_weight, out, dim, channels, outputs, scale, width, numbers, tiles,
                 BLOCK_K=16, BLOCK_C=16, BLOCK_D=block, N=columns, ALIGN=align, PRECISION=precision,
-                **matrix_options(spectrum, *_GRADIENT_THREADS[precision]),
+                **matrix_options(spectrum, threads, registers),
             )  # fmt: skip
         if need_parameters:
             numbers, tiles, align = _tiles(spectrum, 16)

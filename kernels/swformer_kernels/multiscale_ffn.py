@@ -115,16 +115,24 @@ def _layout(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
     return {"ALIGN": alignment(tensors[0].shape[lane], lane, tensors), "CHANNELS_LAST": last}
 
 
+def _band(x: Tensor) -> tuple[int, int]:
+    """Columns of a tile of `x`, and registers of a thread. The last level's part of a tile must hold 16 bytes, to which
+    its rows are padded: half-precision tiles are wider.
+    """
+    return (_BAND_COLUMNS, 128) if x.element_size() == 4 else (max(_BAND_COLUMNS, 32), 255)
+
+
 def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, Tensor]:
     """The pyramids before and (without its first level) after the depthwise convolutions."""
     hidden, mixed = net.pyramid(x), net.pyramid(x, first=1)
     batch, dim, height, width = net.size
     block, layout = channel_block(net.mid, _HIDDEN_CHANNELS), _layout(x, [x])
     lane, *strides = lane_first(x, layout["CHANNELS_LAST"])
-    ffn_in_kernel[(net.tiles(_BAND, _BAND_COLUMNS), cdiv(net.mid, block))](
+    columns, registers = _band(x)
+    ffn_in_kernel[(net.tiles(_BAND, columns), cdiv(net.mid, block))](
         x, net.in_weight, net.in_bias, hidden, lane, dim, net.mid, batch, height, width, *strides,
-        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=_BAND_COLUMNS,
-        PRECISION=input_precision(x), **layout, **matrix_options(x, registers=128),
+        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=columns,
+        PRECISION=input_precision(x), **layout, **matrix_options(x, registers=registers),
     )  # fmt: skip
     ffn_low_kernel[(net.low_tiles(),)](
         hidden, mixed, net.dw_weights, net.dw_biases, batch, net.mid, height, width,
@@ -191,7 +199,8 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
 
     precision = input_precision(x)
     matrix = {"PRECISION": precision, **matrix_options(x)}
-    light = {"PRECISION": precision, **matrix_options(x, registers=128)}
+    columns, registers = _band(x)
+    light = {"PRECISION": precision, **matrix_options(x, registers=registers)}
     with torch.cuda.device_of(x):
         hidden, mixed = _forward_pyramids(net, x)
         mixed_grads, full = net.pyramid(x), net.level_numel(x, 0)
@@ -223,18 +232,18 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         if need_x:
             block, layout = channel_block(dim, _INPUT_CHANNELS), _layout(x, [out])
             lane, *strides = lane_first(out, layout["CHANNELS_LAST"])
-            ffn_in_backward_kernel[(net.tiles(_BAND, _BAND_COLUMNS), cdiv(dim, block))](
+            ffn_in_backward_kernel[(net.tiles(_BAND, columns), cdiv(dim, block))](
                 hidden_grads, net.in_weight, out, lane, dim, mid, batch, height, width, *strides,
-                BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=_BAND_COLUMNS, **layout, **light,
+                BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=columns, **layout, **light,
             )  # fmt: skip
         if need_parameters:
-            tiles, each = net.tiles(1, _BAND_COLUMNS), max(1, _PIXELS_A_PARTIAL // _BAND_COLUMNS)
+            tiles, each = net.tiles(1, columns), max(1, _PIXELS_A_PARTIAL // columns)
             block, parts, layout = channel_block(dim, _INPUT_CHANNELS), cdiv(tiles, each), _layout(x, [x])
             lane, *strides = lane_first(x, layout["CHANNELS_LAST"])
             of_in = partials(parts, 3 * mid * (dim + 1))
             ffn_in_parameters_kernel[(parts, cdiv(mid, _PARAMETER_CHANNELS), cdiv(dim, block))](
                 hidden_grads, x, of_in, lane, dim, mid, batch, height, width, tiles, each, *strides,
-                BLOCK_M=_PARAMETER_CHANNELS, BLOCK_D=block, COLUMNS=_BAND_COLUMNS, **layout, **light,
+                BLOCK_M=_PARAMETER_CHANNELS, BLOCK_D=block, COLUMNS=columns, **layout, **light,
             )  # fmt: skip
             for sums, places in ((of_in, (0, 1)), (of_depthwise, range(2, 8)), (of_out, (8, 9))):
                 if sums is not None:
