@@ -89,7 +89,7 @@ LAUNCHES = {
     "depthwise_gelu forward": 1,
     "depthwise_gelu forward+backward": 3,
     "fourier_mix forward": 7,
-    "fourier_mix forward+backward": 33,
+    "fourier_mix forward+backward": 25,
     "multiscale_ffn forward": 3,
     "multiscale_ffn forward+backward": 13,
     "channel_attention forward": 3,
