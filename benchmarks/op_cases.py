@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import swformer_fast as sf
@@ -155,3 +155,17 @@ def op_cases(
         for kind in ("forward", "forward+backward")
         for shape in shapes
     ]
+
+
+def module_run(model: nn.Module, x: Tensor, train: bool) -> Run:
+    """A module in evaluation, or a training step of it."""
+    parameters = list(model.parameters())
+
+    def evaluate() -> Any:
+        with torch.no_grad():
+            return model(x)
+
+    def step() -> Any:
+        return torch.autograd.grad(model(x).sum(), parameters, allow_unused=True)
+
+    return step if train else evaluate

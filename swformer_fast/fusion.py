@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._layout import channels_last
+from ._layout import as_output, channels_last
 from .backend import has_cpp
 from .functional import autocasts, check_block, check_local_branches, fourier_mix_and_sums, update_running
 from .parameters import (
@@ -42,16 +42,13 @@ def fused(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     fp32, in which our kernels are no slower.
     """
     x = maps[0]
-    last, device = channels_last(x), x.device.type
     if not autocasts(x):
-        y = function(*[t.contiguous() if channels_last(t) else t for t in maps])
-    else:
-        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
-        cast = [t if t.dtype == torch.float64 else t.to(dtype) for t in maps]
-        with torch.autocast(device, enabled=False):
-            y = function(*[t.contiguous() if channels_last(t) else t for t in cast])
-        y = y if y.dtype == torch.float64 else y.float()
-    return y.contiguous(memory_format=torch.channels_last) if last else y
+        return as_output(x, function(*[t.contiguous() if channels_last(t) else t for t in maps]))
+    device = x.device.type
+    dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        y = fused(function, *[t if t.dtype == torch.float64 else t.to(dtype) for t in maps])
+    return y if y.dtype == torch.float64 else y.float()
 
 
 def convolve(x: Tensor, conv: Convolution) -> Tensor:

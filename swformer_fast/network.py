@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import functional, fusion, reference
-from ._layout import channels_last
+from ._layout import as_output, channels_last
 from .modules import HaarDWT2d, SWFormerBlock
 from .parameters import Convolution
 from .reference import PRESETS
@@ -56,11 +55,11 @@ class SWFormer(reference.SWFormer):
 
     def forward(self, image: Tensor, all_scales: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         outputs = super().forward(image, all_scales)
-        if not (isinstance(image, Tensor) and channels_last(image)):
+        if not channels_last(image):
             return outputs
         if isinstance(outputs, Tensor):
-            return outputs.contiguous(memory_format=torch.channels_last)
-        full, half, quarter = (y.contiguous(memory_format=torch.channels_last) for y in outputs)
+            return as_output(image, outputs)
+        full, half, quarter = (as_output(image, y) for y in outputs)
         return full, half, quarter
 
     forward.__doc__ = reference.SWFormer.forward.__doc__

@@ -127,7 +127,7 @@ def test_fused_before_op_by_op_before_the_reference(shape: tuple[int, ...], trai
 
     def totals(package: Any, fused: bool) -> dict[str, Any]:
         block = package.SWFormerBlock(shape[1]).train(train)
-        run = roofline._module_run(block, torch.randn(shape), train)
+        run = roofline.module_run(block, torch.randn(shape), train)
         with pytest.MonkeyPatch.context() as patch:
             if not fused:
                 patch.setattr(fusion, "foldable", lambda x: False)

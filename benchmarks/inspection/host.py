@@ -19,6 +19,7 @@ from torch import nn
 
 import swformer_fast as sf
 
+from ..op_cases import module_run
 from .launching import launches
 
 CASES = {
@@ -33,16 +34,7 @@ def run_of(case: str) -> Callable[[], Any]:
     kind, shape, train = CASES[case]
     model: nn.Module = sf.SWFormerBlock(shape[1]) if kind == "block" else sf.SWFormer.from_preset(kind)
     model.train(train)
-    x, parameters = torch.randn(shape), list(model.parameters())
-
-    def evaluate() -> Any:
-        with torch.no_grad():
-            return model(x)
-
-    def step() -> Any:
-        return torch.autograd.grad(model(x).sum(), parameters, allow_unused=True)
-
-    return step if train else evaluate
+    return module_run(model, torch.randn(shape), train)
 
 
 def calls(run: Callable[[], Any]) -> int:

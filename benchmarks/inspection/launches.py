@@ -224,13 +224,12 @@ def _fold_norm(make: Make, shape: Shape) -> Iterator[Launch]:
     dim = shape[1]
     nothing = (None,) * 4
     norm, then = (make(dim), make(dim).abs(), make(dim), make(dim)), (make(2 * dim, dim), make(2 * dim), None)
-    for name, arguments in (
-        ("norm and convolution", (make(3 * dim, dim), make(3 * dim), *norm, *then)),
-        ("convolution", (make(3 * dim, dim), make(3 * dim), *nothing, *then)),
-        ("scale", (make(dim, 3 * dim), make(dim), *nothing, None, None, make(dim))),
+    for name, arguments, outputs, inputs in (
+        ("norm and convolution", (make(3 * dim, dim), make(3 * dim), *norm, *then), 4 * dim, dim),
+        ("convolution", (make(3 * dim, dim), make(3 * dim), *nothing, *then), 4 * dim, dim),
+        ("scale", (make(dim, 3 * dim), make(dim), *nothing, None, None, make(dim)), dim, 3 * dim),
     ):
-        outputs = len(arguments[1]) + (0 if arguments[6] is None else len(arguments[6]) - arguments[6].shape[1])
-        grad = make(outputs * (arguments[0].shape[1] + 1))
+        grad = make(outputs * (inputs + 1))
         yield Launch(f"fold_norm {name}", fold_norm.fold_norm, (*arguments, 1e-5), True, 32)
         backward = (grad, *arguments, 1e-5, True)
         yield Launch(f"fold_norm_backward {name}", fold_norm.fold_norm_backward, backward, True, 32)

@@ -31,7 +31,7 @@ from swformer_fast import backend
 
 from .. import records, report
 from ..harness import Case, Run, Variant, Work
-from ..op_cases import forward_run, train_run
+from ..op_cases import forward_run, module_run, train_run
 from ..progress import progress
 from ..report import Table, groups, spread
 from ..restart import INTERPRETED, restart
@@ -231,21 +231,10 @@ def _op_cases(shape: tuple[int, ...]) -> Iterator[Case]:
         yield Case(f"{name} forward+backward", partial(make, name, True))
 
 
-def _module_run(model: nn.Module, x: Tensor, train: bool) -> Run:
-    def evaluate() -> Any:
-        with torch.no_grad():
-            return model(x)
-
-    def step() -> Any:
-        return torch.autograd.grad(model(x).sum(), list(model.parameters()), allow_unused=True)
-
-    return step if train else evaluate
-
-
 def _model_cases(block: tuple[int, ...], image: tuple[int, ...], preset: str) -> Iterator[Case]:
     def make(build: Callable[[Any], nn.Module], size: tuple[int, ...], train: bool) -> Work:
         x = torch.randn(size)
-        return pair(*(_module_run(build(package).train(train), x, train) for package in (sf.reference, sf)))
+        return pair(*(module_run(build(package).train(train), x, train) for package in (sf.reference, sf)))
 
     def build_block(package: Any) -> nn.Module:
         return package.SWFormerBlock(block[1])

@@ -116,10 +116,13 @@ def planes(x: Tensor) -> Tensor:
     return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
 
 
-def parameter_gradients(x: Tensor, parameters: tuple[Tensor, ...], needed: bool) -> tuple[Tensor, ...]:
-    """What kernels write the parameters' gradients to: zero for an image `x` of no elements, empty if not needed."""
+def parameter_gradients(x: Tensor, parameters: tuple[Tensor | None, ...], needed: bool) -> tuple[Tensor, ...]:
+    """What kernels write the parameters' gradients to: zero for an image `x` of no elements, empty if not needed or
+    where there is no parameter."""
     make = torch.empty if x.numel() else torch.zeros
-    return tuple(make(p.shape, dtype=p.dtype, device=p.device) if needed else x.new_empty(0) for p in parameters)
+    return tuple(
+        x.new_empty(0) if p is None or not needed else make(p.shape, dtype=p.dtype, device=p.device) for p in parameters
+    )
 
 
 def alignment(lanes: int, lane_dim: int, tensors: list[Tensor]) -> int:

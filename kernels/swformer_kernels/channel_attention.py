@@ -108,7 +108,7 @@ def _first_layer(
 
 
 @triton.jit
-def _second_layer(active, w2, b2, c, channels, hidden, BLOCK_R: tl.constexpr):
+def second_layer(active, w2, b2, c, channels, hidden, BLOCK_R: tl.constexpr):
     """sigmoid(w2 @ active + b2) of some channels, and their rows of w2."""
     weight = load_matrix(w2, c, c < channels, tl.arange(0, BLOCK_R), hidden, hidden)
     bias = load(b2 + c, mask=c < channels)
@@ -126,7 +126,7 @@ def attention_network_kernel(
     active = tl.where(before < 0, 0.0, before)
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        values, _ = _second_layer(active, w2, b2, c, channels, hidden, BLOCK_R)
+        values, _ = second_layer(active, w2, b2, c, channels, hidden, BLOCK_R)
         tl.store(scale + image * channels + c, values, mask=c < channels)
 
 
@@ -147,7 +147,7 @@ def attention_network_backward_kernel(
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         row = image * channels + c
-        values, weight = _second_layer(active, w2, b2, c, channels, hidden, BLOCK_R)
+        values, weight = second_layer(active, w2, b2, c, channels, hidden, BLOCK_R)
         grad_logit = _sum_parts(partials, batch + image, parts, c, channels, PARTS) * values * (1.0 - values)
         grad_hidden += tl.sum(weight * grad_logit[:, None], 0)
         tl.store(scale + row, values, mask=c < channels)

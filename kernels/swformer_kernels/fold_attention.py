@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._device import cdiv, check_dtype, jit_for_all_sizes, matrix_options, next_power_of_2, parameter_gradients
 from ._tiles import load, load_matrix, store, store_matrix
-from .channel_attention import attention_parameters_kernel
+from .channel_attention import attention_parameters_kernel, second_layer
 
 _OUTPUTS = 32
 _CHANNELS = 16
@@ -72,13 +72,6 @@ def _before_relu(
 
 
 @triton.jit
-def _attention(active, network, c, channels, hidden, BLOCK_R: tl.constexpr):
-    """Of the channels c, and their rows of the second layer's weight."""
-    weight = load_matrix(network[2], c, c < channels, tl.arange(0, BLOCK_R), hidden, hidden)
-    return tl.sigmoid(tl.sum(weight * active[None, :], 1) + load(network[3] + c, c < channels)), weight
-
-
-@triton.jit
 def _scale(scale, e, outputs):
     if scale is None:
         return tl.where(e < outputs, 1.0, 0.0)
@@ -105,7 +98,7 @@ def fold_attention_kernel(
     target = out + image * outputs * width
     for first in range(0, local, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        attention, _ = _attention(active, network, c, channels, hidden, BLOCK_R)
+        attention, _ = second_layer(active, network[2], network[3], c, channels, hidden, BLOCK_R)
         values = load_matrix(weight, e, e < outputs, c, channels, channels)
         store_matrix(target, values * factor[:, None] * attention[None, :], e, e < outputs, c, local, width)
     constant = load(bias + e, e < outputs) * factor
@@ -114,7 +107,7 @@ def fold_attention_kernel(
         total = tl.zeros((BLOCK_E, BLOCK_K), tl.float32)
         for first in range(0, F, BLOCK_C):
             f = first + tl.arange(0, BLOCK_C)
-            attention, _ = _attention(active, network, local + f, channels, hidden, BLOCK_R)
+            attention, _ = second_layer(active, network[2], network[3], local + f, channels, hidden, BLOCK_R)
             left = load_matrix(weight + local, e, e < outputs, f, F, channels)
             left *= factor[:, None] * attention[None, :]
             right = load_matrix(last[0], f, f < F, k, inputs, inputs)
@@ -134,7 +127,7 @@ def _local_backward(
     S, W, F, inputs, outputs, hidden = sizes
     local, channels = S + W, S + W + F
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    attention, _ = _attention(active, network, c, channels, hidden, BLOCK_R)
+    attention, _ = second_layer(active, network[2], network[3], c, channels, hidden, BLOCK_R)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, outputs, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E)
@@ -157,7 +150,7 @@ def _fourier_backward(
     grad += local
     weight += local
     f = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    attention, _ = _attention(active, network, local + f, channels, hidden, BLOCK_R)
+    attention, _ = second_layer(active, network[2], network[3], local + f, channels, hidden, BLOCK_R)
     total = tl.zeros((BLOCK_C,), tl.float32)
     constant = total
     offset = load(last[1] + f, f < F)
@@ -237,7 +230,7 @@ def fold_attention_network_backward_kernel(
     for first in range(0, channels, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         row = image * channels + c
-        attention, weight = _attention(active, network, c, channels, hidden, BLOCK_R)
+        attention, weight = second_layer(active, network[2], network[3], c, channels, hidden, BLOCK_R)
         upstream = tl.load(of_attention + row, mask=c < channels, other=0.0)
         grad_logit = upstream * attention * (1.0 - attention)
         grad_hidden += tl.sum(weight * grad_logit[:, None], 0)
@@ -354,9 +347,8 @@ class _Net(NamedTuple):
 
 
 def _net(spatial: Tensor, wavelet: Tensor, fourier: Tensor, *parameters: Any) -> _Net:
-    w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale = (
-        p if p is None or p.is_contiguous() else p.contiguous() for p in parameters
-    )
+    contiguous: list[Any] = [None if p is None else p.contiguous() for p in parameters]
+    w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale = contiguous
     sizes = (spatial.shape[1], wavelet.shape[1], len(last_bias), fourier.shape[1], len(bias), len(b1))
     return _Net(sizes, (last_weight, last_bias), (w1, b1, w2, b2), weight, bias, scale)
 
@@ -400,8 +392,7 @@ def fold_attention_backward(
     """
     *parameters, area, needed = arguments
     inputs = (spatial, wavelet, fourier, *parameters)
-    grads = iter(parameter_gradients(spatial, tuple(p for p in inputs if p is not None), needed))
-    every = tuple(grad.new_empty(0) if p is None else next(grads) for p in inputs)
+    every = parameter_gradients(spatial, inputs, needed)
     if not needed or not len(spatial):
         return every
     spatial, wavelet, fourier, grad = (t.contiguous() for t in (spatial, wavelet, fourier, grad))

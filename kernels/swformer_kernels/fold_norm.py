@@ -89,7 +89,7 @@ def fold_norm_kernel(
 
 
 @triton.jit
-def _scaled_gradients(grad, scale, row, exists, d, D, outputs):
+def _scaled_gradients(grad, scale, row, exists, d, D):
     """The gradient of some rows of the folded weight before the scale."""
     values = load_matrix(grad, row, exists, d, D, D)
     if scale is not None:
@@ -124,14 +124,14 @@ def fold_norm_backward_kernel(
         of_offset = of_slope
         for start in range(0, rows, BLOCK_R):
             row = start + tl.arange(0, BLOCK_R)
-            total = _scaled_gradients(grad, scale, row, row < kept, d, D, outputs)
+            total = _scaled_gradients(grad, scale, row, row < kept, d, D)
             constant = _scaled_bias_gradients(grad, scale, row, row < kept, D, outputs)
             if then_weight is not None:
                 inner = tl.where(row < kept, N, row - kept)
                 for first in range(0, E, BLOCK_K):
                     e = first + tl.arange(0, BLOCK_K)
                     factor = load_matrix(then_weight, e, e < E, inner, N, N)
-                    right = _scaled_gradients(grad, scale, kept + e, e < E, d, D, outputs)
+                    right = _scaled_gradients(grad, scale, kept + e, e < E, d, D)
                     total = tl.dot(tl.trans(factor), right, total, input_precision="ieee")
                     right = _scaled_bias_gradients(grad, scale, kept + e, e < E, D, outputs)
                     constant += tl.sum(factor * right[:, None], 0)
@@ -195,7 +195,7 @@ def fold_norm_backward_kernel(
 
 
 def _contiguous(arguments: tuple[Any, ...]) -> list[Any]:
-    return [p if p is None or p.is_contiguous() else p.contiguous() for p in arguments]
+    return [None if p is None else p.contiguous() for p in arguments]
 
 
 def _alike(p: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -221,7 +221,7 @@ def fold_pair(
     sizes: list[tuple[int, ...]] = []
     for arguments in (first,) if second is None else (first, second):
         weight, bias, mean, variance, norm_weight, norm_bias, then_weight, then_bias, scale = _contiguous(arguments)
-        rows, inputs = weight.shape
+        rows, inputs = weight.shape[:2]
         n, e = (0, 0) if then_weight is None or jobs else (then_weight.shape[1], len(then_weight))
         out = weight.new_empty((rows - n + e) * (inputs + 1), dtype=dtype)
         results.append(out)
@@ -251,9 +251,7 @@ def fold_norm(*arguments: Any) -> Tensor:
 def fold_norm_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of `fold_norm` by its nine tensors; those not there are empty, and all unless needed. Deterministic."""
     *job, eps, needed = arguments
-    present = tuple(p for p in job if p is not None)
-    grads = iter(parameter_gradients(job[0], present, needed))
-    every = tuple(grad.new_empty(0) if p is None else next(grads) for p in job)
+    every = parameter_gradients(job[0], tuple(job), needed)
     if needed:
         weight, bias, mean, variance, norm_weight, norm_bias, then_weight, then_bias, scale = _contiguous(tuple(job))
         parts = (weight, bias, (mean, variance, norm_weight, norm_bias), then_weight, then_bias, scale)

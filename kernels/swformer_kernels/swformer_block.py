@@ -48,11 +48,8 @@ def swformer_block(x: Tensor, *arguments: Any) -> Tensor:
     batch, dim, height, width = x.shape
     area = height * width
     in_weight, in_bias, *factors, last_weight, last_bias = fourier
-    then, channels = (in_weight.flatten(1), in_bias), in_bias.shape[0]
-    mixer_job, ffn_job = (
-        (weight.flatten(1), bias, *norm, *then, None) for (weight, bias), norm in ((conv_in, norm1), (ffn[:2], norm2))
-    )
-    folded, of_ffn = fold_pair(mixer_job, ffn_job, eps[0], eps[1])
+    channels, then = in_bias.shape[0], (in_weight, in_bias, None)
+    folded, of_ffn = fold_pair((*conv_in, *norm1, *then), (*ffn[:2], *norm2, *then), eps[0], eps[1])
     sizes = (2 * dim * dim, channels * dim, 2 * dim, channels)
     local_weight, fourier_weight, local_bias, fourier_bias = folded.split(sizes)
 
@@ -68,11 +65,11 @@ def swformer_block(x: Tensor, *arguments: Any) -> Tensor:
     del spectrum
     frequencies = inverse_transform(mixed, x)
 
-    last = (last_weight.flatten(1), last_bias, conv_out[0].flatten(1), conv_out[1], beta[0].reshape(-1))
     sums = left_sums, right_sums, mixed[:, :, 0, 0, 0]  # in the zero frequency stands the mean
-    weights = fold_parts(*sums, float(area), (*(p.flatten(1) if p.dim() > 1 else p for p in attention), *last), area)
+    parameters = (*attention, last_weight, last_bias, *conv_out, *beta)
+    weights = fold_parts(*sums, float(area), parameters, area)
     weight, bias = weights.split((weights.numel() - batch * dim, batch * dim))
     del mixed, sums
     y = pointwise(left, right, frequencies, weight.view(batch, dim, -1), bias.view(batch, dim), x)
     weight, bias = of_ffn.split((of_ffn.numel() - ffn[1].numel(), ffn[1].numel()))
-    return scaled_ffn(y, (weight.view(-1, dim), bias, *ffn[2:]), gamma[0].reshape(-1).contiguous(), y)
+    return scaled_ffn(y, (weight.view(-1, dim), bias, *ffn[2:]), gamma[0].contiguous(), y)
