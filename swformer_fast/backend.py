@@ -241,6 +241,14 @@ def has_cpp(device: str) -> bool:
     return torch.compiler.is_compiling() or (default_backend() in ("auto", "cpp") and _extension() is None)
 
 
+@torch.compiler.assume_constant_result
+def multiplies_bf16() -> bool:
+    """Whether this processor has products of bf16 that the C++ kernels take: twice as many at a time as of fp32."""
+    return (
+        default_backend() in ("auto", "cpp") and _extension() is None and torch.ops._swformer_fast.multiply_in_pairs()
+    )
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Inside, every op runs on backend `name`: "auto", "reference", "cpp" or "triton".

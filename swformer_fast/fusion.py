@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._layout import as_output, channels_last
-from .backend import has_cpp
+from .backend import has_cpp, multiplies_bf16
 from .functional import autocasts, check_block, check_local_branches, fourier_mix_and_sums, update_running
 from .parameters import (
     BlockParameters,
@@ -29,23 +29,23 @@ from .parameters import (
 
 
 def foldable(x: Tensor) -> bool:
-    """Whether the fused path takes this map. On a CPU half-precision maps run op by op: there constants would be folded
-    into rounded weights."""
-    full = x.dtype in (torch.float32, torch.float64)
-    return x.dim() == 4 and x.is_floating_point() and (full or x.device.type != "cpu" or autocasts(x))
+    """Whether the fused path takes this map."""
+    return x.dim() == 4 and x.is_floating_point()
 
 
 def fused(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     """The function of `foldable` maps, contiguous and outside autocast; the result in the first one's layout.
 
-    Under autocast the maps are cast and the result is fp32, as a sum with an fp32 parameter is; on a CPU all of it is
-    fp32, in which our kernels are no slower.
+    Under autocast the maps are cast and the result is fp32, as a sum with an fp32 parameter is; a CPU that does not
+    multiply autocast's dtype any faster computes in fp32.
     """
     x = maps[0]
     if not autocasts(x):
         return as_output(x, function(*[t.contiguous() if channels_last(t) else t for t in maps]))
     device = x.device.type
-    dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and not (dtype == torch.bfloat16 and multiplies_bf16()):
+        dtype = torch.float32
     with torch.autocast(device, enabled=False):
         y = fused(function, *[t if t.dtype == torch.float64 else t.to(dtype) for t in maps])
     return y if y.dtype == torch.float64 else y.float()
@@ -108,7 +108,10 @@ def local_branches(
     """
     check_local_branches(x, weight, bias, spatial, wavelet)
     ops = torch.ops.swformer_fast
-    if not has_cpp(x.device.type):  # fewer launches
+    in_one_pass = has_cpp(x.device.type) and (
+        x.dtype.itemsize > 2 or spatial.weight.shape[-1] == wavelet.weight.shape[-1] == 3
+    )
+    if not in_one_pass:  # on a GPU these are fewer launches
         u, v = ops.pointwise(x, None, None, weight[None], bias, None).chunk(2, 1)
         left, left_sums = ops.depthwise_gelu(u, *spatial, True)
         right, right_sums = ops.wavelet_mix(v, *wavelet, True)

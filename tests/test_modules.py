@@ -191,7 +191,7 @@ def test_channels_last_runs_the_fused_block(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "channels"), [("SWFormerBlock", 8), ("tiny", 3)])
 def test_autocast_runs_the_fused_block(name: str, channels: int, dtype: torch.dtype, record: bool) -> None:
-    """On a CPU in fp32, in which our kernels are no slower; the network's 3x3 convolutions are autocast's as ever."""
+    """On a CPU that does not multiply bf16 any faster in fp32; the network's 3x3 convolutions are autocast's as ever."""
     fast = sf.SWFormerBlock(8) if name == "SWFormerBlock" else sf.SWFormer.from_preset(name)
     perturb(fast)
     slow = getattr(reference, "SWFormerBlock" if name == "SWFormerBlock" else "SWFormer")
@@ -204,7 +204,7 @@ def test_autocast_runs_the_fused_block(name: str, channels: int, dtype: torch.dt
     expected, _ = results(slow.double(), x.double(), record)
     assert ops == {"fold_attention" if record else "swformer_block"}
     assert [a.dtype for a in actual] == [like.dtype for like in likes]
-    if name == "SWFormerBlock" and dtype == torch.float32:
+    if name == "SWFormerBlock" and dtype == torch.float32 and not sf.backend.multiplies_bf16():
         for a, e in zip(actual, expected, strict=True):
             assert (a - e).norm() <= 1e-5 * e.norm() + 1e-5
         return
@@ -214,7 +214,10 @@ def test_autocast_runs_the_fused_block(name: str, channels: int, dtype: torch.dt
             (t - e).square().sum().item() / e.square().sum().item() for t, e in zip(tensors, expected, strict=True)
         )
 
-    assert error(actual) < error(likes)
+    if sf.backend.multiplies_bf16():  # then the residual is of bf16 too
+        assert error(actual) < 4 * error(likes) + 1e-4
+    else:
+        assert error(actual) < error(likes)
 
 
 class Wrapper(nn.Module):

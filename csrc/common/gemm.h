@@ -1,5 +1,5 @@
 // Matrix products of cache-resident tiles: C (m x n) = A (m x k) B (k x n), the columns n in vectors, a block of C in
-// registers.
+// registers. Elements are numbers, or pairs of bf16 numbers: then k counts pairs, and C is of floats.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +19,19 @@ constexpr int kRows = 8;
 #endif
 constexpr int kVectors = 3;
 
+// sum += element * row, lane by lane; of pairs, both products.
+template <class V, class A>
+__attribute__((always_inline)) inline void add_product(V& sum, V element, const A& row) {
+  sum += element * row;
+}
+#if defined(__AVX512F__)
+__attribute__((always_inline)) inline void add_product(simd::VecF& sum, simd::VecU element, simd::VecU row) {
+  simd::VecF result = sum;  // a name of its own: an array's element would be kept in memory
+  asm("vdpbf16ps %2, %1, %0" : "+v"(result) : "v"(element), "v"(row));
+  sum = result;
+}
+#endif
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Elements that `pack` writes.
@@ -30,18 +43,18 @@ template <class A, class At>
 inline void pack(int64_t rows, int64_t k, A* panels, At&& at) {
   for (int64_t first = 0; first < rows; first += kRows, panels += k * kRows)
     for (int64_t j = 0; j < k; ++j)
-      for (int64_t i = 0; i < kRows; ++i) panels[j * kRows + i] = first + i < rows ? at(first + i, j) : A(0);
+      for (int64_t i = 0; i < kRows; ++i) panels[j * kRows + i] = first + i < rows ? at(first + i, j) : A{};
 }
 
 // One block: sum over j < k of A[j * lda + i] B[j * ldb ...], i < kRows, n vectors wide.
 template <int n, class A>
 __attribute__((always_inline)) inline void block(
-    int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, simd::Vec<A> (&sum)[kRows][n]) {
+    int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, simd::Vec<simd::Acc<A>> (&sum)[kRows][n]) {
   using V = simd::Vec<A>;
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < n; ++v) sum[i][v] = V{};
+    for (int v = 0; v < n; ++v) sum[i][v] = simd::Vec<simd::Acc<A>>{};
   for (int64_t j = 0; j < k; ++j, a += lda, b += ldb) {
     V row[n];
 #pragma GCC unroll 3
@@ -50,12 +63,12 @@ __attribute__((always_inline)) inline void block(
     for (int i = 0; i < kRows; ++i) {
       const V element = simd::broadcast(a[i]);
 #pragma GCC unroll 3
-      for (int v = 0; v < n; ++v) sum[i][v] += element * row[v];
+      for (int v = 0; v < n; ++v) add_product(sum[i][v], element, row[v]);
     }
   }
 }
 
-// Calls use(row, column, sum) for every block of the product, sum being Vec<A>[kRows][vectors]. A is in panels
+// Calls use(row, column, sum) for every block of the product, sum being Vec<Acc<A>>[kRows][vectors]. A is in panels
 // `panel_stride` apart, each with its kRows elements of column j at j * lda (`pack`: lda = kRows, panel_stride = k *
 // kRows). Columns are computed in whole vectors: B's rows must be readable, and what `use` does with columns past n
 // harmless, up to round_up(n, kLanes).
@@ -67,7 +80,7 @@ inline void multiply(
   auto strip = [&](auto width, int64_t column) __attribute__((always_inline)) {
     const A* panel = a;
     for (int64_t row = 0; row < m; row += kRows, panel += panel_stride) {
-      simd::Vec<A> sum[kRows][decltype(width)::value];
+      simd::Vec<simd::Acc<A>> sum[kRows][decltype(width)::value];
       block<decltype(width)::value>(k, panel, lda, b + column, ldb, sum);
       use(row, column, sum);
     }
@@ -96,6 +109,24 @@ inline auto into(A* c, int64_t ldc, int64_t m) {
   };
 }
 
+// Rows of B for so many channels.
+template <class A>
+constexpr int64_t depth(int64_t channels) {
+  return std::is_same_v<A, simd::Pair> ? (channels + 1) / 2 : channels;
+}
+
+// Sets a vector of channel c in B's rows, ldb apart. Of a pair, the first channel is set before the second.
+template <class A>
+inline void set_channel(int64_t c, simd::Vec<simd::Acc<A>> value, A* b, int64_t ldb) {
+  if constexpr (std::is_same_v<A, simd::Pair>) {
+    A* row = b + c / 2 * ldb;
+    const simd::VecU rounded = simd::round_for_pair(value);
+    simd::store(row, c % 2 ? simd::load(row) | rounded << 16 : rounded);
+  } else {
+    simd::store(b + c * ldb, value);
+  }
+}
+
 // A left factor of products, packed.
 template <class A>
 struct Matrix {
@@ -103,10 +134,16 @@ struct Matrix {
   std::vector<A> panels;
 
   Matrix() = default;
-  // Element (i, j) is at(i, j).
+  // The element of row i and channel j is at(i, j).
   template <class At>
-  Matrix(int64_t rows, int64_t depth, At&& at) : rows(rows), depth(depth), panels(packed_size(rows, depth)) {
-    pack(rows, depth, panels.data(), at);
+  Matrix(int64_t rows, int64_t channels, At&& at)
+      : rows(rows), depth(gemm::depth<A>(channels)), panels(packed_size(rows, depth)) {
+    pack(rows, depth, panels.data(), [&](int64_t i, int64_t j) {
+      if constexpr (std::is_same_v<A, simd::Pair>)
+        return simd::pair(at(i, 2 * j), 2 * j + 1 < channels ? at(i, 2 * j + 1) : 0.0f);
+      else
+        return at(i, j);
+    });
   }
   // `multiply` with n columns of b.
   template <class Use>

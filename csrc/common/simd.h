@@ -39,9 +39,22 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
+// Two numbers of bf16, the first in the low half: what `add_products` takes as one element.
+struct Pair {
+  uint32_t bits;
+};
+template <>
+struct AccOf<Pair> {
+  using type = float;
+};
+
 template <class A>
 struct VecOf {
   typedef A type __attribute__((vector_size(kBytes)));
+};
+template <>
+struct VecOf<Pair> {
+  typedef uint32_t type __attribute__((vector_size(kBytes)));
 };
 template <class A>
 using Vec = typename VecOf<A>::type;
@@ -50,7 +63,7 @@ constexpr int kLanes = kBytes / sizeof(A);
 
 using VecF = Vec<float>;
 constexpr int kFloats = kLanes<float>;
-typedef uint32_t VecU __attribute__((vector_size(kBytes)));
+using VecU = Vec<Pair>;
 typedef uint16_t VecU16 __attribute__((vector_size(kBytes / 2)));
 
 template <class V>
@@ -69,22 +82,54 @@ inline Vec<A> broadcast(A a) {
   return a - Vec<A>{};  // unlike 0 + a, exactly a for -0.0 too, so that it costs no instruction
 }
 
+inline VecU broadcast(Pair pair) { return pair.bits - VecU{}; }
+
 inline VecF load(const float* p) { return load_raw<VecF>(p); }
 inline Vec<double> load(const double* p) { return load_raw<Vec<double>>(p); }
+inline VecU load(const Pair* p) { return load_raw<VecU>(p); }
+inline void store(Pair* p, VecU v) { store_raw(p, v); }
 inline void store(float* p, VecF v) { store_raw(p, v); }
 inline void store(double* p, Vec<double> v) { store_raw(p, v); }
 
-inline VecF load(const BFloat16* p) {
-  VecU bits = __builtin_convertvector(load_raw<VecU16>(p), VecU) << 16;
-  return reinterpret_cast<VecF>(bits);
+// By the instructions: GCC makes three of an extension, and more of a truncation.
+inline VecU extend(VecU16 v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(v)));
+#else
+  return __builtin_convertvector(v, VecU);
+#endif
 }
+inline VecU16 truncate(VecU v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU16>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, VecU16);
+#endif
+}
+
+inline VecF load(const BFloat16* p) { return reinterpret_cast<VecF>(extend(load_raw<VecU16>(p)) << 16); }
 inline void store(BFloat16* p, VecF v) {
-  VecU bits = reinterpret_cast<VecU>(v);
-  VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU bits = reinterpret_cast<VecU>(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   // Rounding must not carry a NaN's payload into infinity.
-  VecU is_nan = reinterpret_cast<VecU>(v != v);
-  store_raw(p, __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), VecU16));
+  store_raw(p, truncate((v == v ? rounded : VecU{} + 0x7fc00000u) >> 16));
 }
+
+// v rounded to bf16, in the low halves: what becomes part of a pair. Denormal numbers become zero.
+inline VecU round_for_pair(VecF v) {
+#if defined(__AVX512F__)
+  VecU16 rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+  return extend(rounded);
+#else
+  BFloat16 rounded[kFloats];
+  store(rounded, v);
+  return extend(load_raw<VecU16>(rounded));
+#endif
+}
+inline VecU pair(VecF first, VecF second) { return round_for_pair(first) | round_for_pair(second) << 16; }
+inline Pair pair(float first, float second) { return {pair(broadcast(first), broadcast(second))[0]}; }
+inline VecF first_of(VecU pairs) { return reinterpret_cast<VecF>(pairs << 16); }
+inline VecF second_of(VecU pairs) { return reinterpret_cast<VecF>(pairs & 0xffff0000u); }
 
 inline VecF load(const Half* p) {
 #if defined(__AVX512F__)

@@ -208,11 +208,10 @@ def fold_pair(
     second: tuple[Any, ...] | None,
     eps: float,
     second_eps: float = 1.0,
-    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """`fold_norm` of one or two jobs, given by its arguments but eps, in one launch.
 
-    The second has no other convolution, and Nones, of that too, as the first. Results are of `dtype`.
+    The second has no other convolution, and Nones, of that too, as the first. Results are fp32.
     """
     if second is not None:  # a program takes the one's tensors or the other's
         first, second = zip(*map(_alike, first, second), strict=True)
@@ -223,7 +222,7 @@ def fold_pair(
         weight, bias, mean, variance, norm_weight, norm_bias, then_weight, then_bias, scale = _contiguous(arguments)
         rows, inputs = weight.shape[:2]
         n, e = (0, 0) if then_weight is None or jobs else (then_weight.shape[1], len(then_weight))
-        out = weight.new_empty((rows - n + e) * (inputs + 1), dtype=dtype)
+        out = weight.new_empty((rows - n + e) * (inputs + 1), dtype=torch.float32)
         results.append(out)
         jobs.append((weight, bias, (mean, variance, norm_weight, norm_bias), then_weight, then_bias, scale, out))
         sizes.append((rows, inputs, n, e))
@@ -245,7 +244,7 @@ def fold_norm(*arguments: Any) -> Tensor:
     """
     *job, eps = arguments
     check_dtype("weight", job[0])
-    return fold_pair(tuple(job), None, eps, dtype=job[0].dtype)[0]
+    return fold_pair(tuple(job), None, eps)[0]
 
 
 def fold_norm_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

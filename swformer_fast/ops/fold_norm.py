@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -14,7 +15,8 @@ _OPTIONAL = ("mean", "variance", "norm_weight", "norm_bias", "then_weight", "the
 def _fake(weight: Tensor, bias: Tensor, *others: Any) -> Tensor:
     then_weight = others[_OPTIONAL.index("then_weight")]
     outputs = len(bias) if then_weight is None else len(bias) - then_weight.shape[1] + len(then_weight)
-    return weight.new_empty(outputs * (weight.shape[1] + 1))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_empty(outputs * (weight.shape[1] + 1), dtype=dtype)
 
 
 def _example(b: int, c: int, h: int, w: int, optional: bool) -> tuple[Any, ...]:

@@ -35,9 +35,9 @@ def _dtype_of_sums(x: Tensor) -> torch.dtype:
 
 
 def _limits(backend: str, x: Tensor, in_weight: Tensor, in_bias: Tensor, *parameters: Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"the kernel takes float32 and float64, not {x.dtype}"
     spatial, wavelet = _bundles(parameters)
+    if backend == "cpp" and x.dtype.itemsize == 2 and {spatial.weight.shape[-1], wavelet.weight.shape[-1]} != {3}:
+        return f"the kernel takes depthwise kernels of 3 x 3 alone in {x.dtype}"
     kernels = depthwise_gelu.limits(backend, x, spatial.weight), wavelet_mix.limits(backend, x, wavelet.weight)
     return contiguous_maps(backend, x) or next((reason for reason in kernels if reason), None)
 

@@ -64,7 +64,7 @@ def _definition(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _limits(backend: str, *args: Any) -> str | None:
-    if args[0].dtype == torch.float64 or (backend == "cpp" and args[0].dtype != torch.float32):
+    if args[0].dtype == torch.float64:
         return f"the kernels take no {args[0].dtype}"
     if any(args[i].shape[2:] != (3, 3) for i in _DEPTHWISE):
         return "the depthwise kernels must be 3 x 3"

@@ -32,8 +32,13 @@ def fold_norm(
         eps: of the normalisation.
 
     Returns:
-        Weight and then bias in one vector: (O * D + O,), O = R or R - N + E.
+        Weight and then bias in one vector: (O * D + O,), O = R or R - N + E. Parameters of half precision give fp32:
+        constants go into the bias that may be far larger than what is left of them.
     """
+    tensors = (weight, bias, mean, variance, norm_weight, norm_bias, then_weight, then_bias, scale)
+    weight, bias, mean, variance, norm_weight, norm_bias, then_weight, then_bias, scale = (  # type: ignore[assignment]
+        t.float() if t is not None and t.dtype.itemsize < 4 else t for t in tensors
+    )
     if mean is not None and variance is not None:
         slope = (variance + eps).rsqrt() if norm_weight is None else (variance + eps).rsqrt() * norm_weight
         offset = -mean * slope if norm_bias is None else norm_bias - mean * slope

@@ -4,6 +4,7 @@
 #include "gather.h"
 #include "gemm.h"
 #include "ops.h"
+#include "pairs.h"
 #include "scratch.h"
 #include "tasks.h"
 #include "wavelet_mix.h"
@@ -17,16 +18,18 @@ constexpr int64_t kTile = 240;                     // pixels of a matrix product
 constexpr int64_t kStripBytes = int64_t{1} << 19;  // of the convolution's results
 constexpr int64_t kFewestRows = 32;                // of blocks in a task, which computes a few of its neighbours' too
 
-template <class T, int ks, int kw>
+// M: what the products take.
+template <class T, class M, int ks, int kw>
 class LocalBranches {
  public:
+  using A = simd::Acc<T>;
   using Problem = stencil::Problem<T>;
   using Spatial = spatial::Forward<T, false, ks>;
   using Wavelet = wavelet::Forward<T, false, kw>;
 
   LocalBranches(
-      const Tensor& x, std::vector<T> weight, std::vector<T> bias, spatial::Parameters<T> spatial,
-      wavelet::Parameters<T> wavelet, const Tensor& spatial_out, const Tensor& wavelet_out)
+      const Tensor& x, const std::vector<A>& weight, std::vector<A> bias, spatial::Parameters<A> spatial,
+      wavelet::Parameters<A> wavelet, const Tensor& spatial_out, const Tensor& wavelet_out)
       : batch_(x.size(0)), inputs_(x.size(1)), channels_(spatial_out.size(1)), height_(x.size(2)), width_(x.size(3)),
         x_(static_cast<const T*>(x.const_data_ptr())),
         matrix_(2 * channels_, inputs_, [&](int64_t e, int64_t c) { return weight[e * inputs_ + c]; }),
@@ -59,14 +62,12 @@ class LocalBranches {
   int64_t block_rows() const { return wavelet::block_rows(height_); }
 
   // Rows [row, row + count) of the 1x1 convolution: channel c at maps + c * pitch.
-  void convolve(int64_t image, int64_t row, int64_t count, T* maps, int64_t pitch, T* gathered) const {
+  void convolve(int64_t image, int64_t row, int64_t count, T* maps, int64_t pitch, M* gathered) const {
     const int64_t pixels = height_ * width_, end = count * width_;
     for (int64_t first = 0; first < end; first += kTile) {
       const int64_t n = std::min(kTile, end - first);
-      for (int64_t c = 0; c < inputs_; ++c) {
-        const T* in = x_ + (image * inputs_ + c) * pixels + row * width_ + first;
-        gather::run(in, c + 1 < inputs_ ? in + pixels : in, n, gathered + c * kTile);
-      }
+      const T* in = x_ + image * inputs_ * pixels + row * width_ + first;
+      gather::tile(inputs_, n, [&](int64_t c) { return in + c * pixels; }, gathered, kTile);
       matrix_.times(n, gathered, kTile, [&](int64_t e, int64_t column, auto v) __attribute__((always_inline)) {
         simd::store(maps + e * pitch + first + column, v + bias_[e]);
       });
@@ -80,19 +81,19 @@ class LocalBranches {
     const int64_t first = std::max<int64_t>(0, 2 * begin - halo), last = std::min(height_, 2 * end + halo);
     const int64_t row_bytes = 2 * channels_ * width_ * static_cast<int64_t>(sizeof(T));
     const int64_t rows = std::clamp<int64_t>(kStripBytes / row_bytes / 2 * 2, 2, last - first + 1);
-    const int64_t pitch = gemm::round_up(rows * width_, 16) + gemm::kVectors * simd::kLanes<T>;
+    const int64_t pitch = gemm::round_up(rows * width_, 16) + gemm::kVectors * simd::kLanes<A>;
 
     scratch::Frame frame;
     T* maps = frame.take<T>(2 * channels_ * pitch);
-    T* gathered = frame.take<T>(inputs_ * kTile);
-    T* mixed = frame.zeros<T>(Wavelet::run_size(width_));
+    M* gathered = frame.take<M>(matrix_.depth * kTile);
+    A* mixed = frame.zeros<A>(Wavelet::run_size(width_));
     std::vector<Spatial> spatial;
     std::vector<Wavelet> wavelet;
     auto task = [&](int64_t c, int64_t from, int64_t to) { return Task{image, c, c, 1, from, to}; };
     for (int64_t c = 0; c < channels_; ++c) {
       spatial.emplace_back(
-          frame.zeros<T>(Spatial::size(width_)), spatial_, task(c, 2 * begin, std::min(height_, 2 * end)));
-      wavelet.emplace_back(frame.zeros<T>(Wavelet::size(width_)), wavelet_, task(c, begin, end));
+          frame.zeros<A>(Spatial::size(width_)), spatial_, task(c, 2 * begin, std::min(height_, 2 * end)));
+      wavelet.emplace_back(frame.zeros<A>(Wavelet::size(width_)), wavelet_, task(c, begin, end));
     }
 
     Problem of_spatial = spatial_, of_wavelet = wavelet_;
@@ -121,10 +122,10 @@ class LocalBranches {
 
   int64_t batch_, inputs_, channels_, height_, width_;
   const T* x_;
-  gemm::Matrix<T> matrix_;
-  std::vector<T> bias_;
-  spatial::Parameters<T> spatial_parameters_;
-  wavelet::Parameters<T> wavelet_parameters_;
+  gemm::Matrix<M> matrix_;
+  std::vector<A> bias_;
+  spatial::Parameters<A> spatial_parameters_;
+  wavelet::Parameters<A> wavelet_parameters_;
   Problem spatial_, wavelet_;
   int64_t ranges_;
 };
@@ -140,25 +141,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::local_branches(
   const std::vector<int64_t> size{batch, channels, x.size(2), x.size(3)};
   Tensor spatial = tensor::empty(x, size), wavelet = tensor::empty(x, size);
   std::vector<double> sums;
-  auto run = [&](auto zero) {
-    using T = decltype(zero);
-    stencil::specialise_kernel(spatial_weight.size(3), [&](auto ks) {
-      stencil::specialise_kernel(wavelet_weight.size(3), [&](auto kw) {
-        const LocalBranches<T, ks, kw> branches(
-            dense, tensor::read<T>(in_weight), tensor::read<T>(in_bias),
-            {tensor::read<T>(spatial_weight), tensor::read<T>(spatial_bias)},
-            {tensor::read<T>(wavelet_weight), tensor::read<T>(wavelet_bias), {dec_lo, dec_hi}, {rec_lo, rec_hi}},
-            spatial, wavelet);
-        sums = branches.run();
-      });
+  auto run = [&](auto* tag, auto ks, auto kw) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    using A = simd::Acc<T>;
+    pairs::choose<T>([&](auto element) {
+      const LocalBranches<T, decltype(element), ks, kw> branches(
+          dense, tensor::read<A>(in_weight), tensor::read<A>(in_bias),
+          {tensor::read<A>(spatial_weight), tensor::read<A>(spatial_bias)},
+          {tensor::read<A>(wavelet_weight), tensor::read<A>(wavelet_bias), {dec_lo, dec_hi}, {rec_lo, rec_hi}}, spatial,
+          wavelet);
+      sums = branches.run();
     });
   };
-  const bool is_double = x.scalar_type() == tensor::ScalarType::Double;
-  STD_TORCH_CHECK(
-      is_double || x.scalar_type() == tensor::ScalarType::Float, "local_branches takes float32 and float64");
-  is_double ? run(double{}) : run(float{});
+  tensor::dispatch(x.scalar_type(), [&](auto* tag) {
+    using Kernels = std::conditional_t<
+        sizeof(*tag) == 2, std::integer_sequence<int, 3>, std::integer_sequence<int, 3, 5, 7>>;  // others are rare
+    stencil::specialise_kernel(
+        spatial_weight.size(3),
+        [&](auto ks) { stencil::specialise_kernel(wavelet_weight.size(3), [&](auto kw) { run(tag, ks, kw); }, Kernels()); },
+        Kernels());
+  });
   const double* values = sums.data();
-  auto result = [&](const double* of) { return tensor::write(x, {batch, channels}, x.scalar_type(), of); };
+  const auto dtype = x.scalar_type() == tensor::ScalarType::Double ? x.scalar_type() : tensor::ScalarType::Float;
+  auto result = [&](const double* of) { return tensor::write(x, {batch, channels}, dtype, of); };
   return {spatial, wavelet, result(values), result(values + batch * channels)};
 }
 

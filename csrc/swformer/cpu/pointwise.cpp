@@ -7,6 +7,7 @@
 #include "gather.h"
 #include "gemm.h"
 #include "ops.h"
+#include "pairs.h"
 #include "scratch.h"
 #include "tasks.h"
 #include "tensor.h"
@@ -14,11 +15,11 @@
 namespace {
 
 using simd::Acc;
+using simd::Pair;
 using tensor::Tensor;
 
 constexpr int64_t kTile = 240;                       // pixels: runs of so many are read and written
 constexpr int64_t kScratchBytes = int64_t{1} << 18;  // of a tile's input, where the channels are many
-constexpr int64_t kAhead = 1;                        // planes that a read goes ahead
 constexpr int64_t kTilesPerFlush = 8;                // float sums stay this short before they are added up in double
 
 struct Maps {
@@ -69,8 +70,11 @@ struct Planes {
   // Pixels [first, first + n) of an image, in rows `pitch` apart.
   template <class A>
   void gather_tile(int64_t image, int64_t first, int64_t n, A* rows, int64_t pitch) const {
-    for (int64_t c = 0; c < count(); ++c)
-      gather::run(at(image, c, first), at(image, std::min(c + kAhead, count() - 1), first), n, rows + c * pitch);
+    gather::tile(count(), n, [&](int64_t c) { return at(image, c, first); }, rows, pitch);
+  }
+  template <class A>
+  void gather_lines(int64_t image, int64_t first, int64_t n, A* rows, int64_t pitch) const {
+    gather::lines(count(), n, [&](int64_t c) { return at(image, c, first); }, rows, pitch);
   }
 };
 
@@ -98,17 +102,18 @@ struct Factors {
       matrices.emplace_back(rows, depth, [&](int64_t e, int64_t c) { return at(b, e, c); });
   }
   // out = factor * in, n columns, in rows `pitch` apart.
-  void multiply(int64_t image, int64_t n, const A* in, A* out, int64_t pitch) const {
+  void multiply(int64_t image, int64_t n, const A* in, Acc<A>* out, int64_t pitch) const {
     const gemm::Matrix<A>& matrix = matrices[std::min<int64_t>(image, matrices.size() - 1)];
     matrix.blocks(n, in, pitch, gemm::into<false>(out, pitch, matrix.rows));
   }
 };
 
-// Sums over pixels of the products of rows with rows, and of the first rows themselves, in vectors.
+// Sums over pixels of the products of rows with rows, and of the first rows themselves, in vectors. Rows are of numbers,
+// or of pairs of neighbouring pixels.
 template <class A>
 class Correlation {
  public:
-  using V = simd::Vec<A>;
+  using V = simd::Vec<Acc<A>>;
   static constexpr int kLeft = gemm::kRows, kRight = gemm::kVectors;
   static int64_t padded_left(int64_t rows) { return gemm::round_up(rows, kLeft); }
   static int64_t padded_right(int64_t rows) { return gemm::round_up(rows, kRight); }
@@ -117,7 +122,7 @@ class Correlation {
       : left_(left), right_(right), products_(frame.zeros<V>(padded_left(left) * padded_right(right))),
         sums_(frame.zeros<V>(left)) {}
 
-  // Both of zeros past column n up to a whole vector; the rows up to the padded numbers are read.
+  // n elements a row, both of zeros past them up to a whole vector; the rows up to the padded numbers are read.
   void add(int64_t n, const A* left, const A* right, int64_t pitch) const {
     constexpr int lanes = simd::kLanes<A>;
     V* block = products_;
@@ -130,14 +135,14 @@ class Correlation {
           for (int j = 0; j < kRight; ++j) sum[i][j] = block[i * kRight + j];
         const A *a = left + e * pitch, *b = right + c * pitch;
         for (int64_t p = 0; p < n; p += lanes) {
-          V row[kRight];
+          simd::Vec<A> row[kRight];
 #pragma GCC unroll 3
           for (int j = 0; j < kRight; ++j) row[j] = simd::load(b + j * pitch + p);
 #pragma GCC unroll 8
           for (int i = 0; i < kLeft; ++i) {
-            const V element = simd::load(a + i * pitch + p);
+            const simd::Vec<A> element = simd::load(a + i * pitch + p);
 #pragma GCC unroll 3
-            for (int j = 0; j < kRight; ++j) sum[i][j] += element * row[j];
+            for (int j = 0; j < kRight; ++j) gemm::add_product(sum[i][j], element, row[j]);
           }
         }
 #pragma GCC unroll 8
@@ -145,7 +150,13 @@ class Correlation {
 #pragma GCC unroll 3
           for (int j = 0; j < kRight; ++j) block[i * kRight + j] = sum[i][j];
       }
-    accumulate::add_rows(left_, n, left, pitch, sums_);
+    if constexpr (std::is_same_v<A, Pair>) {
+      const simd::VecU ones = simd::broadcast(simd::pair(1.0f, 1.0f));
+      for (int64_t e = 0; e < left_; ++e)
+        for (int64_t p = 0; p < n; p += lanes) gemm::add_product(sums_[e], simd::load(left + e * pitch + p), ones);
+    } else {
+      accumulate::add_rows(left_, n, left, pitch, sums_);
+    }
   }
 
   // Adds the sums to products (left x right) and sums (left), and begins anew.
@@ -165,43 +176,50 @@ class Correlation {
   V *products_, *sums_;
 };
 
+// out = weight * maps + bias + residual. A: what the products take.
+template <class T, class A>
+void forward(
+    const Maps& maps, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, Tensor& out) {
+  const int64_t batch = out.size(0), outputs = out.size(1);
+  const Weight<Acc<A>> w(weight);
+  const Factors<A> factors(
+      w.batch, outputs, maps.channels, [&](int64_t i, int64_t e, int64_t c) { return w.at(i, e, c); });
+  const auto offset = tensor::read<Acc<A>>(bias);
+  const int64_t offset_stride = bias.dim() == 2 ? outputs : 0;
+  std::vector<Tensor> added;
+  if (residual) added.push_back(tensor::as_contiguous(*residual));
+  const Planes<const T> in(maps.parts), add(added);
+  const Planes<T> to({out});
+  const int64_t depth = gemm::depth<A>(maps.channels);
+  const Tiles tiles = Tiles::of(out, depth, A());
+  tasks::parallel(batch * tiles.count, 4, [&](int64_t begin, int64_t end) {
+    scratch::Frame frame;
+    A* inputs = frame.take<A>(depth * tiles.size);
+    Acc<A>* products = frame.take<Acc<A>>(outputs * tiles.size);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / tiles.count, first = tiles.first(task % tiles.count),
+                    n = tiles.length(task % tiles.count);
+      in.gather_tile(b, first, n, inputs, tiles.size);
+      factors.multiply(b, n, inputs, products, tiles.size);
+      for (int64_t e = 0; e < outputs; ++e)
+        gather::scatter(
+            products + e * tiles.size, n, offset[b * offset_stride + e], residual ? add.at(b, e, first) : nullptr,
+            to.at(b, e, first));
+    }
+  });
+}
+
 }  // namespace
 
 Tensor swformer::pointwise(
     const Tensor& x0, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const Tensor& weight,
     const Tensor& bias, const std::optional<Tensor>& residual) {
   const Maps maps(x0, x1, x2);
-  const int64_t batch = x0.size(0), outputs = weight.size(1);
-  Tensor out = tensor::empty(x0, {batch, outputs, x0.size(2), x0.size(3)});
+  Tensor out = tensor::empty(x0, {x0.size(0), weight.size(1), x0.size(2), x0.size(3)});
   if (out.numel() == 0) return out;
   tensor::dispatch(x0.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    using A = Acc<T>;
-    const Weight<A> w(weight);
-    const Factors<A> factors(
-        w.batch, outputs, maps.channels, [&](int64_t i, int64_t e, int64_t c) { return w.at(i, e, c); });
-    const auto offset = tensor::read<A>(bias);
-    const int64_t offset_stride = bias.dim() == 2 ? outputs : 0;
-    std::vector<Tensor> added;
-    if (residual) added.push_back(tensor::as_contiguous(*residual));
-    const Planes<const T> in(maps.parts), add(added);
-    const Planes<T> to({out});
-    const Tiles tiles = Tiles::of(x0, maps.channels, A());
-    tasks::parallel(batch * tiles.count, 4, [&](int64_t begin, int64_t end) {
-      scratch::Frame frame;
-      A* inputs = frame.take<A>(maps.channels * tiles.size);
-      A* products = frame.take<A>(outputs * tiles.size);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / tiles.count, first = tiles.first(task % tiles.count),
-                      n = tiles.length(task % tiles.count);
-        in.gather_tile(b, first, n, inputs, tiles.size);
-        factors.multiply(b, n, inputs, products, tiles.size);
-        for (int64_t e = 0; e < outputs; ++e)
-          gather::scatter(
-              products + e * tiles.size, n, offset[b * offset_stride + e], residual ? add.at(b, e, first) : nullptr,
-              to.at(b, e, first));
-      }
-    });
+    pairs::choose<T>([&](auto element) { forward<T, decltype(element)>(maps, weight, bias, residual, out); });
   });
   return out;
 }
@@ -213,27 +231,30 @@ struct ParameterGradients {
   std::vector<double> weight, bias;
 };
 
-// Into `grads` the maps' gradients, where there are any, and with need_parameters into `sums` the parameters'.
-template <class T>
+// Into `grads` the maps' gradients, where there are any, and with need_parameters into `sums` the parameters'. A: what
+// the products take.
+template <class T, class A>
 void backward(
     const Maps& maps, const Tensor& grad, const Tensor& weight, const Tensor& bias, const std::vector<Tensor>& grads,
     bool need_parameters, ParameterGradients& sums) {
-  using A = Acc<T>;
+  constexpr bool kPairs = std::is_same_v<A, Pair>;  // of channels in a product, of pixels in a correlation
   const bool need_images = !grads.empty();
   const int64_t batch = grad.size(0), outputs = weight.size(1), channels = maps.channels;
-  const Weight<A> w(weight);
+  const Weight<Acc<A>> w(weight);
   const Factors<A> factors(
       need_images ? w.batch : 0, channels, outputs, [&](int64_t i, int64_t c, int64_t e) { return w.at(i, e, c); });
   const Planes<const T> upstream({grad}), in(maps.parts);
   const Planes<T> to(grads);
-  const Tiles tiles = Tiles::of(grad, channels + outputs, A());
+  const Tiles tiles = Tiles::of(grad, channels + outputs, Acc<A>());
   const int64_t size = need_parameters ? outputs * (channels + 1) : 0, cuts = tasks::parts(batch, tiles.count, 1, size);
   scratch::Frame frame;
   const tasks::Partial<> partial(frame, batch * cuts, size);
   tasks::parallel(batch * cuts, 1, [&](int64_t begin, int64_t end) {
     scratch::Frame frame;
     A* left = frame.take<A>(Correlation<A>::padded_left(outputs) * tiles.size);
-    A* right = frame.take<A>(Correlation<A>::padded_right(channels) * tiles.size);  // the input, then its gradient
+    A* right = frame.take<A>(Correlation<A>::padded_right(channels) * tiles.size);
+    A* factor = kPairs ? frame.take<A>(gemm::depth<A>(outputs) * tiles.size) : left;
+    Acc<A>* result = frame.take<Acc<A>>(channels * tiles.size);
     const Correlation<A> correlation(frame, need_parameters ? outputs : 0, channels);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / cuts;
@@ -241,16 +262,17 @@ void backward(
       double* total = partial.start(task);
       for (int64_t tile = range.begin; tile < range.end; ++tile) {
         const int64_t first = tiles.first(tile), n = tiles.length(tile);
-        upstream.gather_tile(b, first, n, left, tiles.size);
         if (need_parameters) {
-          in.gather_tile(b, first, n, right, tiles.size);
-          correlation.add(n, left, right, tiles.size);
+          upstream.gather_lines(b, first, n, left, tiles.size);
+          in.gather_lines(b, first, n, right, tiles.size);
+          correlation.add(gemm::depth<A>(n), left, right, tiles.size);
           if (tile % kTilesPerFlush == 0 || tile + 1 == range.end) correlation.flush(total, total + outputs * channels);
         }
         if (!need_images) continue;
-        factors.multiply(b, n, left, right, tiles.size);
+        if (kPairs || !need_parameters) upstream.gather_tile(b, first, n, factor, tiles.size);
+        factors.multiply(b, n, factor, result, tiles.size);
         for (int64_t c = 0; c < channels; ++c)
-          gather::scatter<T>(right + c * tiles.size, n, A(0), nullptr, to.at(b, c, first));
+          gather::scatter<T>(result + c * tiles.size, n, Acc<A>(0), nullptr, to.at(b, c, first));
       }
     }
   });
@@ -274,7 +296,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
   ParameterGradients sums{std::vector<double>(weight.numel()), std::vector<double>(bias.numel())};
   if (x0.size(0) && (need_images || need_parameters))
     tensor::dispatch(x0.scalar_type(), [&](auto* tag) {
-      backward<std::remove_pointer_t<decltype(tag)>>(maps, dense, weight, bias, grads, need_parameters, sums);
+      using T = std::remove_pointer_t<decltype(tag)>;
+      pairs::choose<T>([&](auto element) {
+        backward<T, decltype(element)>(maps, dense, weight, bias, grads, need_parameters, sums);
+      });
     });
   while (grads.size() < 3) grads.push_back(tensor::empty(grad, {0}));
   return {

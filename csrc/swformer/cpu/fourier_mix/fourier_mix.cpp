@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "../ops.h"
+#include "pairs.h"
 #include "parameters.h"
 #include "stages.h"
 
@@ -91,36 +92,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::fourier_mix(
       problem, in_weight, in_bias,
       read_factor(gate_mean, gate_variance, gate_scale, gate_shift, gate_weight, gate_bias),
       read_factor(value_mean, value_variance, value_scale, value_shift, value_weight, value_bias), eps);
-  Tensor z = fourier::rfft2(tensor::as_contiguous(x));
-  const auto zero = read_zero(z);
   std::vector<double> table(4 * 2 * channels);
   const std::vector<int64_t> none = {0};
-  Tensor moments = tensor::empty(x, none, false, ScalarType::Double);
-  if (batch_statistics) {
-    moments = fourier::spectrum_moments(z, problem.height, problem.width);
-    if (problem.images > 0) {
-      Statistics batch = read_statistics(problem, zero, moments);
-      fourier::take_statistics(p, batch);
+  Tensor moments = tensor::empty(x, none, false, ScalarType::Double), y = x;
+  std::vector<double> of_zero;  // the result's zero frequencies, (B, C)
+  auto add_zero = [&](auto&& zero) {
+    for (int64_t b = 0; b < problem.images; ++b)
+      for (int64_t c = 0; c < outputs; ++c) of_zero.push_back(zero(b, c));
+  };
+  const bool in_pairs = x.scalar_type() == ScalarType::BFloat16 && !batch_statistics && !out_weight && pairs::enabled();
+  if (in_pairs) {
+    const auto z = fourier::rfft2_bf16(tensor::as_contiguous(x));
+    const auto mixed = fourier::spectrum_mix_bf16(
+        z, matrix_of(x, p), fourier::compose_zero(p, z.zero), problem.height, problem.width);
+    y = fourier::irfft2_bf16(mixed, out_bias, x);
+    add_zero([&](int64_t b, int64_t c) { return mixed.zero[b][c]; });
+  } else {
+    Tensor z = fourier::rfft2(tensor::as_contiguous(x));
+    const auto zero = read_zero(z);
+    if (batch_statistics) {
+      moments = fourier::spectrum_moments(z, problem.height, problem.width);
+      if (problem.images > 0) {
+        Statistics batch = read_statistics(problem, zero, moments);
+        fourier::take_statistics(p, batch);
+      }
+      const double unbiased = problem.count() / std::max(problem.count() - 1, 1.0);
+      double* row = table.data();
+      for (const auto& factor : p.factors) {
+        row = std::copy(factor.mean.begin(), factor.mean.end(), row);
+        for (double variance : factor.variance) *row++ = variance * unbiased;
+      }
     }
-    const double unbiased = problem.count() / std::max(problem.count() - 1, 1.0);
-    double* row = table.data();
-    for (const auto& factor : p.factors) {
-      row = std::copy(factor.mean.begin(), factor.mean.end(), row);
-      for (double variance : factor.variance) *row++ = variance * unbiased;
-    }
+    Tensor mixed = fourier::spectrum_mix(
+        z, matrix_of(x, p), fourier::compose_zero(p, zero), out_weight, problem.height, problem.width);
+    y = fourier::irfft2(mixed, out_bias, x);
+    add_zero([&](int64_t b, int64_t c) { return *zero_frequency(mixed, b, c); });
   }
-  Tensor mixed = fourier::spectrum_mix(
-      z, matrix_of(x, p), fourier::compose_zero(p, zero), out_weight, problem.height, problem.width);
-  const Tensor y = tensor::with_format(fourier::irfft2(mixed, out_bias, x), tensor::is_channels_last(x));
+  y = tensor::with_format(y, tensor::is_channels_last(x));
   Tensor sums =
       tensor::empty(x, need_sums ? std::vector<int64_t>{problem.images, outputs} : none, false, ScalarType::Float);
   if (need_sums) {
     const auto bias = out_bias ? tensor::read<double>(*out_bias) : std::vector<double>(outputs);
     float* sum = static_cast<float*>(sums.mutable_data_ptr());
-    for (int64_t b = 0; b < problem.images; ++b)
-      for (int64_t c = 0; c < outputs; ++c)
-        *sum++ =
-            static_cast<float>(*zero_frequency(mixed, b, c) * problem.side + bias[c] * problem.side * problem.side);
+    for (int64_t i = 0; i < problem.images * outputs; ++i)
+      sum[i] = static_cast<float>(of_zero[i] * problem.side + bias[i % outputs] * problem.side * problem.side);
   }
   const ScalarType dtype = gate_scale.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   return {

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "accumulate.h"
+#include "gather.h"
 #include "gelu.h"
 #include "gemm.h"
 #include "scratch.h"
@@ -24,6 +25,7 @@ namespace {
 
 using gemm::kRows;
 using scratch::Frame;
+using simd::Pair;
 using simd::kFloats;
 using simd::VecF;
 
@@ -122,33 +124,58 @@ void multiplicity(const Spectra& g, const Tile& t, float* alpha, float* inverse)
 }
 
 // The two factors of the gate share their register blocks: kHalf rows of the gate, then the same rows of the value.
+template <class A>
 struct Gate {
-  int64_t outputs, inputs;  // rows of y (2 C), rows of a tile (2 (D + 1))
-  std::vector<float> panels;
-  explicit Gate(const Tensor& matrix)
-      : outputs(matrix.size(0) / 2), inputs(matrix.size(1)), panels((outputs + kHalf - 1) / kHalf * kRows * inputs) {
-    const float* m = data(matrix);
-    float* out = panels.data();
+  int64_t outputs, depth;  // rows of y (2 C), rows of a tile
+  std::vector<A> panels;
+  // Row `row` of the factors, element j of the tile: at(row, j), row < outputs of the gate, else of the value.
+  template <class At>
+  Gate(int64_t outputs, int64_t depth, At&& at)
+      : outputs(outputs), depth(depth), panels((outputs + kHalf - 1) / kHalf * kRows * depth) {
+    A* out = panels.data();
     for (int64_t first = 0; first < outputs; first += kHalf)
-      for (int64_t j = 0; j < inputs; ++j)
+      for (int64_t j = 0; j < depth; ++j)
         for (int64_t i = 0; i < kRows; ++i, ++out) {
           const int64_t row = first + i % kHalf;
-          *out = row < outputs ? m[(i / kHalf * outputs + row) * inputs + j] : 0;
+          *out = row < outputs ? at(i / kHalf * outputs + row, j) : A{};
         }
   }
 
+  // use(row, column, gate, value): rows row ... row + kHalf - 1 of both pre-activations, in vectors from `column`.
+  template <class Use>
+  void blocks(int64_t count, const A* tile, Use&& use) const {
+    gemm::multiply(
+        (outputs + kHalf - 1) / kHalf * kRows, count, depth, panels.data(), kRows * depth, kRows, tile, kTile,
+        [&](int64_t row, int64_t column, auto& sum)
+            __attribute__((always_inline)) { use(row / 2, column, &sum[0], &sum[kHalf]); });
+  }
   // use(offset, gate, value): a vector of the pre-activations, at `offset` of y's rows.
   template <class Use>
-  void apply(int64_t count, const float* tile, Use&& use) const {
-    gemm::multiply(
-        (outputs + kHalf - 1) / kHalf * kRows, count, inputs, panels.data(), kRows * inputs, kRows, tile, kTile,
-        [&](int64_t row, int64_t column, auto& sum) __attribute__((always_inline)) {
-          constexpr int n = sizeof(sum[0]) / sizeof(VecF);
-          for (int i = 0; i < kHalf && row / 2 + i < outputs; ++i)
-            for (int v = 0; v < n; ++v) use((row / 2 + i) * kTile + column + v * kFloats, sum[i][v], sum[kHalf + i][v]);
-        });
+  void apply(int64_t count, const A* tile, Use&& use) const {
+    blocks(count, tile, [&](int64_t row, int64_t column, auto* gate, auto* value) __attribute__((always_inline)) {
+      constexpr int n = sizeof(gate[0]) / sizeof(VecF);
+      for (int i = 0; i < kHalf && row + i < outputs; ++i)
+        for (int v = 0; v < n; ++v) use((row + i) * kTile + column + v * kFloats, gate[i][v], value[i][v]);
+    });
   }
 };
+
+Gate<float> gate_of(const Tensor& matrix) {
+  const int64_t inputs = matrix.size(1);
+  const float* m = data(matrix);
+  return Gate<float>(matrix.size(0) / 2, inputs, [=](int64_t row, int64_t j) { return m[row * inputs + j]; });
+}
+
+// Rows are real and imaginary part of one channel after the other; pairs are both parts of a channel of the tile.
+Gate<Pair> pair_gate_of(const Tensor& matrix) {
+  const int64_t inputs = matrix.size(1), channels = matrix.size(0) / 4;
+  const float* m = data(matrix);
+  return Gate<Pair>(2 * channels, inputs / 2, [=](int64_t row, int64_t j) {
+    const int64_t factor = row / (2 * channels), r = row % (2 * channels);
+    const float* of_row = m + ((2 * factor + r % 2) * channels + r / 2) * inputs;
+    return simd::pair(of_row[j], of_row[inputs / 2 + j]);
+  });
+}
 
 // One output of the gate in double.
 struct Gated {
@@ -216,14 +243,14 @@ Tensor spectrum_mix(
   const Spectra g(spectrum, height, width);
   const bool has_last = out_weight.has_value();
   const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight->size(0) : c;
-  const Gate gate(matrix);
+  const Gate<float> gate = gate_of(matrix);
   const auto w = last_weight(out_weight);
   const Matrix last(has_last ? e : 0, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
   Tensor mixed = g.empty(spectrum, e);
   float* result = static_cast<float*>(mixed.mutable_data_ptr());
   tasks::parallel(g.count(), 1, [&](int64_t begin, int64_t end) {
     Frame frame;
-    float *in = frame.take<float>(gate.inputs * kTile), *y = frame.take<float>(gate.outputs * kTile);
+    float *in = frame.take<float>(gate.depth * kTile), *y = frame.take<float>(gate.outputs * kTile);
     float* out = frame.take<float>(2 * e * kTile);
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
@@ -241,6 +268,58 @@ Tensor spectrum_mix(
   return mixed;
 }
 
+Bf16Spectrum spectrum_mix_bf16(
+    const Bf16Spectrum& spectrum, const Tensor& matrix, const Rows<double>& of_zero, int64_t height, int64_t width) {
+  const Spectra g(spectrum.values, height, width);
+  const int64_t d = spectrum.values.size(1), c = matrix.size(0) / 4;
+  const Gate<Pair> gate = pair_gate_of(matrix);
+  const std::vector<int64_t> size{g.batch, c, g.blocks, kFloats, 2};
+  Bf16Spectrum mixed{tensor::empty(spectrum.values, size), Rows<double>(g.batch, c)};
+  const Pair* from = static_cast<const Pair*>(spectrum.values.const_data_ptr());
+  Pair* to = static_cast<Pair*>(mixed.values.mutable_data_ptr());
+  tasks::parallel(g.count(), 1, [&](int64_t begin, int64_t end) {
+    Frame frame;
+    Pair *in = frame.take<Pair>((d + 1) * kTile), *y = frame.take<Pair>(gemm::round_up(c, kHalf / 2) * kTile);
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile t(g, index);
+      auto block = [&](auto* spectra, int64_t channels, int64_t channel) {
+        return spectra + ((t.image * channels + channel) * g.blocks + t.first) * kFloats;
+      };
+      for (int64_t channel = 0; channel < d; ++channel) {
+        const Pair* stored = block(from, d, channel);
+        Pair* row = in + channel * kTile;
+        gather::prefetch(stored + t.blocks * kFloats, t.blocks * kFloats);
+        for (int64_t i = 0; i < t.count; i += t.lanes, stored += kFloats) simd::store(row + i, simd::load(stored));
+        for (int64_t i = t.count; i < vectors(t.count); ++i) row[i] = {};
+      }
+      for (int64_t i = 0; i < kTile; ++i) in[d * kTile + i] = simd::pair(i < t.count, i == 0 && t.zero_frequency());
+      gate.blocks(t.count, in, [&](int64_t row, int64_t column, auto* a, auto* v) __attribute__((always_inline)) {
+        constexpr int n = sizeof(a[0]) / sizeof(VecF);
+#pragma GCC unroll 2
+        for (int i = 0; i < kHalf; i += 2)
+#pragma GCC unroll 3
+          for (int u = 0; u < n; ++u)
+            simd::store(
+                y + (row + i) / 2 * kTile + column + u * kFloats,
+                simd::pair(
+                    simd::sigmoid(a[i][u]) * simd::gelu(v[i][u]), simd::sigmoid(a[i + 1][u]) * simd::gelu(v[i + 1][u])));
+      });
+      for (int64_t channel = 0; channel < c; ++channel) {
+        Pair* row = y + channel * kTile;
+        if (t.zero_frequency()) {
+          const double re = Gated(of_zero[t.image], channel, 2 * c).product();
+          mixed.zero[t.image][channel] = re;
+          row[0] = simd::pair(
+              static_cast<float>(re), static_cast<float>(Gated(of_zero[t.image], c + channel, 2 * c).product()));
+        }
+        Pair* stored = block(to, c, channel);
+        for (int64_t i = 0; i < t.count; i += t.lanes, stored += kFloats) simd::store(stored, simd::load(row + i));
+      }
+    }
+  });
+  return mixed;
+}
+
 namespace {
 
 // The backward pass of the mixing: what is done with a tile, in the scratch of one thread.
@@ -249,13 +328,13 @@ class MixBackward {
   struct Factors {
     int64_t d, c, e;  // channels of the spectrum, of y and of the output
     bool has_last;
-    Gate gate;
+    Gate<float> gate;
     Matrix matrix_t, last_t;
     int64_t n() const { return 2 * d + 2; }
 
     Factors(const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight)
         : d(spectrum.size(1)), c(matrix.size(0) / 4), e(out_weight ? out_weight->size(0) : c),
-          has_last(out_weight.has_value()), gate(matrix) {
+          has_last(out_weight.has_value()), gate(gate_of(matrix)) {
       const float* m = data(matrix);
       const auto w = last_weight(out_weight);
       matrix_t = Matrix(2 * d, 4 * c, [&](int64_t i, int64_t j) { return m[j * n() + i + i / d]; });

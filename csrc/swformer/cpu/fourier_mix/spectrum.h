@@ -1,5 +1,5 @@
 // How the spectra of real images lie in memory between the transforms: (B, C, blocks, 2, kFloats), blocks of kFloats
-// frequencies, their real parts, then their imaginary parts.
+// frequencies, their real parts, then their imaginary parts; in bf16 (B, C, blocks, kFloats, 2), both parts side by side.
 //
 // The columns 0 ... (W + 1) / 2 - 1 of the half spectrum come in groups of kFloats: block (group * H + row) holds a
 // row's. Then, for even W, come the blocks of Nyquist's column. What lies in lanes past the last column or row has no
@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -15,6 +16,9 @@
 namespace spectrum {
 
 constexpr int64_t kLanes = simd::kFloats, kBlock = 2 * kLanes;  // floats of a block
+// Elements of a block of floats or of pairs.
+template <class S>
+constexpr int64_t kElements = kBlock * sizeof(float) / sizeof(S) / (std::is_same_v<S, simd::Pair> ? 2 : 1);
 
 // Blocks in a row with the same number of lanes in use.
 struct Tile {

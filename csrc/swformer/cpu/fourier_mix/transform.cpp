@@ -20,6 +20,7 @@ namespace fourier {
 namespace {
 
 using fft::Complex;
+using simd::Pair;
 using simd::VecF;
 using spectrum::kBlock;
 using spectrum::kLanes;
@@ -37,16 +38,18 @@ struct Geometry : spectrum::HalfSpectrum {
     for (int64_t k = 0; k <= length / 2; ++k) fft::root(k, width, &roots[2 * k]);
   }
   bool even() const { return width % 2 == 0; }
+  int64_t nyquist_blocks() const { return blocks - nyquist; }
   int64_t row_floats() const { return std::max(length, groups * kLanes) * kBlock; }
 };
 
 // Scratch of one thread.
 struct Buffers {
-  float *row, *transformed, *first, *plane, *work;
+  float *row, *transformed, *first, *plane, *work, *group, *last;  // group, last: a group's and Nyquist's, of pairs
   Buffers(scratch::Frame& frame, const Geometry& g)
       : row(frame.zeros<float>(std::max(g.row_floats(), g.rows.work()))),
         transformed(frame.zeros<float>(g.row_floats())), first(frame.take<float>(g.height * kBlock)),
-        plane(frame.take<float>(g.nyquist * kBlock)), work(frame.take<float>(g.column.work())) {}
+        plane(frame.take<float>(g.nyquist * kBlock)), work(frame.take<float>(g.column.work())),
+        group(frame.take<float>(g.height * kBlock)), last(frame.take<float>(g.nyquist_blocks() * kBlock)) {}
 };
 
 // The mean of the first rows, of few bits: all bits would be cut from numbers of one exponent alike, errors that add
@@ -181,14 +184,14 @@ void mirror_row(const Geometry& g, float* row) {
 }
 
 // The first column's transform is a + i b of the spectra a and b of two real columns: the first, and Nyquist's.
-void separate(const Geometry& g, float* out) {
+void separate(const Geometry& g, float* out, float* last) {
   for (int64_t h = 0; h <= g.height / 2; ++h) {
     const int64_t mirror = h ? g.height - h : 0;
     float *z = out + h * kBlock, *z_mirror = out + mirror * kBlock;
     const float re = 0.5f * (z[0] + z_mirror[0]), im = 0.5f * (z[kLanes] - z_mirror[kLanes]);
     const float nyquist_re = 0.5f * (z[kLanes] + z_mirror[kLanes]), nyquist_im = 0.5f * (z_mirror[0] - z[0]);
     auto store = [&](int64_t row, float* at, float sign) {
-      float* nyquist = out + (g.nyquist + row / kLanes) * kBlock + row % kLanes;
+      float* nyquist = last + row / kLanes * kBlock + row % kLanes;
       at[0] = re;
       at[kLanes] = sign * im;
       nyquist[0] = nyquist_re;
@@ -200,19 +203,33 @@ void separate(const Geometry& g, float* out) {
 }
 
 // The reverse, of the Hermitian parts of a and b: the transform to real numbers sees no more of them.
-void combine(const Geometry& g, const float* in, float* first) {
+void combine(const Geometry& g, const float* in, const float* last, float* first) {
   for (int64_t h = 0; h < g.height; ++h) {
     const int64_t mirror = h ? g.height - h : 0;
     const float *a = in + h * kBlock, *a_mirror = in + mirror * kBlock;
-    const float* b = in + (g.nyquist + h / kLanes) * kBlock + h % kLanes;
-    const float* b_mirror = in + (g.nyquist + mirror / kLanes) * kBlock + mirror % kLanes;
+    const float* b = last + h / kLanes * kBlock + h % kLanes;
+    const float* b_mirror = last + mirror / kLanes * kBlock + mirror % kLanes;
     first[h * kBlock] = 0.5f * (a[0] + a_mirror[0] - b[kLanes] + b_mirror[kLanes]);
     first[h * kBlock + kLanes] = 0.5f * (a[kLanes] - a_mirror[kLanes] + b[0] + b_mirror[0]);
   }
 }
 
-template <class T>
-void forward(const Geometry& g, const Buffers& b, const T* in, float* out) {
+// Blocks of floats to memory and back, where they do not lie there as floats.
+void pack(int64_t blocks, const float* in, Pair* out) {
+  for (int64_t i = 0; i < blocks; ++i, in += kBlock, out += kLanes)
+    simd::store(out, simd::pair(simd::load(in), simd::load(in + kLanes)));
+}
+void unpack(int64_t blocks, const Pair* in, float* out) {
+  for (int64_t i = 0; i < blocks; ++i, in += kLanes, out += kBlock) {
+    const simd::VecU both = simd::load(in);
+    simd::store(out, simd::first_of(both));
+    simd::store(out + kLanes, simd::second_of(both));
+  }
+}
+
+// Returns the zero frequency.
+template <class T, class S>
+double forward(const Geometry& g, const Buffers& b, const T* in, S* out) {
   const float mean = near_mean(g, in);
   double sum = static_cast<double>(mean) * static_cast<double>(g.height * g.width);
   for (int64_t h = 0; h < g.height; h += kLanes) {
@@ -221,22 +238,51 @@ void forward(const Geometry& g, const Buffers& b, const T* in, float* out) {
     g.even() ? split(g, b.transformed) : scale_row(g, b.transformed);
     to_plane(g, b.transformed, h, b.plane);
   }
+  const double zero = sum * g.scale;
   for (int64_t group = 0; group < g.groups; ++group) {
     float* column = b.plane + group * g.height * kBlock;
-    g.column.run(column, g.column.in_place() ? column : b.work, out + group * g.height * kBlock);
+    float* const work = g.column.in_place() ? column : b.work;
+    if constexpr (std::is_same_v<S, Pair>) {
+      g.column.run(column, work, b.group);
+      if (group == 0 && g.even()) {
+        separate(g, b.group, b.last);
+        pack(g.nyquist_blocks(), b.last, out + g.nyquist * kLanes);
+      }
+      pack(g.height, b.group, out + group * g.height * kLanes);
+    } else {
+      g.column.run(column, work, out + group * g.height * kBlock);
+    }
   }
-  if (g.even()) separate(g, out);
-  out[0] = static_cast<float>(sum * g.scale);
+  if constexpr (std::is_same_v<S, float>) {
+    if (g.even()) separate(g, out, out + g.nyquist * kBlock);
+    out[0] = static_cast<float>(zero);
+  }
+  return zero;
 }
 
-template <class T>
-void inverse(const Geometry& g, const Buffers& b, const float* in, float offset, T* out) {
-  std::copy(in, in + g.height * kBlock, b.first);
-  if (g.even()) combine(g, in, b.first);
-  b.first[0] -= in[0];
-  for (int64_t group = 0; group < g.groups; ++group)
-    g.column.run(group == 0 ? b.first : in + group * g.height * kBlock, b.work, b.plane + group * g.height * kBlock);
-  offset += in[0] * g.scale;
+template <class T, class S>
+void inverse(const Geometry& g, const Buffers& b, const S* in, float zero, float offset, T* out) {
+  for (int64_t group = 0; group < g.groups; ++group) {
+    const S* const stored = in + group * g.height * spectrum::kElements<S>;
+    const float* column;
+    if constexpr (std::is_same_v<S, Pair>) {
+      unpack(g.height, stored, b.group);
+      if (group == 0) unpack(g.nyquist_blocks(), in + g.nyquist * kLanes, b.last);
+      column = b.group;
+    } else {
+      column = stored;
+    }
+    if (group == 0) {
+      std::copy(column, column + g.height * kBlock, b.first);
+      const float* last = b.last;
+      if constexpr (std::is_same_v<S, float>) last = in + g.nyquist * kBlock;
+      if (g.even()) combine(g, column, last, b.first);
+      b.first[0] -= column[0];
+      column = b.first;
+    }
+    g.column.run(column, b.work, b.plane + group * g.height * kBlock);
+  }
+  offset += zero * g.scale;
   for (int64_t h = 0; h < g.height; h += kLanes) {
     from_plane(g, b.plane, h, b.row);
     g.even() ? join(g, b.row) : mirror_row(g, b.row);
@@ -262,34 +308,61 @@ void for_planes(const Tensor& images, const Geometry& g, F&& f) {
   });
 }
 
-}  // namespace
-
-Tensor rfft2(const Tensor& x) {
+// Spectra of S and their zero frequencies.
+template <class S>
+Bf16Spectrum transform(const Tensor& x, const Tensor& values) {
   const Geometry g(x.size(2), x.size(3), false);
-  Tensor out = tensor::empty(x, {x.size(0), x.size(1), g.blocks, 2, kLanes}, false, tensor::ScalarType::Float);
-  float* result = static_cast<float*>(out.mutable_data_ptr());
+  Bf16Spectrum spectrum{values, Rows<double>(x.size(0), x.size(1))};
+  S* result = static_cast<S*>(spectrum.values.mutable_data_ptr());
   const void* data = x.const_data_ptr();
   for_planes(x, g, [&](const Buffers& buffers, int64_t p, auto* tag) {
-    forward(
-        g, buffers, static_cast<decltype(tag)>(const_cast<void*>(data)) + p * g.height * g.width,
-        result + p * g.blocks * kBlock);
+    const auto* plane = static_cast<decltype(tag)>(const_cast<void*>(data)) + p * g.height * g.width;
+    spectrum.zero[p / x.size(1)][p % x.size(1)] =
+        forward(g, buffers, plane, result + p * g.blocks * spectrum::kElements<S>);
   });
-  return out;
+  return spectrum;
 }
 
-Tensor irfft2(const Tensor& spectrum, const std::optional<Tensor>& bias, const Tensor& like) {
+// zero(p): the zero frequency of plane p.
+template <class S, class Zero>
+Tensor transform_back(const Tensor& spectrum, Zero&& zero, const std::optional<Tensor>& bias, const Tensor& like) {
   const int64_t channels = spectrum.size(1);
   const Geometry g(like.size(2), like.size(3), true);
   const auto offset = bias ? tensor::read<float>(*bias) : std::vector<float>(channels);
   Tensor out = tensor::empty(like, {spectrum.size(0), channels, g.height, g.width});
-  const float* in = static_cast<const float*>(spectrum.const_data_ptr());
+  const S* in = static_cast<const S*>(spectrum.const_data_ptr());
   void* data = out.mutable_data_ptr();
   for_planes(out, g, [&](const Buffers& buffers, int64_t p, auto* tag) {
     inverse(
-        g, buffers, in + p * g.blocks * kBlock, offset[p % channels],
+        g, buffers, in + p * g.blocks * spectrum::kElements<S>, zero(p), offset[p % channels],
         static_cast<decltype(tag)>(data) + p * g.height * g.width);
   });
   return out;
+}
+
+int64_t blocks_of(const Tensor& x) { return spectrum::HalfSpectrum(x.size(2), x.size(3)).blocks; }
+
+}  // namespace
+
+Tensor rfft2(const Tensor& x) {
+  const std::vector<int64_t> size{x.size(0), x.size(1), blocks_of(x), 2, kLanes};
+  return transform<float>(x, tensor::empty(x, size, false, tensor::ScalarType::Float)).values;
+}
+
+Tensor irfft2(const Tensor& spectrum, const std::optional<Tensor>& bias, const Tensor& like) {
+  const float* in = static_cast<const float*>(spectrum.const_data_ptr());
+  return transform_back<float>(spectrum, [&](int64_t p) { return in[p * spectrum.stride(1)]; }, bias, like);
+}
+
+Bf16Spectrum rfft2_bf16(const Tensor& x) {
+  const std::vector<int64_t> size{x.size(0), x.size(1), blocks_of(x), kLanes, 2};
+  return transform<Pair>(x, tensor::empty(x, size, false, tensor::ScalarType::BFloat16));
+}
+
+Tensor irfft2_bf16(const Bf16Spectrum& spectrum, const std::optional<Tensor>& bias, const Tensor& like) {
+  const int64_t channels = spectrum.values.size(1);
+  auto zero = [&](int64_t p) { return static_cast<float>(spectrum.zero[p / channels][p % channels]); };
+  return transform_back<Pair>(spectrum.values, zero, bias, like);
 }
 
 }  // namespace fourier

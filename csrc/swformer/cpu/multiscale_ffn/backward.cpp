@@ -17,7 +17,7 @@ template <class T>
 class StripBackward {
  public:
   StripBackward(
-      Frame& frame, const Net& net, const SumPlaces& layout, const Image<const T>& x, const Image<const T>& grad,
+      Frame& frame, const ForwardNet<float>& net, const SumPlaces& layout, const Image<const T>& x, const Image<const T>& grad,
       const Image<T>* grad_x, const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image,
       int64_t strip, float* sums)
       : net_(net), layout_(layout), full_(net.grid[0]), grad_(grad), grad_x_(grad_x), sums_(sums),
@@ -105,7 +105,7 @@ class StripBackward {
     out_bias_.added(kVectors);
   }
 
-  const Net& net_;
+  const ForwardNet<float>& net_;
   const SumPlaces& layout_;
   const Grid& full_;
   const Image<const T>& grad_;
@@ -113,8 +113,8 @@ class StripBackward {
   float* const sums_;
   const int64_t begin_, end_;
   const float* const zeros_;
-  Hidden<T> hidden_;
-  Mixed<T> half_, quarter_;
+  Hidden<T, float> hidden_;
+  Mixed<T, float> half_, quarter_;
   Downsample half_down_, quarter_down_;
   ScaleBackward scale_;
   const Rows mixed_grad_, result_;
@@ -154,20 +154,20 @@ void add_low_row(
 // Second pass over a strip: from the gradients of the low-resolution maps to the input and the parameters.
 template <class T>
 void backward_low_strip(
-    const Net& net, const SumPlaces& layout, const Image<const T>& x, const Image<T>* grad_x,
+    const ForwardNet<float>& net, const SumPlaces& layout, const Image<const T>& x, const Image<T>* grad_x,
     const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image, int64_t strip, float* sums) {
   Frame frame;
   const int64_t begin = strip * net.rows_per_strip(), end = std::min(net.height, begin + net.rows_per_strip());
   struct Scale {
     const LowGradients& low;
     const int64_t factor, height;
-    Hidden<T> hidden;
+    Hidden<T, float> hidden;
     const Rows grad, result;
     ScaleBackward backward;
     int64_t next, next_grad;
 
     Scale(
-        Frame& frame, const Net& net, const SumPlaces& layout, const Image<const T>& x, const LowGradients& gradients,
+        Frame& frame, const ForwardNet<float>& net, const SumPlaces& layout, const Image<const T>& x, const LowGradients& gradients,
         bool need_images, int64_t begin, float* sums)
         : low(gradients), factor(kFactor[low.scale]), height(net.grid[low.scale].height),
           hidden(frame, net, low.scale, x, begin / factor - 1, 3, 3), grad(frame, 3, net.mid, net.grid[low.scale]),
@@ -213,7 +213,7 @@ void sum_over_tasks(int64_t count, int64_t size, double* totals, Work&& work) {
 // so that the gradients between the two passes stay few.
 template <class T>
 void backward(
-    const Net& net, const SumPlaces& layout, const Tensor& grad, const Tensor& x, Tensor* grad_x, bool need_parameters,
+    const ForwardNet<float>& net, const SumPlaces& layout, const Tensor& grad, const Tensor& x, Tensor* grad_x, bool need_parameters,
     double* totals) {
   const int64_t strips = net.strips();
   int64_t image_bytes = 1;
@@ -252,7 +252,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 using Depthwise = std::array<Tensor, 2 * kScales>;
 
 Gradients from_totals(
-    const Net& net, const SumPlaces& layout, const double* totals, const Tensor& grad_x, const Tensor& in_weight,
+    const ForwardNet<float>& net, const SumPlaces& layout, const double* totals, const Tensor& grad_x, const Tensor& in_weight,
     const Tensor& in_bias, const Depthwise& dw, const Tensor& out_weight, const Tensor& out_bias) {
   std::vector<double> in_w, in_b, out_w;
   Depthwise dw_grad = dw;
@@ -292,7 +292,7 @@ Gradients multiscale_ffn_backward(
     const Tensor& dw_bias1, const Tensor& dw_weight2, const Tensor& dw_bias2, const Tensor& dw_weight4,
     const Tensor& dw_bias4, const Tensor& out_weight, const Tensor& out_bias, bool need_images, bool need_parameters) {
   const Depthwise dw = {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4};
-  const Net net(x, in_weight, in_bias, dw, out_weight, out_bias, true);
+  const ForwardNet<float> net(x, in_weight, in_bias, dw, out_weight, out_bias, true);
   const SumPlaces layout(net);
   Tensor grad_x = need_images
                       ? tensor::empty(x, {net.batch, net.in, net.height, net.width}, tensor::is_channels_last(x))

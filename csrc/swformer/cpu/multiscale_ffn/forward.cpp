@@ -2,23 +2,24 @@
 
 #include "../ops.h"
 #include "gelu.h"
+#include "pairs.h"
 #include "rows.h"
 #include "tasks.h"
 
 namespace multiscale_ffn {
 namespace {
 
-template <class T>
+template <class T, class M>
 void forward_strip(
-    const Net& net, const Image<const T>& x, const Image<const T>* residual, const Image<T>& y, int64_t begin,
+    const ForwardNet<M>& net, const Image<const T>& x, const Image<const T>* residual, const Image<T>& y, int64_t begin,
     int64_t end) {
   Frame frame;
   const Grid& full = net.grid[0];
   const float* zeros = zero_row(frame, full);
-  Hidden<T> hidden(frame, net, 0, x, begin - 1, 3, 1);
-  Mixed<T> half(frame, net, 1, x, net.row_source[1][begin].low),
+  Hidden<T, M> hidden(frame, net, 0, x, begin - 1, 3, 1);
+  Mixed<T, M> half(frame, net, 1, x, net.row_source[1][begin].low),
       quarter(frame, net, 2, x, net.row_source[2][begin].low);
-  float* activated = frame.take<float>(kScales * net.mid * kBlock);
+  M* activated = frame.take<M>(net.out_weight.depth * kBlock);
   const Rows result(frame, 1, net.out, full);
   for (int64_t i = begin; i < end; ++i) {
     hidden.advance(i + 1);
@@ -27,7 +28,7 @@ void forward_strip(
     const Neighbours near(hidden.rows, i, full.height, zeros);
     for (int64_t b = 0; b < full.blocks; ++b) {
       before_gelu(net, near, half, quarter, i, b, true, [&](int64_t c, int v, VecF z) __attribute__((always_inline)) {
-        simd::store(activated + c * kBlock + v * kLanes, simd::gelu(z));
+        gemm::set_channel(c, simd::gelu(z), activated + v * kLanes, kBlock);
       });
       float* row = result[i] + b * kBlock;
       net.out_weight.times(
@@ -51,20 +52,22 @@ Tensor swformer::multiscale_ffn(
   using namespace ::multiscale_ffn;
   Tensor y = tensor::empty(x, {x.size(0), out_weight.size(0), x.size(2), x.size(3)}, tensor::is_channels_last(x));
   if (x.size(0) == 0) return y;
-  const Net net(
-      x, in_weight, in_bias, {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4}, out_weight, out_bias,
-      false);
   dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const int64_t strips = net.strips(), rows = net.rows_per_strip();
-    tasks::parallel(net.batch * strips, 1, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t begin = task % strips * rows, b = task / strips;
-        std::optional<Image<const T>> add;
-        if (residual) add = input<T>(*residual, b);
-        forward_strip(
-            net, input<T>(x, b), add ? &*add : nullptr, output<T>(y, b), begin, std::min(net.height, begin + rows));
-      }
+    pairs::choose<T>([&](auto element) {
+      const ForwardNet<decltype(element)> net(
+          x, in_weight, in_bias, {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4}, out_weight,
+          out_bias, false);
+      const int64_t strips = net.strips(), rows = net.rows_per_strip();
+      tasks::parallel(net.batch * strips, 1, [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t begin = task % strips * rows, b = task / strips;
+          std::optional<Image<const T>> add;
+          if (residual) add = input<T>(*residual, b);
+          forward_strip(
+              net, input<T>(x, b), add ? &*add : nullptr, output<T>(y, b), begin, std::min(net.height, begin + rows));
+        }
+      });
     });
   });
   return y;

@@ -132,13 +132,12 @@ struct ColumnMap {
   }
 };
 
-// The network: sizes, interpolation, weights in the forms that the products take.
+// The network: sizes, interpolation, the weights of the stencils and of the backward pass.
 struct Net {
   int64_t batch, in, mid, out, height, width;
   std::vector<Grid> grid;
   std::vector<std::vector<Source>> row_source;
   std::vector<ColumnMap> column_map;  // of the scales 2 and 4: [scale - 1]
-  gemm::Matrix<float> in_weight[kScales], out_weight;
   std::vector<float> in_bias, taps[kScales], dw_bias[kScales], out_bias;
   // For the backward pass.
   gemm::Matrix<float> in_transposed[kScales], out_transposed[kScales];
@@ -150,12 +149,10 @@ struct Net {
         width(x.size(3)), in_bias(tensor::read<float>(in_b)), out_bias(tensor::read<float>(out_b)) {
     const auto first = tensor::read<float>(in_w), last = tensor::read<float>(out_w);
     const int64_t hidden = kScales * mid;
-    out_weight = gemm::Matrix<float>(out, hidden, [&](int64_t i, int64_t j) { return last[i * hidden + j]; });
     for (int s = 0; s < kScales; ++s) {
       grid.emplace_back(kFactor[s], height, width);
       taps[s] = tensor::read<float>(dw[2 * s]);
       dw_bias[s] = tensor::read<float>(dw[2 * s + 1]);
-      in_weight[s] = gemm::Matrix<float>(mid, in, [&](int64_t i, int64_t j) { return first[(s * mid + i) * in + j]; });
       row_source.emplace_back();
       for (int64_t i = 0; i < height; ++i) row_source[s].emplace_back(i, grid[s].height, height);
       if (s > 0) column_map.emplace_back(grid[s], grid[0]);
@@ -173,6 +170,23 @@ struct Net {
     return gemm::round_up(divide_up(height, divide_up(height, kRowsPerTask)), kFactor[kScales - 1]);
   }
   int64_t strips() const { return divide_up(height, rows_per_strip()); }
+};
+
+// With the weights of the forward pass, in the form M that its products take.
+template <class M>
+struct ForwardNet : Net {
+  gemm::Matrix<M> in_weight[kScales], out_weight;
+
+  ForwardNet(
+      const Tensor& x, const Tensor& in_w, const Tensor& in_b, const std::array<Tensor, 2 * kScales>& dw,
+      const Tensor& out_w, const Tensor& out_b, bool backward)
+      : Net(x, in_w, in_b, dw, out_w, out_b, backward) {
+    const auto first = tensor::read<float>(in_w), last = tensor::read<float>(out_w);
+    for (int s = 0; s < kScales; ++s)
+      in_weight[s] = gemm::Matrix<M>(mid, in, [&](int64_t i, int64_t j) { return first[(s * mid + i) * in + j]; });
+    out_weight =
+        gemm::Matrix<M>(out, kScales * mid, [&](int64_t i, int64_t j) { return last[i * kScales * mid + j]; });
+  }
 };
 
 }  // namespace multiscale_ffn

@@ -31,21 +31,25 @@ Image<T> output(Tensor& t, int64_t b) {
   return {static_cast<T*>(t.mutable_data_ptr()), t, b};
 }
 
-template <class T>
-void pack_row(const Image<const T>& x, int64_t i, float* blocks) {
+// Row i as blocks of `gemm::depth<M>(x.channels)` rows.
+template <class T, class M>
+void pack_row(const Image<const T>& x, int64_t i, M* blocks) {
   const T* row = x.row(i);
-  if (x.dense()) {
+  const int64_t depth = gemm::depth<M>(x.channels);
+  for (int64_t j = 0; j < x.width; j += kBlock, blocks += depth * kBlock) {
+    const int64_t n = std::min(kBlock, x.width - j);
+    if (x.dense()) {
+      gather::tile(x.channels, n, [&](int64_t c) { return row + c * x.strides.c + j; }, blocks, kBlock);
+      continue;
+    }
     for (int64_t c = 0; c < x.channels; ++c)
-      for (int64_t j = 0; j < x.width; j += kLanes)
-        simd::store(
-            blocks + (j / kBlock * x.channels + c) * kBlock + j % kBlock,
-            gather::load(row + c * x.strides.c + j, x.width - j));
-    return;
+      for (int64_t v = 0; v < n; v += kLanes) {
+        VecF value = {};
+        for (int64_t l = 0; l < std::min(kLanes, n - v); ++l)
+          value[l] = static_cast<float>(row[c * x.strides.c + (j + v + l) * x.strides.w]);
+        gemm::set_channel(c, value, blocks + v, kBlock);
+      }
   }
-  for (int64_t j = 0; j < gemm::round_up(x.width, kLanes); ++j)
-    for (int64_t c = 0; c < x.channels; ++c)
-      blocks[(j / kBlock * x.channels + c) * kBlock + j % kBlock] =
-          j < x.width ? static_cast<float>(row[c * x.strides.c + j * x.strides.w]) : 0.0f;
 }
 
 inline VecF add_pairs(VecF a, VecF b) {
@@ -56,8 +60,9 @@ inline VecF add_pairs(VecF a, VecF b) {
 
 // Row u of the pooled image as blocks. `line` holds factor * blocks * kBlock floats, zero from the width rounded up to
 // kLanes on.
-template <class T>
-void pool_row(const Image<const T>& x, const Grid& grid, int64_t u, float* line, float* blocks) {
+template <class T, class M>
+void pool_row(const Image<const T>& x, const Grid& grid, int64_t u, float* line, M* blocks) {
+  const int64_t depth = gemm::depth<M>(x.channels);
   const int64_t rows = grid.rows_of(u);
   const VecF inverse_rows = simd::broadcast(1.0f / rows);
   for (int64_t c = 0; c < x.channels; ++c) {
@@ -80,9 +85,9 @@ void pool_row(const Image<const T>& x, const Grid& grid, int64_t u, float* line,
       VecF sum = add_pairs(simd::load(from), simd::load(from + kLanes));
       if (grid.factor == 4)
         sum = add_pairs(sum, add_pairs(simd::load(from + 2 * kLanes), simd::load(from + 3 * kLanes)));
-      simd::store(
-          blocks + (j / kBlock * x.channels + c) * kBlock + j % kBlock,
-          sum * simd::load(grid.inverse.data() + j) * inverse_rows);
+      gemm::set_channel(
+          c, sum * simd::load(grid.inverse.data() + j) * inverse_rows, blocks + j / kBlock * depth * kBlock + j % kBlock,
+          kBlock);
     }
   }
 }
@@ -174,31 +179,31 @@ inline void upsample(const Rows& low, const Source& source, const ColumnMap& map
 }
 
 // Rows of the (pooled) image and of the first 1x1 convolution, made in order as they are asked for.
-template <class T>
+template <class T, class M>
 class Hidden {
  public:
   Hidden(
-      Frame& frame, const Net& net, int scale, const Image<const T>& x, int64_t first, int64_t row_slots,
+      Frame& frame, const ForwardNet<M>& net, int scale, const Image<const T>& x, int64_t first, int64_t row_slots,
       int64_t pack_slots)
       : rows(frame, row_slots, net.mid, net.grid[scale]), net_(net), scale_(scale), x_(x),
         next_(std::max<int64_t>(0, first)), pack_slots_(pack_slots),
-        pack_size_(net.grid[scale].blocks * kBlock * net.in),
-        packs_(frame.take<float>(pack_slots * pack_size_ + kLanes * kBlock)),
+        pack_size_(net.grid[scale].blocks * kBlock * net.in_weight[scale].depth),
+        packs_(frame.take<M>(pack_slots * pack_size_ + kLanes * kBlock)),
         line_(frame.zeros<float>(net.grid[scale].blocks * kBlock * kFactor[scale])) {}
 
-  float* blocks(int64_t i) const { return packs_ + i % pack_slots_ * pack_size_; }
+  M* blocks(int64_t i) const { return packs_ + i % pack_slots_ * pack_size_; }
 
   void advance(int64_t last) {
     const Grid& grid = net_.grid[scale_];
     const float* bias = net_.in_bias.data() + scale_ * net_.mid;
     for (; next_ <= std::min(last, grid.height - 1); ++next_) {
-      float* block = blocks(next_);
+      M* block = blocks(next_);
       float* row = rows[next_];
       if (scale_ == 0)
         pack_row(x_, next_, block);
       else
         pool_row(x_, grid, next_, line_, block);
-      for (int64_t b = 0; b < grid.blocks; ++b, block += net_.in * kBlock, row += kBlock)
+      for (int64_t b = 0; b < grid.blocks; ++b, block += net_.in_weight[scale_].depth * kBlock, row += kBlock)
         net_.in_weight[scale_].times(
             grid.columns(b), block, kBlock, [&](int64_t c, int64_t j, VecF v) __attribute__((always_inline)) {
               simd::store(row + c * grid.pitch + j, v + bias[c]);
@@ -212,20 +217,20 @@ class Hidden {
   const Rows rows;
 
  private:
-  const Net& net_;
+  const ForwardNet<M>& net_;
   const int scale_;
   const Image<const T> x_;
   int64_t next_;
   const int64_t pack_slots_, pack_size_;
-  float* const packs_;
+  M* const packs_;
   float* const line_;
 };
 
 // Rows of the depthwise convolution at scale 2 or 4, made in order as they are asked for.
-template <class T>
+template <class T, class M>
 class Mixed {
  public:
-  Mixed(Frame& frame, const Net& net, int scale, const Image<const T>& x, int64_t first)
+  Mixed(Frame& frame, const ForwardNet<M>& net, int scale, const Image<const T>& x, int64_t first)
       : rows(frame, 2, net.mid, net.grid[scale]), net_(net), scale_(scale),
         hidden_(frame, net, scale, x, first - 1, 3, 1), zeros_(zero_row(frame, net.grid[scale])), next_(first) {}
 
@@ -248,18 +253,18 @@ class Mixed {
   const Rows rows;
 
  private:
-  const Net& net_;
+  const ForwardNet<M>& net_;
   const int scale_;
-  Hidden<T> hidden_;
+  Hidden<T, M> hidden_;
   const float* const zeros_;
   int64_t next_;
 };
 
 // use(channel of the concatenation, vector, value) for what enters the GELU at block b of row i; full resolution only,
 // or all scales.
-template <class T, class Use>
+template <class T, class M, class Use>
 inline void before_gelu(
-    const Net& net, const Neighbours& near, const Mixed<T>& half, const Mixed<T>& quarter, int64_t i, int64_t b,
+    const Net& net, const Neighbours& near, const Mixed<T, M>& half, const Mixed<T, M>& quarter, int64_t i, int64_t b,
     bool all, Use&& use) {
   depthwise(
       near, net.taps[0].data(), net.mid, b * kBlock,
