@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import functional, fusion, reference
@@ -13,6 +14,19 @@ from .reference import network as reference_network
 from .reference.common import conv_parameters, plain
 
 __all__ = ["PRESETS", "SWFormer"]
+
+
+class Conv2d(reference_network.Conv2d):
+    __doc__ = reference_network.Conv2d.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type) if functional.autocasts(x) else x.dtype
+        if x.device.type != "cpu" or dtype != torch.float16:
+            return super().forward(x)
+        # PyTorch's own convolutions of fp16 take twenty times as long on most CPUs.
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast("cpu", enabled=False):
+            return self._conv_forward(x.float(), self.weight.float(), bias).half()
 
 
 class Merge(reference_network.Merge):
@@ -48,6 +62,7 @@ class SWFormer(reference.SWFormer):
     __doc__ = reference.SWFormer.__doc__
 
     block_type = SWFormerBlock
+    conv_type = Conv2d
     dwt_type = HaarDWT2d
     merge_type = Merge
     resample_type = Resample

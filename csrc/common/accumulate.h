@@ -71,6 +71,16 @@ inline void add_rows(int64_t rows, int64_t n, const A* row, int64_t pitch, Vec<A
   }
 }
 
+// The same of rows of pairs, each of two of the rows that are summed.
+inline void add_rows(int64_t rows, int64_t n, const simd::Pair* row, int64_t pitch, simd::VecF* sums) {
+  for (int64_t i = 0; i < rows; i += 2, row += pitch)
+    for (int64_t j = 0; j < n; j += simd::kFloats) {
+      const simd::VecU both = simd::load(row + j);
+      sums[i] += simd::first_of(both);
+      if (i + 1 < rows) sums[i + 1] += simd::second_of(both);
+    }
+}
+
 // The sum of term(i), i < n, term being called for vectors (true_type) and for single elements.
 template <class A, class Term>
 double over(int64_t n, Term&& term) {

@@ -59,8 +59,8 @@ inline void tile(int64_t channels, int64_t n, Plane&& plane, A* rows, int64_t pi
   }
 }
 
-// The same planes as rows for sums over their pixels: of numbers, or of pairs of neighbouring pixels; zeros up to a whole
-// vector.
+// The same planes as rows for sums over their pixels: of numbers, or of pairs of neighbouring pixels; zeros up to a
+// whole vector.
 template <class A, class Plane>
 inline void lines(int64_t channels, int64_t n, Plane&& plane, A* rows, int64_t pitch) {
   if constexpr (std::is_same_v<A, simd::Pair>) {

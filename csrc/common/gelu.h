@@ -71,6 +71,7 @@ constexpr Table<kDegree> make_table(F f, double end) {
   return table;
 }
 constexpr auto kNormalHalf = make_table<kGeluDegree>(normal_half, 5.5);
+constexpr auto kNormalHalfShort = make_table<kGeluDegree - 2>(normal_half, 4.0);
 constexpr auto kGeluSlopeHalf = make_table<kSlopeDegree>(gelu_slope_half, 5.5);
 
 // row[index's low bits], lane by lane.
@@ -118,13 +119,22 @@ inline VecF evaluate(const Table<kDegree>& table, VecF t) {
   return y;
 }
 
-// 1 / x to 2 units in the last place, for x in [1, 2].
-inline VecF reciprocal(VecF x) {
+// 1 / x to 14 bits or better.
+inline VecF short_reciprocal(VecF x) {
 #if defined(__AVX512F__)
-  VecF r = reinterpret_cast<VecF>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
-  return r + r * (1.0f - x * r);
+  return reinterpret_cast<VecF>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
 #else
   return 1.0f / x;
+#endif
+}
+
+// 1 / x to 2 units in the last place, for x in [1, 2].
+inline VecF reciprocal(VecF x) {
+  const VecF r = short_reciprocal(x);
+#if defined(__AVX512F__)
+  return r + r * (1.0f - x * r);
+#else
+  return r;
 #endif
 }
 
@@ -194,6 +204,32 @@ inline float sigmoid(float x) {
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 inline Vec<double> sigmoid(Vec<double> x) {
   return detail::each([](double v) { return sigmoid(v); }, x);
+}
+
+// For what will be rounded to T.
+template <class T>
+inline Vec<Acc<T>> gelu_of(Vec<Acc<T>> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const VecF t = detail::absolute(x);
+    return 0.5f * x + t * detail::evaluate(detail::kNormalHalfShort, t);
+  } else {
+    return gelu(x);
+  }
+}
+template <class T>
+inline Vec<Acc<T>> sigmoid_of(Vec<Acc<T>> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const VecF power = detail::at_least(detail::absolute(x) * -1.44269504f, -126.0f);
+    const VecF rounded = power + detail::kRound, u = power - (rounded - detail::kRound);  // 2 ** power
+    VecF y = u * 0.0555347f + 0.2419215f;
+    y = y * u + 0.6931472f;
+    y = y * u + 1.0f;
+    const VecF e = y * reinterpret_cast<VecF>((reinterpret_cast<VecU>(rounded) + 127u) << 23);
+    const VecF inverse = detail::short_reciprocal(1.0f + e);
+    return x < 0.0f ? e * inverse : inverse;
+  } else {
+    return sigmoid(x);
+  }
 }
 
 }  // namespace simd

@@ -24,13 +24,16 @@ template <class V, class A>
 __attribute__((always_inline)) inline void add_product(V& sum, V element, const A& row) {
   sum += element * row;
 }
-#if defined(__AVX512F__)
 __attribute__((always_inline)) inline void add_product(simd::VecF& sum, simd::VecU element, simd::VecU row) {
+#if defined(__AVX512F__)
   simd::VecF result = sum;  // a name of its own: an array's element would be kept in memory
   asm("vdpbf16ps %2, %1, %0" : "+v"(result) : "v"(element), "v"(row));
   sum = result;
-}
+#else
+  sum += simd::first_of(element) * simd::first_of(row);
+  sum += simd::second_of(element) * simd::second_of(row);
 #endif
+}
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

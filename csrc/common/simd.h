@@ -127,6 +127,19 @@ inline VecU round_for_pair(VecF v) {
 #endif
 }
 inline VecU pair(VecF first, VecF second) { return round_for_pair(first) | round_for_pair(second) << 16; }
+// The same of neighbours, of 2 kFloats numbers in a row.
+inline VecU pair_neighbours(VecF low, VecF high) {
+#if defined(__AVX512F__)
+  VecU pairs;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(low), "v"(high));
+  return pairs;
+#else
+  BFloat16 numbers[2 * kFloats];
+  store(numbers, low);
+  store(numbers + kFloats, high);
+  return load_raw<VecU>(numbers);
+#endif
+}
 inline Pair pair(float first, float second) { return {pair(broadcast(first), broadcast(second))[0]}; }
 inline VecF first_of(VecU pairs) { return reinterpret_cast<VecF>(pairs << 16); }
 inline VecF second_of(VecU pairs) { return reinterpret_cast<VecF>(pairs & 0xffff0000u); }
@@ -283,6 +296,15 @@ __attribute__((always_inline)) inline void transpose(VecF (&x)[8]) {
   for (int i = 0; i < 8; ++i) x[i] = y[i];
 }
 #endif
+
+// From pairs of two rows at 2 kFloats columns, the pairs of neighbours in either row.
+inline void unpair(VecU low, VecU high, VecU& first, VecU& second) {
+  typedef uint16_t Words __attribute__((vector_size(kBytes)));
+  Words even, odd;
+  deinterleave(reinterpret_cast<Words>(low), reinterpret_cast<Words>(high), even, odd);
+  first = reinterpret_cast<VecU>(even);
+  second = reinterpret_cast<VecU>(odd);
+}
 
 // v's lanes at the low bits of `index`.
 inline VecF permute(VecF v, VecU index) {

@@ -59,6 +59,10 @@ class PixelShuffle(nn.PixelShuffle):
         return super().forward(x) if x.shape[0] else x[:, :: r * r].repeat(1, 1, r, r)
 
 
+class Conv2d(nn.Conv2d):
+    """A 3x3 convolution between an image and its features."""
+
+
 class Merge(nn.Module):
     """Two maps of `dim` channels as one: their sum ("add"), or a 1x1 convolution of their concatenation ("concat")."""
 
@@ -102,14 +106,15 @@ class SWFormer(nn.Module):
         skip: how the encoder's maps join the decoder, "concat" with a 1x1 convolution or "add".
         block_options: of every `SWFormerBlock`.
 
-    Subclasses choose other parts by the class attributes `block_type`, `dwt_type`, `merge_type`, `resample_type` and
-    `stage_type`.
+    Subclasses choose other parts by the class attributes `block_type`, `conv_type`, `dwt_type`, `merge_type`,
+    `resample_type` and `stage_type`.
 
     Source: architecture figure of arXiv 2505.05504, whose authors published no code: a reconstruction of matching size
     and cost.
     """
 
     block_type: type[SWFormerBlock] = SWFormerBlock
+    conv_type: type[Conv2d] = Conv2d
     dwt_type: type[HaarDWT2d] = HaarDWT2d
     merge_type: type[Merge] = Merge
     resample_type: type[Resample] = Resample
@@ -147,7 +152,8 @@ class SWFormer(nn.Module):
             for _ in range(2)
         )
         self.embeddings = nn.ModuleList(
-            nn.Conv2d(channels, width, 3, padding=1) for channels, width in zip(image_channels, widths, strict=True)
+            self.conv_type(channels, width, 3, padding=1)
+            for channels, width in zip(image_channels, widths, strict=True)
         )
         self.stages = nn.ModuleList(
             self.stage_type(*(self.block_type(width, **block_options) for _ in range(depth)))
@@ -164,7 +170,8 @@ class SWFormer(nn.Module):
         )
         self.skips = nn.ModuleList(self.merge_type(width, skip) for width in (d2, d1))
         self.heads = nn.ModuleList(
-            nn.Conv2d(width, channels, 3, padding=1) for channels, width in zip(image_channels, widths, strict=True)
+            self.conv_type(width, channels, 3, padding=1)
+            for channels, width in zip(image_channels, widths, strict=True)
         )
 
     @classmethod

@@ -65,7 +65,7 @@ class Forward {
       stencil::convolve<k, kRows, kStep>(
           around, w, b, out.full(), out.vectors(), [&](int64_t v, auto& z, auto full) __attribute__((always_inline)) {
             for (int o = 0; o < kRows; ++o) {
-              const Vec<A> value = simd::gelu(z[o]);
+              const Vec<A> value = simd::gelu_of<T>(z[o]);
               out.store(y + (i + o) * g.out_strides.h, v, value, full);
               if (kSums) run += full ? value : stencil::first_lanes<A>(value, out.count(v));
             }

@@ -158,7 +158,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::local_branches(
         sizeof(*tag) == 2, std::integer_sequence<int, 3>, std::integer_sequence<int, 3, 5, 7>>;  // others are rare
     stencil::specialise_kernel(
         spatial_weight.size(3),
-        [&](auto ks) { stencil::specialise_kernel(wavelet_weight.size(3), [&](auto kw) { run(tag, ks, kw); }, Kernels()); },
+        [&](auto ks) {
+          stencil::specialise_kernel(wavelet_weight.size(3), [&](auto kw) { run(tag, ks, kw); }, Kernels());
+        },
         Kernels());
   });
   const double* values = sums.data();

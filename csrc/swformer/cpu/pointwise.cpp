@@ -108,8 +108,8 @@ struct Factors {
   }
 };
 
-// Sums over pixels of the products of rows with rows, and of the first rows themselves, in vectors. Rows are of numbers,
-// or of pairs of neighbouring pixels.
+// Sums over pixels of the products of rows with rows, and of the first rows themselves, in vectors. Rows are of
+// numbers, or of pairs of neighbouring pixels.
 template <class A>
 class Correlation {
  public:

@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::fourier_mix(
   const bool in_pairs = x.scalar_type() == ScalarType::BFloat16 && !batch_statistics && !out_weight && pairs::enabled();
   if (in_pairs) {
     const auto z = fourier::rfft2_bf16(tensor::as_contiguous(x));
-    const auto mixed = fourier::spectrum_mix_bf16(
-        z, matrix_of(x, p), fourier::compose_zero(p, z.zero), problem.height, problem.width);
+    const auto mixed =
+        fourier::spectrum_mix_bf16(z, matrix_of(x, p), fourier::compose_zero(p, z.zero), problem.height, problem.width);
     y = fourier::irfft2_bf16(mixed, out_bias, x);
     add_zero([&](int64_t b, int64_t c) { return mixed.zero[b][c]; });
   } else {

@@ -25,8 +25,8 @@ namespace {
 
 using gemm::kRows;
 using scratch::Frame;
-using simd::Pair;
 using simd::kFloats;
+using simd::Pair;
 using simd::VecF;
 
 constexpr int64_t kTile = 192;
@@ -293,6 +293,9 @@ Bf16Spectrum spectrum_mix_bf16(
         for (int64_t i = t.count; i < vectors(t.count); ++i) row[i] = {};
       }
       for (int64_t i = 0; i < kTile; ++i) in[d * kTile + i] = simd::pair(i < t.count, i == 0 && t.zero_frequency());
+      auto gated = [](VecF gate, VecF value) __attribute__((always_inline)) {
+        return simd::sigmoid_of<simd::BFloat16>(gate) * simd::gelu_of<simd::BFloat16>(value);
+      };
       gate.blocks(t.count, in, [&](int64_t row, int64_t column, auto* a, auto* v) __attribute__((always_inline)) {
         constexpr int n = sizeof(a[0]) / sizeof(VecF);
 #pragma GCC unroll 2
@@ -301,8 +304,7 @@ Bf16Spectrum spectrum_mix_bf16(
           for (int u = 0; u < n; ++u)
             simd::store(
                 y + (row + i) / 2 * kTile + column + u * kFloats,
-                simd::pair(
-                    simd::sigmoid(a[i][u]) * simd::gelu(v[i][u]), simd::sigmoid(a[i + 1][u]) * simd::gelu(v[i + 1][u])));
+                simd::pair(gated(a[i][u], v[i][u]), gated(a[i + 1][u], v[i + 1][u])));
       });
       for (int64_t channel = 0; channel < c; ++channel) {
         Pair* row = y + channel * kTile;

@@ -1,5 +1,6 @@
 // How the spectra of real images lie in memory between the transforms: (B, C, blocks, 2, kFloats), blocks of kFloats
-// frequencies, their real parts, then their imaginary parts; in bf16 (B, C, blocks, kFloats, 2), both parts side by side.
+// frequencies, their real parts, then their imaginary parts; in bf16 (B, C, blocks, kFloats, 2), both parts side by
+// side.
 //
 // The columns 0 ... (W + 1) / 2 - 1 of the half spectrum come in groups of kFloats: block (group * H + row) holds a
 // row's. Then, for even W, come the blocks of Nyquist's column. What lies in lanes past the last column or row has no

@@ -3,6 +3,7 @@
 
 #include "gelu.h"
 #include "gradients.h"
+#include "pairs.h"
 #include "tasks.h"
 
 namespace multiscale_ffn {
@@ -13,11 +14,11 @@ constexpr int64_t kGroupBytes = int64_t{32} << 20;  // of gradients between the 
 
 // First pass over a strip. `grad_x` gets what comes through the first scale; `sums` is null where no parameter needs a
 // gradient.
-template <class T>
+template <class T, class M>
 class StripBackward {
  public:
   StripBackward(
-      Frame& frame, const ForwardNet<float>& net, const SumPlaces& layout, const Image<const T>& x, const Image<const T>& grad,
+      Frame& frame, const NetOf<M>& net, const SumPlaces& layout, const Image<const T>& x, const Image<const T>& grad,
       const Image<T>* grad_x, const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image,
       int64_t strip, float* sums)
       : net_(net), layout_(layout), full_(net.grid[0]), grad_(grad), grad_x_(grad_x), sums_(sums),
@@ -28,7 +29,7 @@ class StripBackward {
         quarter_down_(frame, net, quarter_grad, image, strip), scale_(frame, net, layout, 0, grad_x != nullptr, sums),
         mixed_grad_(frame, 3, net.mid, full_), result_(frame, 1, net.in, full_),
         activated_(take_block(frame, kScales * net.mid)), slope_(take_block(frame, kScales * net.mid)),
-        grad_blocks_(frame.take<float>((full_.blocks * net.out + kLanes) * kBlock)),
+        grad_blocks_(frame.take<M>((full_.blocks * gemm::depth<M>(net.out) + kLanes) * kBlock)),
         activated_pixels_(frame, kScales * net.mid, full_), grad_pixels_(frame, net.out, full_),
         out_bias_(frame, net.out, kEqual) {}
 
@@ -77,7 +78,8 @@ class StripBackward {
   // Block b of the gradient, through the last convolution and the GELU, to the maps of each scale.
   void propagate(int64_t i, int64_t b, bool of_task) const {
     const int64_t mid = net_.mid, columns = full_.columns(b), pitch = full_.pitch;
-    const float *block = grad_blocks_ + b * net_.out * kBlock, *const slope = slope_;
+    const M* const block = grad_block(b);
+    const float* const slope = slope_;
     float* row = mixed_grad_[i] + b * kBlock;
     VecU inside[kVectors];  // lanes past the width stay zero
     for (int v = 0; v < kVectors; ++v) inside[v] = first_lanes(net_.width - b * kBlock - v * kLanes);
@@ -96,16 +98,18 @@ class StripBackward {
         });
   }
 
+  const M* grad_block(int64_t b) const { return grad_blocks_ + b * gemm::depth<M>(net_.out) * kBlock; }
+
   // For the gradients of the last convolution.
   void collect(int64_t b) {
-    const float* block = grad_blocks_ + b * net_.out * kBlock;
+    const M* block = grad_block(b);
     activated_pixels_.set(b, activated_);
     grad_pixels_.set(b, block);
     accumulate::add_rows(net_.out, full_.columns(b), block, kBlock, out_bias_.sums);
     out_bias_.added(kVectors);
   }
 
-  const ForwardNet<float>& net_;
+  const NetOf<M>& net_;
   const SumPlaces& layout_;
   const Grid& full_;
   const Image<const T>& grad_;
@@ -113,13 +117,14 @@ class StripBackward {
   float* const sums_;
   const int64_t begin_, end_;
   const float* const zeros_;
-  Hidden<T, float> hidden_;
-  Mixed<T, float> half_, quarter_;
+  Hidden<T, M> hidden_;
+  Mixed<T, M> half_, quarter_;
   Downsample half_down_, quarter_down_;
-  ScaleBackward scale_;
+  ScaleBackward<M> scale_;
   const Rows mixed_grad_, result_;
-  float *const activated_, *const slope_, *const grad_blocks_;
-  const PixelMajor activated_pixels_, grad_pixels_;
+  float *const activated_, *const slope_;
+  M* const grad_blocks_;
+  const PixelMajor<M> activated_pixels_, grad_pixels_;
   VectorSums out_bias_;
 };
 
@@ -152,23 +157,23 @@ void add_low_row(
 }
 
 // Second pass over a strip: from the gradients of the low-resolution maps to the input and the parameters.
-template <class T>
+template <class T, class M>
 void backward_low_strip(
-    const ForwardNet<float>& net, const SumPlaces& layout, const Image<const T>& x, const Image<T>* grad_x,
+    const NetOf<M>& net, const SumPlaces& layout, const Image<const T>& x, const Image<T>* grad_x,
     const LowGradients& half_grad, const LowGradients& quarter_grad, int64_t image, int64_t strip, float* sums) {
   Frame frame;
   const int64_t begin = strip * net.rows_per_strip(), end = std::min(net.height, begin + net.rows_per_strip());
   struct Scale {
     const LowGradients& low;
     const int64_t factor, height;
-    Hidden<T, float> hidden;
+    Hidden<T, M> hidden;
     const Rows grad, result;
-    ScaleBackward backward;
+    ScaleBackward<M> backward;
     int64_t next, next_grad;
 
     Scale(
-        Frame& frame, const ForwardNet<float>& net, const SumPlaces& layout, const Image<const T>& x, const LowGradients& gradients,
-        bool need_images, int64_t begin, float* sums)
+        Frame& frame, const NetOf<M>& net, const SumPlaces& layout, const Image<const T>& x,
+        const LowGradients& gradients, bool need_images, int64_t begin, float* sums)
         : low(gradients), factor(kFactor[low.scale]), height(net.grid[low.scale].height),
           hidden(frame, net, low.scale, x, begin / factor - 1, 3, 3), grad(frame, 3, net.mid, net.grid[low.scale]),
           result(frame, 2, net.in, net.grid[low.scale]), backward(frame, net, layout, low.scale, need_images, sums),
@@ -211,10 +216,10 @@ void sum_over_tasks(int64_t count, int64_t size, double* totals, Work&& work) {
 
 // Into `grad_x`, where it is given, and with need_parameters into `totals`, as `layout` has them. By groups of images,
 // so that the gradients between the two passes stay few.
-template <class T>
+template <class T, class M>
 void backward(
-    const ForwardNet<float>& net, const SumPlaces& layout, const Tensor& grad, const Tensor& x, Tensor* grad_x, bool need_parameters,
-    double* totals) {
+    const NetOf<M>& net, const SumPlaces& layout, const Tensor& grad, const Tensor& x, Tensor* grad_x,
+    bool need_parameters, double* totals) {
   const int64_t strips = net.strips();
   int64_t image_bytes = 1;
   for (int s = 1; s < kScales; ++s)
@@ -230,7 +235,7 @@ void backward(
       const auto image = input<T>(x, b), upstream = input<T>(grad, b);
       const auto to = gradient(b);
       Frame frame;
-      StripBackward<T>(
+      StripBackward<T, M>(
           frame, net, layout, image, upstream, to ? &*to : nullptr, half, quarter, task / strips, task % strips, sums)
           .run();
     });
@@ -252,7 +257,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 using Depthwise = std::array<Tensor, 2 * kScales>;
 
 Gradients from_totals(
-    const ForwardNet<float>& net, const SumPlaces& layout, const double* totals, const Tensor& grad_x, const Tensor& in_weight,
+    const Net& net, const SumPlaces& layout, const double* totals, const Tensor& grad_x, const Tensor& in_weight,
     const Tensor& in_bias, const Depthwise& dw, const Tensor& out_weight, const Tensor& out_bias) {
   std::vector<double> in_w, in_b, out_w;
   Depthwise dw_grad = dw;
@@ -292,7 +297,7 @@ Gradients multiscale_ffn_backward(
     const Tensor& dw_bias1, const Tensor& dw_weight2, const Tensor& dw_bias2, const Tensor& dw_weight4,
     const Tensor& dw_bias4, const Tensor& out_weight, const Tensor& out_bias, bool need_images, bool need_parameters) {
   const Depthwise dw = {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4};
-  const ForwardNet<float> net(x, in_weight, in_bias, dw, out_weight, out_bias, true);
+  const Net net(x, in_weight, in_bias, dw, out_weight, out_bias);
   const SumPlaces layout(net);
   Tensor grad_x = need_images
                       ? tensor::empty(x, {net.batch, net.in, net.height, net.width}, tensor::is_channels_last(x))
@@ -300,7 +305,10 @@ Gradients multiscale_ffn_backward(
   std::vector<double> totals(layout.size);
   dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    backward<T>(net, layout, grad, x, need_images ? &grad_x : nullptr, need_parameters, totals.data());
+    pairs::choose<T>([&](auto element) {
+      const NetOf<decltype(element)> net(x, in_weight, in_bias, dw, out_weight, out_bias, true);
+      backward<T>(net, layout, grad, x, need_images ? &grad_x : nullptr, need_parameters, totals.data());
+    });
   });
   if (need_parameters)
     return from_totals(net, layout, totals.data(), grad_x, in_weight, in_bias, dw, out_weight, out_bias);

@@ -11,7 +11,7 @@ namespace {
 
 template <class T, class M>
 void forward_strip(
-    const ForwardNet<M>& net, const Image<const T>& x, const Image<const T>* residual, const Image<T>& y, int64_t begin,
+    const NetOf<M>& net, const Image<const T>& x, const Image<const T>* residual, const Image<T>& y, int64_t begin,
     int64_t end) {
   Frame frame;
   const Grid& full = net.grid[0];
@@ -28,7 +28,7 @@ void forward_strip(
     const Neighbours near(hidden.rows, i, full.height, zeros);
     for (int64_t b = 0; b < full.blocks; ++b) {
       before_gelu(net, near, half, quarter, i, b, true, [&](int64_t c, int v, VecF z) __attribute__((always_inline)) {
-        gemm::set_channel(c, simd::gelu(z), activated + v * kLanes, kBlock);
+        gemm::set_channel(c, simd::gelu_of<T>(z), activated + v * kLanes, kBlock);
       });
       float* row = result[i] + b * kBlock;
       net.out_weight.times(
@@ -55,7 +55,7 @@ Tensor swformer::multiscale_ffn(
   dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     pairs::choose<T>([&](auto element) {
-      const ForwardNet<decltype(element)> net(
+      const NetOf<decltype(element)> net(
           x, in_weight, in_bias, {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4}, out_weight,
           out_bias, false);
       const int64_t strips = net.strips(), rows = net.rows_per_strip();

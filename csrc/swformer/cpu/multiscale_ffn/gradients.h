@@ -27,25 +27,61 @@ struct SumPlaces {
   }
 };
 
-// A row of pixels [pixel][channel], for products that sum over the pixels.
+// A row of pixels [pixel][channel], or of pairs of neighbouring pixels, for products that sum over the pixels.
+template <class M>
 struct PixelMajor {
+  static constexpr bool kPairs = std::is_same_v<M, simd::Pair>;
+  static constexpr int64_t kRows = kPairs ? kBlock / 2 : kBlock;  // of a block
   int64_t channels, pitch;
-  float* data;
+  M* data;
 
   PixelMajor(Frame& frame, int64_t channels_, const Grid& grid)
       : channels(channels_), pitch(gemm::round_up(channels_, kLanes) + kLanes),  // no power of two
-        data(frame.take<float>(grid.blocks * kBlock * pitch)) {}
+        data(frame.take<M>(grid.blocks * kRows * pitch)) {}
 
   // `block` is read up to a whole vector of channels.
   void set(int64_t b, const float* block) const {
-    gemm::transpose(channels, kBlock, block, kBlock, data + b * kBlock * pitch, pitch);
+    if constexpr (kPairs)
+      transpose(b, [=](int64_t c, VecU(&x)[kLanes]) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < kLanes; ++l) {
+          const float* row = block + (c + l) * kBlock;
+          x[l] = simd::pair_neighbours(simd::load(row), simd::load(row + kLanes));
+        }
+      });
+    else
+      gemm::transpose(channels, kBlock, block, kBlock, data + b * kBlock * pitch, pitch);
+  }
+  // The same of rows of pairs of channels.
+  void set(int64_t b, const simd::Pair* block) const {
+    transpose(b, [=](int64_t c, VecU(&x)[kLanes]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int64_t l = 0; l < kLanes; l += 2) {
+        const simd::Pair* row = block + (c + l) / 2 * kBlock;
+        simd::unpair(simd::load(row), simd::load(row + kLanes), x[l], x[l + 1]);
+      }
+    });
+  }
+
+ private:
+  // take(c, x): the pairs of channels c, c + 1, ...
+  template <class Take>
+  void transpose(int64_t b, Take&& take) const {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      VecU x[kLanes];
+      take(c, x);
+      simd::transpose(x);
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < kLanes; ++l) simd::store(data + (b * kRows + l) * pitch + c, x[l]);
+    }
   }
 };
 
 // sum[i][j] += a[p][i] b[p][j] over the pixels p of a row.
-inline void add_product(const PixelMajor& a, const PixelMajor& b, int64_t pixels, float* sum, int64_t pitch) {
+template <class M>
+inline void add_product(const PixelMajor<M>& a, const PixelMajor<M>& b, int64_t pixels, float* sum, int64_t pitch) {
   gemm::multiply(
-      a.channels, b.channels, pixels, a.data, gemm::kRows, a.pitch, b.data, b.pitch,
+      a.channels, b.channels, gemm::depth<M>(pixels), a.data, gemm::kRows, a.pitch, b.data, b.pitch,
       gemm::into<true>(sum, pitch, a.channels));
 }
 
@@ -73,22 +109,24 @@ struct VectorSums {
   }
 };
 
-inline float* take_block(Frame& frame, int64_t channels) {
-  return frame.take<float>(gemm::round_up(channels, kLanes) * kBlock);
+template <class M = float>
+inline M* take_block(Frame& frame, int64_t channels) {
+  return frame.take<M>(gemm::round_up(channels, kLanes) * kBlock);
 }
 
 // From the gradient after the depthwise convolution of one scale to those of its taps, of the first 1x1 convolution and
 // of its input.
+template <class M>
 class ScaleBackward {
  public:
-  ScaleBackward(Frame& frame, const Net& net, const SumPlaces& layout, int scale, bool need_images, float* sums)
+  ScaleBackward(Frame& frame, const NetOf<M>& net, const SumPlaces& layout, int scale, bool need_images, float* sums)
       : net_(net), layout_(layout), scale_(scale), need_images_(need_images), sums_(sums),
-        zeros_(zero_row(frame, net.grid[scale])), block_(take_block(frame, net.mid)),
+        zeros_(zero_row(frame, net.grid[scale])), block_(take_block(frame, net.mid)), rows_(rows_of(frame)),
         grad_pixels_(frame, net.mid, net.grid[scale]), x_pixels_(frame, net.in, net.grid[scale]),
         tap_sums_(frame, net.mid * (kTaps + 1)), bias_sums_(frame, net.mid) {}
 
   // Row i: `hidden` and `grad` hold its neighbours, `x` its blocks; grad_x is a planar row.
-  void row(const Rows& hidden, const Rows& grad, int64_t i, const float* x, float* grad_x) {
+  void row(const Rows& hidden, const Rows& grad, int64_t i, const M* x, float* grad_x) {
     const Grid& grid = net_.grid[scale_];
     if (sums_) add_taps(Neighbours(hidden, i, grid.height, zeros_), grad[i]);
     const Neighbours near(grad, i, grid.height, zeros_);
@@ -101,18 +139,19 @@ class ScaleBackward {
           [&](int64_t c, int v, VecF g) __attribute__((always_inline)) {
             g = keep(inside[v], g);
             simd::store(block_ + c * kBlock + v * kLanes, g);
+            if constexpr (PixelMajor<M>::kPairs) gemm::set_channel(c, g, rows_ + v * kLanes, kBlock);
             if (sums_) bias_sums_.sums[c] += g;
           });
       if (need_images_) {
         const float* inverse = grid.inverse.data() + b * kBlock;
         net_.in_transposed[scale_].times(
-            grid.columns(b), block_, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
+            grid.columns(b), rows_, kBlock, [&](int64_t c, int64_t j, VecF g) __attribute__((always_inline)) {
               simd::store(grad_x + c * grid.pitch + b * kBlock + j, g * simd::load(inverse + j) * inverse_rows);
             });
       }
       if (sums_) {
         grad_pixels_.set(b, block_);
-        x_pixels_.set(b, x + b * net_.in * kBlock);
+        x_pixels_.set(b, x + b * net_.in_weight[scale_].depth * kBlock);
       }
     }
     if (!sums_) return;
@@ -128,6 +167,13 @@ class ScaleBackward {
   }
 
  private:
+  M* rows_of(Frame& frame) const {
+    if constexpr (PixelMajor<M>::kPairs)
+      return take_block<M>(frame, net_.mid);
+    else
+      return block_;
+  }
+
   void add_taps(const Neighbours& hidden, const float* grad) {
     const Grid& grid = net_.grid[scale_];
     for (int64_t c = 0; c < net_.mid; ++c, grad += grid.pitch) {
@@ -146,14 +192,15 @@ class ScaleBackward {
     }
   }
 
-  const Net& net_;
+  const NetOf<M>& net_;
   const SumPlaces& layout_;
   const int scale_;
   const bool need_images_;
   float* const sums_;  // null where no parameter needs a gradient
   const float* const zeros_;
   float* const block_;
-  const PixelMajor grad_pixels_, x_pixels_;
+  M* const rows_;  // the same, as rows of a product
+  const PixelMajor<M> grad_pixels_, x_pixels_;
   VectorSums tap_sums_, bias_sums_;
 };
 

@@ -132,23 +132,19 @@ struct ColumnMap {
   }
 };
 
-// The network: sizes, interpolation, the weights of the stencils and of the backward pass.
+// The network: sizes, interpolation, the weights of the stencils.
 struct Net {
   int64_t batch, in, mid, out, height, width;
   std::vector<Grid> grid;
   std::vector<std::vector<Source>> row_source;
   std::vector<ColumnMap> column_map;  // of the scales 2 and 4: [scale - 1]
   std::vector<float> in_bias, taps[kScales], dw_bias[kScales], out_bias;
-  // For the backward pass.
-  gemm::Matrix<float> in_transposed[kScales], out_transposed[kScales];
-  std::vector<float> flipped[kScales];
+  std::vector<float> flipped[kScales];  // for the backward pass
 
   Net(const Tensor& x, const Tensor& in_w, const Tensor& in_b, const std::array<Tensor, 2 * kScales>& dw,
-      const Tensor& out_w, const Tensor& out_b, bool backward)
+      const Tensor& out_w, const Tensor& out_b)
       : batch(x.size(0)), in(x.size(1)), mid(in_w.size(0) / kScales), out(out_w.size(0)), height(x.size(2)),
         width(x.size(3)), in_bias(tensor::read<float>(in_b)), out_bias(tensor::read<float>(out_b)) {
-    const auto first = tensor::read<float>(in_w), last = tensor::read<float>(out_w);
-    const int64_t hidden = kScales * mid;
     for (int s = 0; s < kScales; ++s) {
       grid.emplace_back(kFactor[s], height, width);
       taps[s] = tensor::read<float>(dw[2 * s]);
@@ -156,11 +152,6 @@ struct Net {
       row_source.emplace_back();
       for (int64_t i = 0; i < height; ++i) row_source[s].emplace_back(i, grid[s].height, height);
       if (s > 0) column_map.emplace_back(grid[s], grid[0]);
-      if (!backward) continue;
-      in_transposed[s] =
-          gemm::Matrix<float>(in, mid, [&](int64_t i, int64_t j) { return first[(s * mid + j) * in + i]; });
-      out_transposed[s] =
-          gemm::Matrix<float>(mid, out, [&](int64_t i, int64_t j) { return last[j * hidden + s * mid + i]; });
       flipped[s].resize(taps[s].size());
       for (size_t i = 0; i < flipped[s].size(); ++i) flipped[s][i] = taps[s][i / kTaps * kTaps + kTaps - 1 - i % kTaps];
     }
@@ -172,20 +163,25 @@ struct Net {
   int64_t strips() const { return divide_up(height, rows_per_strip()); }
 };
 
-// With the weights of the forward pass, in the form M that its products take.
+// With the weights of the 1x1 convolutions, in the form M that products take; `backward`: their transposes too.
 template <class M>
-struct ForwardNet : Net {
-  gemm::Matrix<M> in_weight[kScales], out_weight;
+struct NetOf : Net {
+  gemm::Matrix<M> in_weight[kScales], out_weight, in_transposed[kScales], out_transposed[kScales];
 
-  ForwardNet(
+  NetOf(
       const Tensor& x, const Tensor& in_w, const Tensor& in_b, const std::array<Tensor, 2 * kScales>& dw,
       const Tensor& out_w, const Tensor& out_b, bool backward)
-      : Net(x, in_w, in_b, dw, out_w, out_b, backward) {
+      : Net(x, in_w, in_b, dw, out_w, out_b) {
+    using Matrix = gemm::Matrix<M>;
     const auto first = tensor::read<float>(in_w), last = tensor::read<float>(out_w);
-    for (int s = 0; s < kScales; ++s)
-      in_weight[s] = gemm::Matrix<M>(mid, in, [&](int64_t i, int64_t j) { return first[(s * mid + i) * in + j]; });
-    out_weight =
-        gemm::Matrix<M>(out, kScales * mid, [&](int64_t i, int64_t j) { return last[i * kScales * mid + j]; });
+    const int64_t hidden = kScales * mid;
+    out_weight = Matrix(out, hidden, [&](int64_t i, int64_t j) { return last[i * hidden + j]; });
+    for (int s = 0; s < kScales; ++s) {
+      in_weight[s] = Matrix(mid, in, [&](int64_t i, int64_t j) { return first[(s * mid + i) * in + j]; });
+      if (!backward) continue;
+      in_transposed[s] = Matrix(in, mid, [&](int64_t i, int64_t j) { return first[(s * mid + j) * in + i]; });
+      out_transposed[s] = Matrix(mid, out, [&](int64_t i, int64_t j) { return last[j * hidden + s * mid + i]; });
+    }
   }
 };
 

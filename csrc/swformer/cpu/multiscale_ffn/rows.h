@@ -86,8 +86,8 @@ void pool_row(const Image<const T>& x, const Grid& grid, int64_t u, float* line,
       if (grid.factor == 4)
         sum = add_pairs(sum, add_pairs(simd::load(from + 2 * kLanes), simd::load(from + 3 * kLanes)));
       gemm::set_channel(
-          c, sum * simd::load(grid.inverse.data() + j) * inverse_rows, blocks + j / kBlock * depth * kBlock + j % kBlock,
-          kBlock);
+          c, sum * simd::load(grid.inverse.data() + j) * inverse_rows,
+          blocks + j / kBlock * depth * kBlock + j % kBlock, kBlock);
     }
   }
 }
@@ -183,7 +183,7 @@ template <class T, class M>
 class Hidden {
  public:
   Hidden(
-      Frame& frame, const ForwardNet<M>& net, int scale, const Image<const T>& x, int64_t first, int64_t row_slots,
+      Frame& frame, const NetOf<M>& net, int scale, const Image<const T>& x, int64_t first, int64_t row_slots,
       int64_t pack_slots)
       : rows(frame, row_slots, net.mid, net.grid[scale]), net_(net), scale_(scale), x_(x),
         next_(std::max<int64_t>(0, first)), pack_slots_(pack_slots),
@@ -217,7 +217,7 @@ class Hidden {
   const Rows rows;
 
  private:
-  const ForwardNet<M>& net_;
+  const NetOf<M>& net_;
   const int scale_;
   const Image<const T> x_;
   int64_t next_;
@@ -230,7 +230,7 @@ class Hidden {
 template <class T, class M>
 class Mixed {
  public:
-  Mixed(Frame& frame, const ForwardNet<M>& net, int scale, const Image<const T>& x, int64_t first)
+  Mixed(Frame& frame, const NetOf<M>& net, int scale, const Image<const T>& x, int64_t first)
       : rows(frame, 2, net.mid, net.grid[scale]), net_(net), scale_(scale),
         hidden_(frame, net, scale, x, first - 1, 3, 1), zeros_(zero_row(frame, net.grid[scale])), next_(first) {}
 
@@ -253,7 +253,7 @@ class Mixed {
   const Rows rows;
 
  private:
-  const ForwardNet<M>& net_;
+  const NetOf<M>& net_;
   const int scale_;
   Hidden<T, M> hidden_;
   const float* const zeros_;
