@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from . import functional, fusion, reference
 from .parameters import BlockParameters, Convolution, MixerParameters
-from .reference.common import as_defined, conv_parameters, norm_parameters, plain
+from .reference.common import as_defined, conv_parameters, norm_parameters, parameters_of, plain, submodules
+
+_BRANCHES = ("spatial", "wavelet", "fourier", "attention")
+_PARTS = ("mixer", "ffn", "norm1", "norm2")
 
 
 class HaarDWT2d(reference.HaarDWT2d):
@@ -74,19 +75,20 @@ class MultiDomainMixer(reference.MultiDomainMixer):
     @property
     def fusible(self) -> bool:
         """Whether its parts do what they are defined to do, so that `mix` may take their parameters instead."""
-        spatial, wavelet, fourier, attention = self.spatial, self.wavelet, self.fourier, self.attention
+        spatial, wavelet, fourier, attention = submodules(self, *_BRANCHES)
         defined = as_defined(SpatialBranch, spatial) and as_defined(WaveletBranch, wavelet)
         defined = defined and as_defined(FourierBranch, fourier) and as_defined(ChannelAttention, attention)
         defined = defined and spatial.readable and wavelet.readable and fourier.readable and attention.readable
-        return defined and plain(self.conv_in, self.conv_out) and self.canonical
+        return defined and plain(*submodules(self, "conv_in", "conv_out")) and self.canonical
 
     def arguments(self) -> tuple[MixerParameters, bool, float, float]:
         """Parameters, and training, momentum and eps of the Fourier branch."""
-        fourier, training, momentum, eps = self.fourier.arguments()
-        ends = (Convolution(*conv_parameters(conv)) for conv in (self.conv_in, self.conv_out))
-        (attention,), (conv_in, conv_out) = self.attention.arguments(), ends
-        branches = (self.spatial.arguments(), self.wavelet.arguments(), fourier)
-        return MixerParameters(conv_in, *branches, attention, conv_out), training, momentum, eps
+        spatial, wavelet, fourier, attention = submodules(self, *_BRANCHES)
+        first, last = [Convolution(*conv_parameters(conv)) for conv in submodules(self, "conv_in", "conv_out")]
+        of_fourier, training, momentum, eps = fourier.arguments()
+        (of_attention,) = attention.arguments()
+        branches = spatial.arguments(), wavelet.arguments(), of_fourier, of_attention
+        return MixerParameters(first, *branches, last), training, momentum, eps
 
     def mix(
         self, x: Tensor, norm: fusion.Foldable, eps: float, scale: Tensor | None, residual: Tensor | None
@@ -113,22 +115,22 @@ class SWFormerBlock(reference.SWFormerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         functional.check_input("x", x, self.beta)
-        mixer, ffn = cast(MultiDomainMixer, self.mixer), self.ffn
-        defined = as_defined(MultiDomainMixer, mixer) and mixer.fusible
-        defined = defined and as_defined(MultiScaleFFN, ffn) and ffn.readable
-        defined = defined and as_defined(nn.BatchNorm2d, self.norm1, self.norm2) and self.canonical
+        mixer, ffn, *norms = submodules(self, *_PARTS)
+        # What is fusible is canonical.
+        defined = as_defined(MultiDomainMixer, mixer) and mixer.fusible and self.norm_position == "pre"
+        defined = defined and as_defined(MultiScaleFFN, ffn) and ffn.readable and ffn.canonical
+        defined = defined and as_defined(nn.BatchNorm2d, *norms)
         return fusion.fused(self._fused, x) if defined and fusion.foldable(x) else super().forward(x)
 
     def _fused(self, x: Tensor) -> Tensor:
-        mixer = cast(MultiDomainMixer, self.mixer)
-        (parameters,) = self.ffn.arguments()
-        if not (torch.is_grad_enabled() or self.norm1.training or self.norm2.training):
+        mixer, ffn, norm1, norm2 = submodules(self, *_PARTS)
+        (parameters,), (beta, gamma) = ffn.arguments(), parameters_of(self, "beta", "gamma")
+        if not (torch.is_grad_enabled() or norm1.training or norm2.training):
             mix, training, _, eps = mixer.arguments()
-            norm1, norm2 = norm_parameters(self.norm1), norm_parameters(self.norm2)
-            every = BlockParameters(norm1, mix, self.beta, norm2, parameters, self.gamma)
+            every = BlockParameters(norm_parameters(norm1), mix, beta, norm_parameters(norm2), parameters, gamma)
             if not training and fusion.in_one(x, every):
-                return fusion.block(x, every, self.norm1.eps, self.norm2.eps, eps)
-        normalised, norm = fusion.normalised(x, self.norm1)
-        x = mixer.mix(normalised, norm, self.norm1.eps, self.beta, x)
-        normalised, norm = fusion.normalised(x, self.norm2)
-        return fusion.feed_forward(normalised, norm, self.norm2.eps, parameters, self.gamma, x)
+                return fusion.block(x, every, norm1.eps, norm2.eps, eps)
+        normalised, norm = fusion.normalised(x, norm1)
+        x = mixer.mix(normalised, norm, norm1.eps, beta, x)
+        normalised, norm = fusion.normalised(x, norm2)
+        return fusion.feed_forward(normalised, norm, norm2.eps, parameters, gamma, x)

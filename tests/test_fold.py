@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import swformer_fast as sf
 from swformer_fast import fusion, reference
-from swformer_fast.parameters import BlockParameters, MixerParameters
+from swformer_fast.parameters import BlockParameters, MixerParameters, flatten
 
 GROUPS = (("mean", "variance"), ("norm_weight",), ("norm_bias",), ("then_weight", "then_bias"), ("scale",))
 """Inputs of fold_norm that come together."""
@@ -110,6 +110,33 @@ def test_one_op_without_gradients() -> None:
         assert_close(fast(x), slow(x.double()))
     assert "swformer_fast::swformer_block" not in ops_of(lambda: fast(x))
     assert_close(fast(x), slow(x.double()))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_size_seen_before(backend: str) -> None:
+    """Launches are prepared once for each size: other numbers, layouts, widths and sizes are seen all the same."""
+    slow = [reference.SWFormerBlock(4, scale_init=0.5, **options) for options in ({}, {"ffn_ratio": 6})]
+    for block in slow:
+        perturb(block.double().eval())
+    bundles = [bundle(block, sf.MultiDomainMixer.arguments(block.mixer)[0]) for block in slow]  # type: ignore[arg-type]
+    device = device_of(backend)
+
+    def same(x: Tensor, parameters: BlockParameters, layout: Callable[[Tensor], Tensor], *eps: float) -> None:
+        tensors = [layout(t.detach().float().to(device)) for t in flatten(parameters) if t is not None]
+        with torch.no_grad(), sf.use_backend(backend):
+            y = torch.ops.swformer_fast.swformer_block(x.to(device), *tensors, *eps)
+            assert_close(y, reference.swformer_block(x.double(), parameters, *eps).to(device))
+
+    def expanded(t: Tensor) -> Tensor:
+        return t.repeat(2, *[1] * t.dim()).mT.contiguous().mT[0] if t.dim() > 1 else t.repeat_interleave(2)[::2]
+
+    x = torch.randn(2, 4, 8, 12)
+    same(x, bundles[0], Tensor.clone, 1e-5, 1e-5, 1e-5)
+    same(x, bundles[0], Tensor.clone, 1e-1, 1e-2, 1e-3)
+    same(x, bundles[0], expanded, 1e-5, 1e-5, 1e-5)
+    same(x, bundles[1], Tensor.clone, 1e-5, 1e-5, 1e-5)
+    same(x[:1, :, 1:], bundles[0], Tensor.clone, 1e-5, 1e-5, 1e-5)
+    same(x.mT, bundles[0], Tensor.clone, 1e-5, 1e-5, 1e-5)
 
 
 def test_function_is_the_module() -> None:

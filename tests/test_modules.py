@@ -191,7 +191,7 @@ def test_channels_last_runs_the_fused_block(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "channels"), [("SWFormerBlock", 8), ("tiny", 3)])
 def test_autocast_runs_the_fused_block(name: str, channels: int, dtype: torch.dtype, record: bool) -> None:
-    """On a CPU that does not multiply bf16 any faster in fp32; the network's 3x3 convolutions are autocast's as ever."""
+    """On a CPU without products of bf16 in fp32; the network's 3x3 convolutions are autocast's as ever."""
     fast = sf.SWFormerBlock(8) if name == "SWFormerBlock" else sf.SWFormer.from_preset(name)
     perturb(fast)
     slow = getattr(reference, "SWFormerBlock" if name == "SWFormerBlock" else "SWFormer")

@@ -55,7 +55,7 @@ def test_what_is_refused() -> None:
         ("depthwise_gelu_kernel", ("y",)),
         ("depthwise_gelu_kernel", ("partials",)),
         ("depthwise_gelu_backward_kernel", ("out", "partials")),
-        ("sum_weights_kernel", ("weight", "bias")),
+        ("sum_partials_kernel", ("outputs",)),
     ],
 )
 def test_zeroed_kernel_fails(kernel: str, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:

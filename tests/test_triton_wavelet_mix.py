@@ -79,7 +79,7 @@ def test_what_is_refused() -> None:
         ("wavelet_kernel", ("y",)),
         ("wavelet_kernel", ("partials",)),
         ("wavelet_backward_kernel", ("out", "partials", "tap_partials")),
-        ("sum_weights_kernel", ("weight", "bias")),
+        ("sum_partials_kernel", ("outputs",)),
         ("sum_taps_kernel", ("taps",)),
     ],
 )

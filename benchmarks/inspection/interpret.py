@@ -399,15 +399,16 @@ class _Checker(Session):
         return programs
 
     def access(self, kind: str, addresses: Any, itemsize: int) -> None:
-        if not addresses.size:
-            return
-        low, high = int(addresses.min()), int(addresses.max())
-        for memory in self.memories.values():
-            if memory.first - GUARD <= low <= high < memory.first + len(memory.body) + GUARD:
-                break
-        else:
+        left = addresses.astype(np.int64)
+        for memory in self.memories.values():  # one access may reach several tensors
+            inside = (left >= memory.first - GUARD) & (left < memory.first + len(memory.body) + GUARD)
+            if inside.any():
+                self._access(kind, memory, (left[inside] - memory.first) // itemsize)
+                left = left[~inside]
+        if left.size:
             raise KernelError(f"{self.kernel}: {kind} far outside every tensor")
-        places = (addresses.astype(np.int64) - memory.first) // itemsize
+
+    def _access(self, kind: str, memory: _Memory, places: Any) -> None:
         outside = (places < 0) | (places >= len(memory.valid))
         outside[~outside] = ~memory.valid.numpy()[places[~outside]]
         if outside.any():

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import cdiv, jit_for_all_sizes, matrix_options
+from ._device import Launch, alike, cdiv, jit_for_all_sizes, matrix_options
 from ._tiles import load, load_matrix, store, store_matrix
 
 PLACES = (0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15)
@@ -20,13 +20,13 @@ PLACES = (0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15)
 
 @jit_for_all_sizes("batch")
 def batch_statistics_kernel(
-    spectrum, moments, weight, bias, table, statistics, products, zeros, batch, D, C, numbers, side,
+    spectrum, moments, weight, bias, table, statistics, products, zeros, batch, D, C, numbers, kept, side,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of what the normalisations take, (4, 2 C): biased in `table`, unbiased in `statistics`.
 
-    Unless they are None, `products` (2, 2 C, D) = weight @ moments, and `zeros` (B, 2 C) is the zero frequency after
-    the first convolution. A program takes BLOCK_R of its channels.
+    Unless `kept` is 0, `products` (2, 2 C, D) = weight @ moments, and `zeros` (B, 2 C) is the zero frequency after the
+    first convolution. A program takes BLOCK_R of its channels.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     exists = row < 2 * C
@@ -40,7 +40,7 @@ def batch_statistics_kernel(
             start = spectrum + (tl.zeros((BLOCK_E,), tl.int64) + image) * D * numbers
             value = tl.load(start + d.to(tl.int64) * numbers, mask=d < D, other=0.0).to(tl.float64) / side
             real += tl.sum(load_matrix(weight, row, exists, d, D, D).to(tl.float64) * value[None, :], 1)
-        if zeros is not None:
+        if kept > 0:
             tl.store(zeros + image * 2 * C + row, real, mask=exists)
         sum_at_zero += real
         squares_at_zero += real * real
@@ -65,7 +65,7 @@ def batch_statistics_kernel(
                 right = tl.load(gram + d[:, None] * row_stride + e[None, :], mask=mask, other=0.0)
                 left = load_matrix(weight, row, exists, d, D, D).to(tl.float64)
                 product += tl.sum(left[:, :, None] * right[None, :, :], 1)
-            if products is not None:
+            if kept > 0:
                 target = products + (part * 2 * C + row[:, None]) * D + e[None, :]
                 tl.store(target, product, mask=exists[:, None] & (e < D)[None, :])
             spread += tl.sum(load_matrix(weight, row, exists, e, D, D).to(tl.float64) * product, 1)
@@ -283,6 +283,16 @@ class Composed(NamedTuple):
     """As in `batch_statistics_kernel`, for `compose_backward`."""
 
 
+def _options(like: Tensor) -> dict[str, int | bool]:
+    return matrix_options(like) | {"num_warps": 4}
+
+
+def prepare(like: Tensor, dim: int, channels: int, side: float, eps: float) -> Launch:
+    """Of `compose_kernel`."""
+    grid, constants = (2, cdiv(2 * channels, 32), cdiv(dim, 32)), {"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_C": 16}
+    return Launch(compose_kernel, grid, (dim, channels, side, eps), constants | _options(like))
+
+
 def compose(
     eps: float,
     area: int,
@@ -298,15 +308,12 @@ def compose(
     """
     contiguous: list[Any] = [None if p is None else p.contiguous() for p in parameters[:14]]
     in_weight, in_bias, *factors = contiguous
-    # A program takes gate's or value's: their dtypes must be the same.
-    others = factors[6:] + factors[:6]
-    factors = [p if p is None or p.dtype == q.dtype else p.float() for p, q in zip(factors, others, strict=True)]
+    gate, value = alike(tuple(factors[:6]), tuple(factors[6:]))
     batch, dim = spectrum.shape[:2]
     channels, side = len(in_bias) // 2, math.sqrt(area)
-    gate, value = tuple(factors[:6]), tuple(factors[6:])
     matrix = spectrum.new_empty(4 * channels, 2 * (dim + 1))
     statistics = products = zeros = None
-    options = matrix_options(spectrum) | {"num_warps": 4}
+    launch = prepare(spectrum, dim, channels, side, eps)
     with torch.cuda.device_of(spectrum):
         if moments is not None:
             table = moments.new_empty(4, 2 * channels)
@@ -316,15 +323,13 @@ def compose(
                 zeros = moments.new_empty(batch, 2 * channels)
             numbers = spectrum.shape[2] * spectrum.shape[3] * 2
             batch_statistics_kernel[(cdiv(2 * channels, 4),)](
-                spectrum, moments, in_weight, in_bias, table, statistics, products, zeros,
-                batch, dim, channels, numbers, side,
-                BLOCK_R=4, BLOCK_E=32, BLOCK_K=16, **options,
+                spectrum, moments, in_weight, in_bias, table, statistics,
+                *((products, zeros) if differentiable else (moments, moments)),
+                batch, dim, channels, numbers, int(differentiable), side,
+                BLOCK_R=4, BLOCK_E=32, BLOCK_K=16, **_options(spectrum),
             )  # fmt: skip
             gate, value = (*table[:2], *gate[2:]), (*table[2:], *value[2:])
-        compose_kernel[(2, cdiv(2 * channels, 32), cdiv(dim, 32))](
-            in_weight, in_bias, gate, value, matrix, dim, channels, side, eps,
-            BLOCK_R=32, BLOCK_D=32, BLOCK_C=16, **options,
-        )  # fmt: skip
+        launch(in_weight, in_bias, gate, value, matrix)
     return Composed(matrix, statistics, (gate, value), products, zeros)
 
 
@@ -352,7 +357,7 @@ def compose_backward(
         compose_backward_kernel[(2, cdiv(channels, 16))](
             grad, in_weight, in_bias, *composed.norms, moments, composed.products, composed.zeros, spectrum, *grads[:2],
             tuple(grads[2:6]), tuple(grads[6:]), right, batch, numbers, width, dim, channels, math.sqrt(area), eps,
-            BLOCK_R=16, BLOCK_C=16, BLOCK_D=32, **matrix_options(spectrum) | {"num_warps": 4},
+            BLOCK_R=16, BLOCK_C=16, BLOCK_D=32, **_options(spectrum),
         )  # fmt: skip
     grads = [g.to(parameters[i].dtype) for g, i in zip(grads, PLACES[:10], strict=True)]
     if right is None:

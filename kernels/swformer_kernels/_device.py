@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,6 +41,18 @@ def jit_for_all_sizes(first: str) -> Callable[[Callable[..., Any]], Any]:
         return triton.jit(kernel, do_not_specialize=numbers[numbers.index(first) :])
 
     return jit
+
+
+class Launch(NamedTuple):
+    """All of a kernel's launch but its tensors, which a kernel takes first: what follows from sizes and strides."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def __call__(self, *tensors: Any) -> None:
+        self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
 
 
 def architecture(device: torch.device) -> str:
@@ -123,6 +135,15 @@ def parameter_gradients(x: Tensor, parameters: tuple[Tensor | None, ...], needed
     return tuple(
         x.new_empty(0) if p is None or not needed else make(p.shape, dtype=p.dtype, device=p.device) for p in parameters
     )
+
+
+def alike(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Tensors of which a program takes the first or the second: each pair in one dtype."""
+    pairs = list(zip(first, second, strict=True))
+    if all([p is None or p.dtype == q.dtype for p, q in pairs]):
+        return first, second
+    both = [(p, q) if p is None or p.dtype == q.dtype else (p.float(), q.float()) for p, q in pairs]
+    return tuple(p for p, _ in both), tuple(q for _, q in both)
 
 
 def alignment(lanes: int, lane_dim: int, tensors: list[Tensor]) -> int:

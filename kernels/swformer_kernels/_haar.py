@@ -32,6 +32,7 @@ _TILES = {
     "sm_100": ((1 << 18, 2048, 4), (1 << 62, 8192, 8)),
     "gfx942": ((1 << 18, 4096, 4), (1 << 62, 8192, 4)),
 }
+_FEW = 1 << 16
 # Programs that leave a partial sum of the filter gradients: bounds the second stage of the reduction.
 _MAX_PARTIALS = 2048
 
@@ -344,7 +345,9 @@ def launch(
     coefficients = batch * channels * h * w
     table = _TILES.get(architecture(source.device), _TILES["default"])
     _, tile_bytes, warps = next(row for row in table if coefficients <= row[0])
-    columns = max(8, min(128, next_power_of_2(lanes)))
+    # So few that a large GPU has lanes to spare share a kernel with wider ones.
+    wider = 1 if channels_last or coefficients > _FEW else 4
+    columns = max(8, min(128, wider * next_power_of_2(lanes)))
     if other is not None:
         # Half the elements for the sums' registers, but no less than 16 bytes a thread.
         tile_bytes //= 2

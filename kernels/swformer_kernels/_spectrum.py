@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import cdiv, channel_block, input_precision, jit_for_all_sizes, matrix_options, parameter_gradients
+from ._device import (
+    Launch,
+    cdiv,
+    channel_block,
+    input_precision,
+    jit_for_all_sizes,
+    matrix_options,
+    parameter_gradients,
+)
 from ._math import gelu, gelu_derivative
 from ._sums import sum_partials
 from ._tiles import dot, load, load_matrix, multiple, store_matrix
@@ -339,6 +347,20 @@ def _tiles(spectrum: Tensor, columns: int) -> tuple[int, int, int]:
     return numbers, cdiv(numbers, 2 * columns), math.gcd(4, numbers)
 
 
+def prepare(spectrum: Tensor, channels: int, outputs: int | None, scale: float, precision: str | None = None) -> Launch:
+    """Of `spectrum_mix_kernel`; the mixing has so many channels, and no outputs of a last convolution or so many."""
+    batch, dim = spectrum.shape[:2]
+    block = 16 if outputs is None else channel_block(outputs, 128)
+    columns = 32 if block <= 64 else 16
+    precision = input_precision(spectrum, precision)
+    numbers, tiles, align = _tiles(spectrum, columns)
+    constants = {"BLOCK_K": 16, "BLOCK_C": 16, "BLOCK_E": block, "N": columns, "ALIGN": align, "PRECISION": precision}
+    constants |= matrix_options(spectrum, registers=255 if precision == "ieee" else 128)
+    grid = (batch * tiles, 1 if outputs is None else cdiv(outputs, block))
+    every = (dim, channels, channels if outputs is None else outputs, scale, numbers, tiles)
+    return Launch(spectrum_mix_kernel, grid, every, constants)
+
+
 def spectrum_mix(
     spectrum: Tensor,
     matrix: Tensor,
@@ -366,20 +388,13 @@ def spectrum_mix(
     Returns:
         (B, E, H, width // 2 + 1, 2).
     """
-    batch, dim, height, half, _ = spectrum.shape
+    batch, _, height, half, _ = spectrum.shape
     channels = len(matrix) // 4
-    outputs = channels if out_weight is None else len(out_weight)
-    out = spectrum.new_empty(batch, outputs, height, half, 2)
-    block = 16 if out_weight is None else channel_block(outputs, 128)
-    columns = 32 if block <= 64 else 16
-    precision = input_precision(spectrum, precision)
-    numbers, tiles, align = _tiles(spectrum, columns)
+    outputs = None if out_weight is None else len(out_weight)
+    out = spectrum.new_empty(batch, outputs or channels, height, half, 2)
+    launch = prepare(spectrum, channels, outputs, scale, precision)
     with torch.cuda.device_of(spectrum):
-        spectrum_mix_kernel[(batch * tiles, 1 if out_weight is None else cdiv(outputs, block))](
-            spectrum, matrix, out_weight, out_bias, out, dim, channels, outputs, scale, numbers, tiles,
-            BLOCK_K=16, BLOCK_C=16, BLOCK_E=block, N=columns, ALIGN=align,
-            PRECISION=precision, **matrix_options(spectrum, registers=255 if precision == "ieee" else 128),
-        )  # fmt: skip
+        launch(spectrum, matrix, out_weight, out_bias, out)
     return out
 
 

@@ -27,13 +27,21 @@ class Plan(NamedTuple):
     """Strips of a plane, rows of a strip, segments of a row, columns of a segment's halo."""
     constants: dict[str, Any]
 
+    @property
+    def parts_a_plane(self) -> int:
+        """Strips and segments."""
+        return self.numbers[0] * self.numbers[2]
+
 
 # The longest strips that still make so many programs are taken: four for each multiprocessor of a large GPU.
 _STRIP_ROWS = (64, 32, 16)
 _ENOUGH_PROGRAMS = 512
 _LANES = 128
-# A segment stays within a warp, so that a shift by a lane is a shuffle. Each power of two is another variant.
+# A segment stays within a warp, so that a shift by a lane is a shuffle.
 _MIN_LANES, _MAX_LANES = 16, 32
+# Each power of two is another variant, so narrow maps take segments as wide as others do where a large GPU has lanes to
+# spare: columns, and threads, two for each of its lanes.
+_WIDE, _IDLE_THREADS = 128, 2**15
 # Fewer, so that several channels side by side fill what one access fetches.
 _LANES_OF_CHANNELS_LAST = 16
 
@@ -56,19 +64,19 @@ def plan(
     """
     batch, channels, height, width = x.shape
     channels_last = is_channels_last(x)
-    lanes = (
-        _LANES_OF_CHANNELS_LAST
-        if channels_last
-        else max(_MIN_LANES, min(_MAX_LANES, next_power_of_2(cdiv(width, vector))))
-    )
-    halo = cdiv(halo, vector) * vector if width > lanes * vector else 0
-    segments = cdiv(width, lanes * vector - 2 * halo)
-    side_by_side = _LANES // (bands * lanes)
-    steps = cdiv(height, unit)
-    for rows in _STRIP_ROWS:
-        strips = cdiv(steps, rows * reach)
-        programs = cdiv(batch * strips * channels, side_by_side) * segments
-        if programs >= _ENOUGH_PROGRAMS:
+    fitting = max(_MIN_LANES, min(_MAX_LANES, next_power_of_2(cdiv(width, vector))))
+    wide = max(fitting, min(_MAX_LANES, _WIDE // vector))
+    whole_halo, steps = cdiv(halo, vector) * vector, cdiv(height, unit)
+    for lanes in (_LANES_OF_CHANNELS_LAST,) if channels_last else (wide, fitting):
+        halo = whole_halo if width > lanes * vector else 0
+        segments = cdiv(width, lanes * vector - 2 * halo)
+        side_by_side = _LANES // (bands * lanes)
+        for rows in _STRIP_ROWS:
+            strips = cdiv(steps, rows * reach)
+            programs = cdiv(batch * strips * channels, side_by_side) * segments
+            if programs >= _ENOUGH_PROGRAMS:
+                break
+        if programs * threads < _IDLE_THREADS:
             break
     return Plan(
         programs,
@@ -86,10 +94,9 @@ def plan(
     )
 
 
-def partial_sums(x: Tensor, cut: Plan, needed: bool) -> Tensor | None:
-    """What `store_sums` writes to, (B, C, strips and segments of a plane)."""
-    strips, _, segments, _ = cut.numbers
-    return torch.empty((*x.shape[:2], strips * segments), dtype=torch.float32, device=x.device) if needed else None
+def partial_sums(x: Tensor, parts: int, needed: bool) -> Tensor | None:
+    """What `store_sums` writes to, (B, C, parts of a plane)."""
+    return torch.empty((*x.shape[:2], parts), dtype=torch.float32, device=x.device) if needed else None
 
 
 @triton.jit

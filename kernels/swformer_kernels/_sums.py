@@ -34,34 +34,6 @@ def sum_taps(partials: Tensor, *taps: Tensor) -> None:
 
 
 @jit_for_all_sizes("parts")
-def sum_weights_kernel(
-    partials, weight, bias, parts, count, TAPS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Sums over the first dimension of the partials (parts, channels, TAPS + 1): TAPS weights and a bias a channel."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.arange(0, PARTS)[:, None]
-    total = tl.zeros((PARTS, COLUMNS), tl.float32)
-    for start in range(0, parts, PARTS):
-        mask = (start + part < parts) & (column < count)[None, :]
-        total += tl.load(partials + (start + part).to(tl.int64) * count + column[None, :], mask=mask, other=0.0)
-    total = tl.sum(total, 0)
-    channel = column // (TAPS + 1)
-    tap = column % (TAPS + 1)
-    tl.store(weight + channel * TAPS + tap, total, mask=(column < count) & (tap < TAPS))
-    tl.store(bias + channel, total, mask=(column < count) & (tap == TAPS))
-
-
-def sum_weights(partials: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """`weight` (channels, 1, k, k) and `bias` = sums of `partials` (parts, channels, k * k + 1), in a fixed order."""
-    parts, channels, numbers = partials.shape
-    count = channels * numbers
-    columns = 64
-    sum_weights_kernel[(cdiv(count, columns),)](
-        partials, weight, bias, parts, count, TAPS=numbers - 1, PARTS=_PARTS, COLUMNS=columns
-    )
-
-
-@jit_for_all_sizes("parts")
 def sum_partials_kernel(
     partials, outputs, parts, total, count, size0, size1, size2, size3, size4, size5,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr,

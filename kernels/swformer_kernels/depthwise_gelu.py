@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._device import check_dtype, empty, is_channels_last, jit_for_all_sizes, lane_first, parameter_gradients
+from ._device import Launch, check_dtype, empty, is_channels_last, jit_for_all_sizes, lane_first, parameter_gradients
 from ._math import gelu, gelu_derivative
 from ._stream import (
     add_pixels,
@@ -25,7 +25,7 @@ from ._stream import (
     store_sums,
     zeros,
 )
-from ._sums import sum_weights
+from ._sums import sum_partials
 from ._tiles import load, multiple
 
 
@@ -155,22 +155,13 @@ def _check(x: Tensor, weight: Tensor) -> int:
     return 4 if is_channels_last(x) else 16 // x.element_size()
 
 
-def with_parts(x: Tensor, parameters: tuple[Tensor, ...], need_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """`depthwise_gelu` with its sums in parts, (B, C, parts), if they are needed."""
-    weight, bias = parameters
-    vector = _check(x, weight)
-    y = empty(x, *x.shape)
-    cut = plan(x, [x, y], vector, halo=1)
-    partials = partial_sums(x, cut, need_sums)
-    if x.numel():
-        last = is_channels_last(x)
-        (x_lane, *x_strides), (y_lane, *y_strides) = lane_first(x, last), lane_first(y, last)
-        with torch.cuda.device_of(x):
-            depthwise_gelu_kernel[(cut.programs,)](
-                x, y, weight.contiguous(), bias.contiguous(), partials, x_lane, y_lane, *x.shape, *cut.numbers,
-                *x_strides, *y_strides, K=3, **cut.constants,
-            )  # fmt: skip
-    return y, partials
+def prepare(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Launch, int]:
+    """Of `depthwise_gelu_kernel`, and the parts of a plane's sum."""
+    cut = plan(x, [x, y], _check(x, weight), halo=1)
+    last = is_channels_last(x)
+    (x_lane, *x_strides), (y_lane, *y_strides) = lane_first(x, last), lane_first(y, last)
+    numbers = (x_lane, y_lane, *x.shape, *cut.numbers, *x_strides, *y_strides)
+    return Launch(depthwise_gelu_kernel, (cut.programs,), numbers, {"K": 3, **cut.constants}), cut.parts_a_plane
 
 
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, need_sums: bool) -> tuple[Tensor, Tensor]:
@@ -184,7 +175,12 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, need_sums: bool) -> 
         TypeError: `x` has another dtype.
         ValueError: `weight` is not 3 x 3.
     """
-    y, partials = with_parts(x, (weight, bias), need_sums)
+    y = empty(x, *x.shape)
+    launch, parts = prepare(x, y, weight)
+    partials = partial_sums(x, parts, need_sums)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            launch(x, y, weight.contiguous(), bias.contiguous(), partials)
     return y, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(2)
 
 
@@ -222,5 +218,5 @@ def depthwise_gelu_backward(
                 *grad_strides, *x_strides, *out_strides, K=3, **cut.constants,
             )  # fmt: skip
             if partials is not None:
-                sum_weights(partials, *grads)
+                sum_partials(partials, *grads)
     return x.new_empty(0) if out is None else out, *grads

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import cdiv, check_dtype, jit_for_all_sizes, matrix_options, next_power_of_2, parameter_gradients
+from ._device import Launch, cdiv, check_dtype, jit_for_all_sizes, matrix_options, next_power_of_2, parameter_gradients
 from ._tiles import load, load_matrix, store, store_matrix
 from .channel_attention import attention_parameters_kernel, second_layer
 
@@ -339,11 +339,27 @@ class _Net(NamedTuple):
     def outputs(self) -> int:
         return len(self.bias)
 
-    def blocks(self, like: Tensor) -> dict[str, int | bool]:
-        """Constants of the kernels."""
-        sizes = {"BLOCK_E": _OUTPUTS, "BLOCK_C": _CHANNELS, "BLOCK_K": _INPUTS, "PARTS": _PARTS}
-        hidden = max(_HIDDEN, next_power_of_2(self.sizes[5]))
-        return {**sizes, "BLOCK_R": hidden, **matrix_options(like), "num_warps": 4}
+
+def _blocks(hidden: int, like: Tensor) -> dict[str, int | bool]:
+    """Constants of the kernels."""
+    sizes = {"BLOCK_E": _OUTPUTS, "BLOCK_C": _CHANNELS, "BLOCK_K": _INPUTS, "PARTS": _PARTS}
+    return {**sizes, "BLOCK_R": max(_HIDDEN, next_power_of_2(hidden)), **matrix_options(like), "num_warps": 4}
+
+
+def prepare(
+    like: Tensor,
+    sizes: tuple[int, ...],
+    batch: int,
+    area: float,
+    unit: float,
+    parts: tuple[int, int],
+    strides: tuple[int, ...],
+) -> Launch:
+    """Of `fold_attention_kernel`: the sums of the local branches are (B, channels, parts), those of the Fourier branch
+    in some unit, with the strides of images and of channels.
+    """
+    numbers = (unit, area, *sizes, batch, *parts, *strides)
+    return Launch(fold_attention_kernel, (batch, cdiv(sizes[4], _OUTPUTS)), numbers, _blocks(sizes[5], like))
 
 
 def _net(spatial: Tensor, wavelet: Tensor, fourier: Tensor, *parameters: Any) -> _Net:
@@ -351,24 +367,6 @@ def _net(spatial: Tensor, wavelet: Tensor, fourier: Tensor, *parameters: Any) ->
     w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale = contiguous
     sizes = (spatial.shape[1], wavelet.shape[1], len(last_bias), fourier.shape[1], len(bias), len(b1))
     return _Net(sizes, (last_weight, last_bias), (w1, b1, w2, b2), weight, bias, scale)
-
-
-def fold_parts(
-    spatial: Tensor, wavelet: Tensor, fourier: Tensor, unit: float, parameters: tuple[Any, ...], area: int
-) -> Tensor:
-    """`fold_attention` of sums in parts, (B, channels, parts), and of those of the Fourier branch in some unit and of
-    any strides.
-    """
-    net = _net(spatial, wavelet, fourier, *parameters)
-    batch, outputs, parts = len(fourier), net.outputs, (spatial.shape[2], wavelet.shape[2])
-    out = spatial.new_empty(batch * outputs * (spatial.shape[1] + wavelet.shape[1] + fourier.shape[1] + 1))
-    if batch:
-        with torch.cuda.device_of(spatial):
-            fold_attention_kernel[(batch, cdiv(outputs, _OUTPUTS))](
-                spatial, wavelet, fourier, net.last, net.network, net.weight, net.bias, net.scale, out, unit,
-                float(area), *net.sizes, batch, *parts, *fourier.stride(), **net.blocks(out),
-            )  # fmt: skip
-    return out
 
 
 def fold_attention(spatial: Tensor, wavelet: Tensor, fourier: Tensor, *arguments: Any) -> Tensor:
@@ -379,8 +377,14 @@ def fold_attention(spatial: Tensor, wavelet: Tensor, fourier: Tensor, *arguments
     """
     *parameters, area = arguments
     check_dtype("spatial_sums", spatial)
-    spatial, wavelet = (sums.contiguous()[..., None] for sums in (spatial, wavelet))
-    return fold_parts(spatial, wavelet, fourier, 1.0, tuple(parameters), area)
+    spatial, wavelet = spatial.contiguous(), wavelet.contiguous()
+    net, batch = _net(spatial, wavelet, fourier, *parameters), len(fourier)
+    out = spatial.new_empty(batch * net.outputs * (spatial.shape[1] + wavelet.shape[1] + fourier.shape[1] + 1))
+    if batch:
+        launch = prepare(out, net.sizes, batch, float(area), 1.0, (1, 1), fourier.stride())
+        with torch.cuda.device_of(out):
+            launch(spatial, wavelet, fourier, net.last, net.network, net.weight, net.bias, net.scale, out)
+    return out
 
 
 def fold_attention_backward(
@@ -403,7 +407,7 @@ def fold_attention_backward(
     (of_attention, mean, grad_logits, grad_means), hiddens, (of_weight, of_last) = (
         [torch.empty(batch * n, dtype=torch.float32, device=grad.device) for n in counts] for counts in numbers
     )
-    sums, constants = (spatial, wavelet, fourier), net.blocks(grad)
+    sums, constants = (spatial, wavelet, fourier), _blocks(net.sizes[5], grad)
     locals, lasts = cdiv(local, _CHANNELS), cdiv(last_channels, _CHANNELS)
     blocks, weights = cdiv(net.outputs, _OUTPUTS), batch * net.outputs * (local + last_inputs)
     with torch.cuda.device_of(grad):

@@ -7,12 +7,14 @@ of some rows and columns of an image or a level; pixels that it needs from its n
 again.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._device import (
+    Launch,
     alignment,
     cdiv,
     channel_block,
@@ -53,22 +55,17 @@ _LEVEL_CHANNELS = 4
 _PIXELS_A_PARTIAL = 1024
 
 
-class _Net(NamedTuple):
-    """Sizes and parameters."""
+class Sizes(NamedTuple):
+    """Of an image and a network."""
 
-    size: tuple[int, int, int, int]
+    size: tuple[int, ...]
     mid: int
-    levels: tuple[tuple[int, int], ...]
-    in_weight: Tensor
-    in_bias: Tensor
-    dw_weights: tuple[Tensor, ...]
-    dw_biases: tuple[Tensor, ...]
-    out_weight: Tensor
-    out_bias: Tensor
+    outputs: int
 
     @property
-    def outputs(self) -> int:
-        return len(self.out_bias)
+    def levels(self) -> tuple[tuple[int, int], ...]:
+        """Heights and widths."""
+        return tuple((cdiv(self.size[2], s), cdiv(self.size[3], s)) for s in (1, 2, 4))
 
     def tiles(self, rows: int, columns: int = _COLUMNS) -> int:
         """Tiles of the images."""
@@ -86,26 +83,37 @@ class _Net(NamedTuple):
         vector = 16 // like.element_size()
         return self.size[0] * self.mid * height * (cdiv(width, vector) * vector)
 
-    def pyramid(self, like: Tensor, first: int = 0) -> Tensor:
-        """An uninitialised pyramid without the levels before `first`."""
-        return like.new_empty(sum(self.level_numel(like, level) for level in range(first, 3)))
+    def numel(self, like: Tensor, first: int = 0) -> int:
+        """Elements of a pyramid without the levels before `first`."""
+        return sum(self.level_numel(like, level) for level in range(first, 3))
 
 
-def _net(x: Tensor, *parameters: Tensor) -> _Net:
+class _Parameters(NamedTuple):
+    in_weight: Tensor
+    in_bias: Tensor
+    dw_weights: tuple[Tensor, ...]
+    dw_biases: tuple[Tensor, ...]
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+def _one_dtype(three: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of which a program takes one."""
+    return three if three[0].dtype == three[1].dtype == three[2].dtype else tuple(p.float() for p in three)
+
+
+def depthwise_parameters(depthwise: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Weights and biases of the three convolutions."""
+    return _one_dtype(tuple(depthwise[::2])), _one_dtype(tuple(depthwise[1::2]))
+
+
+def _read(x: Tensor, *parameters: Tensor) -> tuple[Sizes, _Parameters]:
     check_dtype("x", x)
-    in_weight, in_bias, *depthwise, out_weight, out_bias = parameters
+    in_weight, in_bias, *depthwise, out_weight, out_bias = (p.contiguous() for p in parameters)
     if any(weight.shape[-2:] != (3, 3) for weight in depthwise[::2]):
         raise ValueError("the depthwise kernels must be 3 x 3 for the Triton kernels")
-    batch, dim, height, width = x.shape
-    levels = tuple((cdiv(height, s), cdiv(width, s)) for s in (1, 2, 4))
-    in_weight, in_bias, out_weight, out_bias = (p.contiguous() for p in (in_weight, in_bias, out_weight, out_bias))
-    dw_weights, dw_biases = (
-        # A program takes one of the three.
-        tuple(p.contiguous() if len({q.dtype for q in three}) == 1 else p.float().contiguous() for p in three)
-        for three in (depthwise[::2], depthwise[1::2])
-    )
-    size = (batch, dim, height, width)
-    return _Net(size, len(in_bias) // 3, levels, in_weight, in_bias, dw_weights, dw_biases, out_weight, out_bias)
+    sizes = Sizes(tuple(x.shape), in_bias.shape[0] // 3, out_bias.shape[0])
+    return sizes, _Parameters(in_weight, in_bias, *depthwise_parameters(depthwise), out_weight, out_bias)
 
 
 def _layout(x: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
@@ -122,22 +130,43 @@ def _band(x: Tensor) -> tuple[int, int]:
     return (_BAND_COLUMNS, 128) if x.element_size() == 4 else (max(_BAND_COLUMNS, 32), 255)
 
 
-def _forward_pyramids(net: _Net, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The pyramids before and (without its first level) after the depthwise convolutions."""
-    hidden, mixed = net.pyramid(x), net.pyramid(x, first=1)
+def prepare_in(net: Sizes, x: Tensor) -> Launch:
+    """Of `ffn_in_kernel`."""
     batch, dim, height, width = net.size
     block, layout = channel_block(net.mid, _HIDDEN_CHANNELS), _layout(x, [x])
     lane, *strides = lane_first(x, layout["CHANNELS_LAST"])
     columns, registers = _band(x)
-    ffn_in_kernel[(net.tiles(_BAND, columns), cdiv(net.mid, block))](
-        x, net.in_weight, net.in_bias, hidden, lane, dim, net.mid, batch, height, width, *strides,
-        BLOCK_K=16, BLOCK_M=block, ROWS=_BAND, COLUMNS=columns,
-        PRECISION=input_precision(x), **layout, **matrix_options(x, registers=registers),
-    )  # fmt: skip
-    ffn_low_kernel[(net.low_tiles(),)](
-        hidden, mixed, net.dw_weights, net.dw_biases, batch, net.mid, height, width,
-        BLOCK_C=_LEVEL_CHANNELS, ROWS=_LEVEL_ROWS, COLUMNS=_COLUMNS, enable_fp_fusion=True,
-    )  # fmt: skip
+    constants = {"BLOCK_K": 16, "BLOCK_M": block, "ROWS": _BAND, "COLUMNS": columns, "PRECISION": input_precision(x)}
+    constants |= layout | matrix_options(x, registers=registers)
+    grid = (net.tiles(_BAND, columns), cdiv(net.mid, block))
+    return Launch(ffn_in_kernel, grid, (lane, dim, net.mid, batch, height, width, *strides), constants)
+
+
+def prepare_low(net: Sizes) -> Launch:
+    """Of `ffn_low_kernel`."""
+    batch, _, height, width = net.size
+    constants = {"BLOCK_C": _LEVEL_CHANNELS, "ROWS": _LEVEL_ROWS, "COLUMNS": _COLUMNS, "enable_fp_fusion": True}
+    return Launch(ffn_low_kernel, (net.low_tiles(),), (batch, net.mid, height, width), constants)
+
+
+def prepare_out(net: Sizes, y: Tensor, residual: Tensor | None) -> Launch:
+    """Of `ffn_out_kernel`."""
+    batch, _, height, width = net.size
+    layout, block = _layout(y, [y] if residual is None else [y, residual]), channel_block(net.outputs, _OUT_CHANNELS)
+    last = layout["CHANNELS_LAST"]
+    (residual_lane, *residual_strides), (lane, *strides) = lane_first(residual, last), lane_first(y, last)
+    numbers = (residual_lane, lane, net.outputs, net.mid, batch, height, width, *residual_strides, *strides)
+    constants: dict[str, Any] = {"BLOCK_C": 16, "BLOCK_E": block, "ROWS": _OUT_ROWS, "COLUMNS": _OUT_COLUMNS}
+    constants |= {"PRECISION": input_precision(y), **layout, **matrix_options(y)}
+    grid = (net.tiles(_OUT_ROWS, _OUT_COLUMNS), cdiv(net.outputs, block))
+    return Launch(ffn_out_kernel, grid, numbers, constants)
+
+
+def _forward_pyramids(net: Sizes, parameters: _Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The pyramids before and (without its first level) after the depthwise convolutions."""
+    hidden, mixed = x.new_empty(net.numel(x)), x.new_empty(net.numel(x, first=1))
+    prepare_in(net, x)(x, parameters.in_weight, parameters.in_bias, hidden)
+    prepare_low(net)(hidden, mixed, parameters.dw_weights, parameters.dw_biases)
     return hidden, mixed
 
 
@@ -153,29 +182,18 @@ def multiscale_ffn(x: Tensor, *arguments: Any) -> Tensor:
         TypeError: `x` has another dtype.
         ValueError: a depthwise kernel is not 3 x 3.
     """
-    return scaled_ffn(x, arguments[:10], None, arguments[10] if arguments[10:] else None)
-
-
-def scaled_ffn(x: Tensor, parameters: tuple[Tensor, ...], scale: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`multiscale_ffn` times `scale`, one number for each output channel, plus `residual`."""
-    net = _net(x, *parameters)
-    batch, _, height, width = net.size
-    y = empty(x, batch, net.outputs, height, width)
-    last = is_channels_last(y)
+    residual = arguments[10] if arguments[10:] else None
+    net, of_net = _read(x, *arguments[:10])
+    y = empty(x, x.shape[0], net.outputs, *x.shape[2:])
     if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+        residual = residual.contiguous(memory_format=layout)
     if x.numel():
-        (residual_lane, *residual_strides), (lane, *strides) = lane_first(residual, last), lane_first(y, last)
         with torch.cuda.device_of(x):
-            hidden, mixed = _forward_pyramids(net, x)
-            block = channel_block(net.outputs, _OUT_CHANNELS)
-            ffn_out_kernel[(net.tiles(_OUT_ROWS, _OUT_COLUMNS), cdiv(net.outputs, block))](
-                hidden, mixed, net.dw_weights[0], net.dw_biases[0], net.out_weight, net.out_bias, scale, residual, y,
-                residual_lane, lane, net.outputs, net.mid, batch, height, width, *residual_strides, *strides,
-                BLOCK_C=16, BLOCK_E=block, ROWS=_OUT_ROWS, COLUMNS=_OUT_COLUMNS,
-                PRECISION=input_precision(x),
-                **_layout(y, [y] if residual is None else [y, residual]), **matrix_options(x),
-            )  # fmt: skip
+            hidden, mixed = _forward_pyramids(net, of_net, x)
+            first = of_net.dw_weights[0], of_net.dw_biases[0]
+            last = of_net.out_weight, of_net.out_bias
+            prepare_out(net, y, residual)(hidden, mixed, *first, *last, None, residual, y)
     return y
 
 
@@ -186,7 +204,7 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
     strides; the gradient of x has the layout that `multiscale_ffn` gives its result.
     """
     *parameters, need_x, need_parameters = arguments
-    net = _net(x, *parameters)
+    net, of_net = _read(x, *parameters)
     batch, dim, height, width = net.size
     mid, outputs = net.mid, net.outputs
     out = empty(x, *x.shape) if need_x else x.new_empty(0)
@@ -202,8 +220,8 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
     columns, registers = _band(x)
     light = {"PRECISION": precision, **matrix_options(x, registers=registers)}
     with torch.cuda.device_of(x):
-        hidden, mixed = _forward_pyramids(net, x)
-        mixed_grads, full = net.pyramid(x), net.level_numel(x, 0)
+        hidden, mixed = _forward_pyramids(net, of_net, x)
+        mixed_grads, full = torch.empty_like(hidden), net.level_numel(x, 0)
         first_grads, low_grads = mixed_grads[:full], mixed_grads[full:]
         other_grads = x.new_empty(2 * full)
         tiles, each = net.tiles(_OUT_BACKWARD_ROWS), max(1, _PIXELS_A_PARTIAL // (_OUT_BACKWARD_ROWS * _COLUMNS))
@@ -217,23 +235,23 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         layout = _layout(grad, [grad])
         lane, *strides = lane_first(grad, layout["CHANNELS_LAST"])
         ffn_out_backward_kernel[(parts, cdiv(mid, channels), blocks)](
-            grad, hidden, mixed, net.dw_weights[0], net.dw_biases[0], net.out_weight, first_grads, other_grads, of_out,
-            lane, outputs, mid, batch, height, width, tiles, each, *strides,
+            grad, hidden, mixed, of_net.dw_weights[0], of_net.dw_biases[0], of_net.out_weight, first_grads, other_grads,
+            of_out, lane, outputs, mid, batch, height, width, tiles, each, *strides,
             BLOCK_K=16, BLOCK_C=channels, BLOCK_E=block, ROWS=_OUT_BACKWARD_ROWS, COLUMNS=_COLUMNS, **layout, **matrix,
         )  # fmt: skip
         levels = {"BLOCK_C": _LEVEL_CHANNELS, "ROWS": _LEVEL_ROWS, "COLUMNS": _COLUMNS, "enable_fp_fusion": True}
         ffn_downsample_kernel[(net.low_tiles(),)](other_grads, low_grads, batch, mid, height, width, **levels)
-        hidden_grads = net.pyramid(x)
+        hidden_grads = torch.empty_like(hidden)
         parts = cdiv(net.tiles(_LEVEL_ROWS), max(1, _PIXELS_A_PARTIAL // (_LEVEL_ROWS * _COLUMNS)))
         of_depthwise = partials(parts, 3 * mid * 10)
         ffn_depthwise_backward_kernel[(parts, 3, cdiv(mid, _LEVEL_CHANNELS))](
-            mixed_grads, hidden, hidden_grads, net.dw_weights, of_depthwise, batch, mid, height, width, **levels
+            mixed_grads, hidden, hidden_grads, of_net.dw_weights, of_depthwise, batch, mid, height, width, **levels
         )
         if need_x:
             block, layout = channel_block(dim, _INPUT_CHANNELS), _layout(x, [out])
             lane, *strides = lane_first(out, layout["CHANNELS_LAST"])
             ffn_in_backward_kernel[(net.tiles(_BAND, columns), cdiv(dim, block))](
-                hidden_grads, net.in_weight, out, lane, dim, mid, batch, height, width, *strides,
+                hidden_grads, of_net.in_weight, out, lane, dim, mid, batch, height, width, *strides,
                 BLOCK_K=16, BLOCK_D=block, ROWS=_BAND, COLUMNS=columns, **layout, **light,
             )  # fmt: skip
         if need_parameters:

@@ -1,6 +1,7 @@
 """The 1x1 convolution of up to three maps that are never concatenated, forward and backward.
 
-Maps are taken as (B, C, H * W) with neighbouring pixels next to each other; a program takes N pixels of an image.
+Maps are taken as (B, C, H * W) with planes and pixels next to their neighbours; a program takes N pixels of an image.
+Kernels take three maps, of which those that are missing have no channels: so all convolutions share them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import (
+    Launch,
     alignment,
     cdiv,
     channel_block,
@@ -22,7 +24,7 @@ from ._device import (
     planes,
 )
 from ._sums import sum_partials
-from ._tiles import dot, load, load_matrix, map_pointers, store, store_matrix
+from ._tiles import dot, load, load_matrix, multiple, store, store_matrix
 
 # Pixels a program takes, in bytes: 16 a thread, of 16 channels.
 _BYTES = 256
@@ -36,48 +38,44 @@ _PIXELS_A_PARTIAL = 2048
 
 
 @triton.jit
-def load_maps(maps, strides, counts, image, channel, pixel, pixels, ALIGN: tl.constexpr):
-    """Channels of the concatenation of the maps at the pixels, in fp32; zero outside."""
-    total = tl.zeros((channel.shape[0], pixel.shape[0]), tl.float32)
-    first = 0
-    for i in tl.static_range(len(maps)):
-        place = channel - first
-        exists = (place >= 0) & (place < counts[i])
-        pointers, mask = map_pointers(maps[i], strides[i], image, place, exists, pixel, pixels, ALIGN, False)
-        # Only one of the maps has a channel: the others add zero.
-        total += load(pointers, mask)
+def _map_pointers(maps, strides, counts, image, channel, pixel, pixels, ALIGN: tl.constexpr):
+    """Pointers to channels of the concatenation of the maps at the pixels, and their mask."""
+    pixels = multiple(pixels, ALIGN)
+    start = maps[0] + image * multiple(strides[0], ALIGN)
+    first = counts[0]
+    for i in tl.static_range(1, len(maps)):
+        # Where its channel 0 were if the maps before lay before it.
+        other = maps[i] + image * multiple(strides[i], ALIGN) - first.to(tl.int64) * pixels
+        start = tl.where(channel < first, start, other)
         first += counts[i]
-    return total
+    rows = start + channel.to(tl.int64) * pixels
+    # The choice of a pointer hides from the compiler what divides all of them: ALIGN numbers, as the launcher knows.
+    rows = tl.multiple_of(rows, ALIGN * (maps[0].dtype.element_ty.primitive_bitwidth // 8))
+    return rows[:, None] + pixel[None, :], (channel < first)[:, None] & (pixel < pixels)[None, :]
 
 
 @triton.jit
-def store_maps(maps, strides, counts, value, image, channel, pixel, pixels, ALIGN: tl.constexpr):
-    """The inverse of `load_maps`."""
-    first = 0
-    for i in tl.static_range(len(maps)):
-        place = channel - first
-        exists = (place >= 0) & (place < counts[i])
-        pointers, mask = map_pointers(maps[i], strides[i], image, place, exists, pixel, pixels, ALIGN, False)
-        store(pointers, value, mask)
-        first += counts[i]
+def load_maps(maps, strides, counts, image, channel, pixel, pixels, ALIGN: tl.constexpr):
+    """Channels of the concatenation of the maps at the pixels, in fp32; zero outside."""
+    pointers, mask = _map_pointers(maps, strides, counts, image, channel, pixel, pixels, ALIGN)
+    return load(pointers, mask)
 
 
 @jit_for_all_sizes("inputs")
 def pointwise_kernel(
-    maps, weight, bias, residual, outs, inputs, outputs, weight_image, weight_stride, bias_image,
-    count0, count1, count2, image0, channel0, image1, channel1, image2, channel2, residual_image, residual_channel,
-    out_count0, out_count1, out_count2,
-    out_image0, out_channel0, out_image1, out_channel1, out_image2, out_channel2, pixels, tiles,
+    maps, weight, bias, residual, outs, inputs, outputs, biases, residuals, weight_image, weight_stride, bias_image,
+    count0, count1, count2, image0, image1, image2,
+    out_count0, out_count1, out_count2, out_image0, out_image1, out_image2, pixels, tiles,
     BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The concatenation of `outs` = weight @ the concatenation of `maps` + bias + residual; those two may be None.
+    """The concatenation of `outs` = weight @ the concatenation of `maps` + bias + residual.
 
-    Rows of the weight are `weight_stride` apart or, if it is TRANSPOSED, columns.
+    Those two have as many channels as the outputs or none; the residual is contiguous. Rows of the weight are
+    `weight_stride` apart or, if it is TRANSPOSED, columns.
     """
     counts, out_counts = (count0, count1, count2), (out_count0, out_count1, out_count2)
-    strides = ((image0, channel0), (image1, channel1), (image2, channel2))
-    out_strides = ((out_image0, out_channel0), (out_image1, out_channel1), (out_image2, out_channel2))
+    strides, out_strides = (image0, image1, image2), (out_image0, out_image1, out_image2)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * N + tl.arange(0, N)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -91,23 +89,21 @@ def pointwise_kernel(
             left = load_matrix(weight, e, e < outputs, c, inputs, weight_stride)
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
         total = dot(left, right, total, PRECISION)
-    if bias is not None:
-        bias += image * bias_image
-        total += load(bias + e, mask=e < outputs)[:, None]
-    if residual is not None:
-        residual_strides = ((residual_image, residual_channel),)
-        total += load_maps((residual,), residual_strides, (outputs,), image, e, pixel, pixels, ALIGN)
-    store_maps(outs, out_strides, out_counts, total, image, e, pixel, pixels, ALIGN)
+    if residuals > 0:
+        total += load_maps((residual,), (outputs.to(tl.int64) * pixels,), (residuals,), image, e, pixel, pixels, ALIGN)
+    total += load(bias + image * bias_image + e, mask=e < biases)[:, None]
+    pointers, mask = _map_pointers(outs, out_strides, out_counts, image, e, pixel, pixels, ALIGN)
+    store(pointers, total, mask)
 
 
 @jit_for_all_sizes("inputs")
 def pointwise_parameters_kernel(
-    grad, maps, partials, inputs, outputs, grad_image, grad_channel,
-    count0, count1, count2, image0, channel0, image1, channel1, image2, channel2, pixels, tiles, tiles_a_program, parts,
+    grad, maps, partials, inputs, outputs, grad_image, count0, count1, count2, image0, image1, image2,
+    pixels, tiles, tiles_a_program, parts,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over some tiles of an image: of the weight's gradient and then of the bias's, a row of `partials`."""
-    counts, strides = (count0, count1, count2), ((image0, channel0), (image1, channel1), (image2, channel2))
+    counts, strides = (count0, count1, count2), (image0, image1, image2)
     part = tl.program_id(0) % parts
     image = (tl.program_id(0) // parts).to(tl.int64)
     images = tl.num_programs(0) // parts
@@ -118,7 +114,7 @@ def pointwise_parameters_kernel(
     first = part * tiles_a_program
     for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
         pixel = tile * N + tl.arange(0, N)
-        left = load_maps((grad,), ((grad_image, grad_channel),), (outputs,), image, e, pixel, pixels, ALIGN)
+        left = load_maps((grad,), (grad_image,), (outputs,), image, e, pixel, pixels, ALIGN)
         right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
         of_weight = dot(left, tl.trans(right), of_weight, PRECISION)
         of_bias += tl.sum(left, 1)
@@ -128,11 +124,19 @@ def pointwise_parameters_kernel(
 
 
 def _numbers(maps: list[Tensor]) -> list[int]:
-    """Channels of three maps, zero for those that are missing, and the strides of their images and channels."""
-    counts = [x.shape[1] for x in maps]
-    strides = [s for x in maps for s in x.stride()[:2]]
-    missing = 3 - len(maps)
-    return [*counts, *[0] * missing, *strides, *[0] * (2 * missing)]
+    """Channels of three maps and the strides of their images, zero for those that are missing."""
+    missing = [0] * (3 - len(maps))
+    return [*[x.shape[1] for x in maps], *missing, *[x.stride(0) for x in maps], *missing]
+
+
+def _alignment(maps: list[Tensor]) -> int:
+    """What divides strides and the number of pixels, 16 bytes at most, if all maps begin there, else 1."""
+    begin = all([x.data_ptr() % 16 == 0 for x in maps])
+    return alignment(maps[0].shape[2], 2, [x for x in maps if x.dim() == 3]) if begin else 1
+
+
+def _three(maps: list[Tensor]) -> tuple[Tensor, ...]:
+    return (*maps, *maps[:1] * (3 - len(maps)))
 
 
 def _outputs(channels: int, most: int) -> int:
@@ -140,29 +144,48 @@ def _outputs(channels: int, most: int) -> int:
     return 16 if channels <= 16 else min(most, max(64, channel_block(channels, most)))
 
 
-def _multiply(
+def prepare(
     maps: list[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, outs: list[Tensor]
-) -> None:
-    """Launch `pointwise_kernel` on (B, C, P) maps; weight is (1 or B, outputs, inputs)."""
+) -> Launch:
+    """Of `pointwise_kernel` on (B, C, P) maps; weight is (1 or B, outputs, inputs) with neighbours in a row or column.
+
+    It takes the maps in tuples of three and, where a bias or a residual is None, any other tensor.
+    """
     batch, _, pixels = maps[0].shape
     _, outputs, inputs = weight.shape
-    if 1 not in weight.stride()[1:]:
-        weight = weight.contiguous()
     columns, block = _BYTES // maps[0].element_size(), _outputs(outputs, _CHANNELS)
     tiles = cdiv(pixels, columns)
-    everything = [*maps, *outs] if residual is None else [*maps, *outs, residual]
     weight_image, row, column = weight.stride()
     transposed = row == 1 and column != 1
     bias_image = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
+    numbers = (
+        inputs, outputs, 0 if bias is None else outputs, 0 if residual is None else outputs,
+        weight_image if weight.shape[0] > 1 else 0, column if transposed else row, bias_image,
+        *_numbers(maps), *_numbers(outs), pixels, tiles,
+    )  # fmt: skip
+    constants = {
+        "BLOCK_K": 16,
+        "BLOCK_E": block,
+        "N": columns,
+        "ALIGN": _alignment([*maps, *outs] if residual is None else [*maps, *outs, residual]),
+        "TRANSPOSED": transposed,
+        "PRECISION": input_precision(maps[0]),
+        **matrix_options(maps[0], registers=64 if block == 16 else 128),
+    }
+    return Launch(pointwise_kernel, (batch * tiles, cdiv(outputs, block)), numbers, constants)
+
+
+def _multiply(
+    maps: list[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, outs: list[Tensor]
+) -> None:
+    """Launch `pointwise_kernel`."""
+    if 1 not in weight.stride()[1:]:
+        weight = weight.contiguous()
+    launch = prepare(maps, weight, bias, residual, outs)
     with torch.cuda.device_of(maps[0]):
-        pointwise_kernel[(batch * tiles, cdiv(outputs, block))](
-            tuple(maps), weight, bias, residual, tuple(outs), inputs, outputs,
-            weight_image if len(weight) > 1 else 0, column if transposed else row, bias_image, *_numbers(maps),
-            *((0, 0) if residual is None else residual.stride()[:2]), *_numbers(outs), pixels, tiles,
-            BLOCK_K=16, BLOCK_E=block, N=columns, ALIGN=alignment(pixels, 2, everything), TRANSPOSED=transposed,
-            PRECISION=input_precision(maps[0]),
-            # Pointers to more than one map take the registers that many sums leave.
-            **matrix_options(maps[0], registers=255 if block > 64 and len(maps) > 1 else 128),
+        launch(
+            _three(maps), weight, weight if bias is None else bias, maps[0] if residual is None else residual,
+            _three(outs),
         )  # fmt: skip
 
 
@@ -170,7 +193,15 @@ def _check(maps: tuple[Tensor | None, ...]) -> list[Tensor]:
     tensors = [x for x in maps if x is not None]
     for i, x in enumerate(tensors):
         check_dtype(f"x{i}", x)
-    return [planes(x) for x in tensors]
+    if any([x.dtype != tensors[0].dtype for x in tensors]):  # a program takes one of them
+        tensors = [x.float() for x in tensors]
+    return [_planes(x) for x in tensors]
+
+
+def _planes(x: Tensor) -> Tensor:
+    """As the kernels take a map, copied only if it must be."""
+    x = planes(x)
+    return x if x.shape[1] == 1 or x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def pointwise(
@@ -188,7 +219,7 @@ def pointwise(
     maps = _check((x0, x1, x2))
     y = torch.empty((x0.shape[0], weight.shape[1], *x0.shape[2:]), dtype=x0.dtype, device=x0.device)
     if y.numel():
-        _multiply(maps, weight, bias.contiguous(), None if residual is None else planes(residual), [y.flatten(2)])
+        _multiply(maps, weight, bias.contiguous(), None if residual is None else residual.contiguous(), [y.flatten(2)])
     return y
 
 
@@ -205,11 +236,13 @@ def pointwise_backward(
     """Gradients of `pointwise` by x0, x1, x2, weight and bias; those not needed are empty. Deterministic."""
     maps = _check((x0, x1, x2))
     batch, outputs, inputs = x0.shape[0], weight.shape[1], weight.shape[2]
-    flat, pixels = planes(grad), x0.shape[2] * x0.shape[3]
-    grads = [grad.new_empty(0) if x is None or not need_x else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flat, pixels = _planes(grad), x0.shape[2] * x0.shape[3]
+    dtype = maps[0].dtype
+    grads = [grad.new_empty(0) if x is None or not need_x else torch.empty(x.shape, dtype=dtype, device=x.device)
              for x in (x0, x1, x2)]  # fmt: skip
     if need_x and batch * pixels:
         _multiply([flat], weight.mT, None, None, [g.flatten(2) for g in grads if g.dim() == 4])
+        grads = [g if x is None else g.to(x.dtype) for g, x in zip(grads, (x0, x1, x2), strict=True)]
     of_weight, of_bias = parameter_gradients(x0, (weight, bias), need_parameters)
     if need_parameters and x0.numel():
         width = _PARAMETER_BYTES // grad.element_size()
@@ -222,9 +255,9 @@ def pointwise_backward(
         threads = min(256, min(rows, columns) * _PARAMETER_BYTES // 16)
         with torch.cuda.device_of(x0):
             pointwise_parameters_kernel[(batch * parts, cdiv(outputs, rows), cdiv(inputs, columns))](
-                flat, tuple(maps), partials, inputs, outputs, *flat.stride()[:2], *_numbers(maps), pixels, tiles,
+                flat, _three(maps), partials, inputs, outputs, flat.stride(0), *_numbers(maps), pixels, tiles,
                 each, parts,
-                BLOCK_E=rows, BLOCK_C=columns, N=width, ALIGN=alignment(pixels, 2, [flat, *maps]),
+                BLOCK_E=rows, BLOCK_C=columns, N=width, ALIGN=_alignment([flat, *maps]),
                 PRECISION=input_precision(grad), **matrix_options(grad, threads, 128),
             )  # fmt: skip
             images = max(len(weight), bias.numel() // outputs)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import check_dtype, empty, is_channels_last, jit_for_all_sizes, lane_first, parameter_gradients
+from ._device import Launch, check_dtype, empty, is_channels_last, jit_for_all_sizes, lane_first, parameter_gradients
 from ._haar import fold, load_taps, replicate
 from ._stream import (
     Plan,
@@ -36,7 +36,7 @@ from ._stream import (
     unpack,
     zeros,
 )
-from ._sums import sum_taps, sum_weights
+from ._sums import sum_partials, sum_taps
 from ._tiles import load, multiple
 
 
@@ -374,34 +374,19 @@ def _plan(x: Tensor, tensors: list[Tensor], radius: int) -> Plan:
     return plan(x, tensors, vector, halo=2 * radius, unit=2, reach=radius, bands=4, threads=threads)
 
 
-def _stream(
-    cut: Plan,
-    x: Tensor,
-    added: Tensor | None,
-    y: Tensor,
-    parameters: tuple[Tensor, ...],
-    partials: Tensor | None,
-    adjoint: bool,
-) -> None:
-    """y = the wavelet branch of x, or its adjoint."""
+def _prepare(cut: Plan, x: Tensor, y: Tensor, radius: int, adjoint: bool) -> Launch:
     last = is_channels_last(y)
     (x_lane, *x_strides), (y_lane, *y_strides) = lane_first(x, last), lane_first(y, last)
-    with torch.cuda.device_of(x):
-        wavelet_kernel[(cut.programs,)](
-            x, added, y, *(p.contiguous() for p in parameters), partials, x_lane, y_lane, *y.shape, *cut.numbers,
-            *x_strides, *y_strides, K=parameters[0].shape[-1], ADJOINT=adjoint, **cut.constants,
-        )  # fmt: skip
+    numbers = (x_lane, y_lane, *y.shape, *cut.numbers, *x_strides, *y_strides)
+    constants = {"K": 2 * radius + 1, "ADJOINT": adjoint, **cut.constants}
+    return Launch(wavelet_kernel, (cut.programs,), numbers, constants)
 
 
-def with_parts(x: Tensor, parameters: tuple[Tensor, ...], need_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """`wavelet_mix` with its sums in parts, (B, C, parts), if they are needed."""
-    radius = _check(x, parameters[0])
-    y = empty(x, *x.shape)
+def prepare(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Launch, int]:
+    """Of `wavelet_kernel`, and the parts of a plane's sum."""
+    radius = _check(x, weight)
     cut = _plan(x, [x, y], radius)
-    partials = partial_sums(x, cut, need_sums)
-    if x.numel():
-        _stream(cut, x, None, y, parameters, partials, adjoint=False)
-    return y, partials
+    return _prepare(cut, x, y, radius, False), cut.parts_a_plane
 
 
 def wavelet_mix(
@@ -424,7 +409,13 @@ def wavelet_mix(
         TypeError: `x` has another dtype.
         ValueError: `weight` has another size.
     """
-    y, partials = with_parts(x, (weight, bias, dec_lo, dec_hi, rec_lo, rec_hi), need_sums)
+    y = empty(x, *x.shape)
+    launch, parts = prepare(x, y, weight)
+    partials = partial_sums(x, parts, need_sums)
+    if x.numel():
+        parameters = (p.contiguous() for p in (weight, bias, dec_lo, dec_hi, rec_lo, rec_hi))
+        with torch.cuda.device_of(x):
+            launch(x, None, y, *parameters, partials)
     return y, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(2)
 
 
@@ -466,9 +457,11 @@ def wavelet_mix_backward(
                 grad_lane, x_lane, out_lane, *x.shape, *cut.numbers, *grad_strides, *x_strides, *out_strides,
                 K=2 * radius + 1, **cut.constants,
             )  # fmt: skip
-            sum_weights(partials, grads[0], grads[1])
+            sum_partials(partials, grads[0], grads[1])
             sum_taps(tap_partials, *grads[2:])
     elif x.numel() and out is not None:
         cut = _plan(out, [grad, out], radius)
-        _stream(cut, grad, added, out, (weight, bias, rec_lo, rec_hi, dec_lo, dec_hi), None, adjoint=True)
+        launch = _prepare(cut, grad, out, radius, True)
+        with torch.cuda.device_of(x):
+            launch(grad, added, out, *(p.contiguous() for p in (weight, bias, rec_lo, rec_hi, dec_lo, dec_hi)), None)
     return (x.new_empty(0) if out is None else out, *grads)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .channel_attention import ChannelAttention
-from .common import LARGEST, check_choice, check_number, check_odd, check_positive, check_sequence
+from .common import LARGEST, check_choice, check_number, check_odd, check_positive, check_sequence, submodules
 from .depthwise_gelu import SpatialBranch
 from .fourier_mix import FourierBranch
 from .multiscale_ffn import MultiScaleFFN, hidden_channels
@@ -76,8 +76,9 @@ class MultiDomainMixer(nn.Module):
     @property
     def canonical(self) -> bool:
         """Whether split and order are the default and the Fourier branch is canonical."""
-        dim = self.conv_in.in_channels
-        return self.order == BRANCHES and self.widths == [dim, dim, dim] and self.fourier.canonical
+        conv_in, fourier = submodules(self, "conv_in", "fourier")
+        dim = conv_in.in_channels
+        return self.order == BRANCHES and self.widths == [dim, dim, dim] and fourier.canonical
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.conv_in(x).split(self.widths, dim=1)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..parameters import AttentionParameters
-from .common import check_positive, conv2d, conv_parameters, plain
+from .common import check_positive, conv2d, conv_parameters, plain, submodules
 
 
 def channel_attention(x: Tensor, parameters: AttentionParameters) -> Tensor:
@@ -38,11 +38,12 @@ class ChannelAttention(nn.Module):
     @property
     def readable(self) -> bool:
         """Whether `arguments` says all; else the layers are called."""
-        return plain(self.conv1, self.conv2)
+        return plain(*submodules(self, "conv1", "conv2"))
 
     def arguments(self) -> tuple[AttentionParameters]:
         """The arguments of `channel_attention` after `x`."""
-        return (AttentionParameters(*conv_parameters(self.conv1), *conv_parameters(self.conv2)),)
+        first, second = submodules(self, "conv1", "conv2")
+        return (AttentionParameters(*conv_parameters(first), *conv_parameters(second)),)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.readable:

@@ -63,26 +63,41 @@ def _is_convolution(conv: nn.Module) -> bool:
     )
 
 
-def members(module: nn.Module, *names: str) -> list[Any]:
-    """Parameters and buffers; nn.Module looks for them in classes first, which for a block's would take longer than its
-    kernels on a small image."""
-    state = module.__dict__
-    parameters, buffers = state["_parameters"], state["_buffers"]
+# nn.Module looks for all that follows in classes first, which for a block's would take longer than its kernels on a
+# small image. What is not where it belongs is parametrised.
+
+
+def submodules(module: nn.Module, *names: str) -> list[Any]:
+    modules = module._modules
+    return [modules[name] for name in names]
+
+
+def parameters_of(module: nn.Module, *names: str) -> list[Any]:
+    parameters = module._parameters
     try:
-        return [parameters[name] if name in parameters else buffers[name] for name in names]
-    except KeyError:  # a parametrised one
+        return [parameters[name] for name in names]
+    except KeyError:
         return [getattr(module, name) for name in names]
 
 
 def norm_parameters(norm: nn.Module) -> Norm:
     """Those of a batch normalisation."""
-    return Norm(*members(norm, "running_mean", "running_var", "weight", "bias"))
+    parameters, buffers = norm._parameters, norm._buffers
+    try:
+        statistics = buffers["running_mean"], buffers["running_var"]
+        return Norm(*statistics, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+    except KeyError:
+        return Norm(*[getattr(norm, name) for name in Norm._fields])
 
 
-def conv_parameters(conv: nn.Module) -> tuple[Tensor, Tensor]:
+def conv_parameters(conv: nn.Module) -> tuple[Any, Any]:
     """Weight and bias of a `plain` convolution."""
-    weight, bias = members(conv, "weight", "bias")
-    return weight, bias
+    parameters = conv._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:
+        weight: Any = conv.weight
+        return weight, conv.bias
 
 
 # arguments (numpy's numbers come back as Python's) --------------------------------------------------------------------

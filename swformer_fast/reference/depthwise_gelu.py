@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parameters import SpatialParameters
-from .common import check_odd, check_positive, conv2d, conv_parameters, plain
+from .common import check_odd, check_positive, conv2d, conv_parameters, plain, submodules
 
 
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -36,11 +36,11 @@ class SpatialBranch(nn.Module):
     @property
     def readable(self) -> bool:
         """Whether `arguments` says all; else the layers are called."""
-        return plain(self.conv)
+        return plain(*submodules(self, "conv"))
 
     def arguments(self) -> SpatialParameters:
         """The arguments of `depthwise_gelu` after `x`."""
-        return SpatialParameters(*conv_parameters(self.conv))
+        return SpatialParameters(*conv_parameters(*submodules(self, "conv")))
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_gelu(x, *self.arguments()) if self.readable else F.gelu(self.conv(x))

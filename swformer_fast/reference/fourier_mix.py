@@ -18,9 +18,11 @@ from .common import (
     conv_parameters,
     norm_parameters,
     plain,
+    submodules,
 )
 
 LAYOUTS = ("interleaved", "concatenated")
+_CONVOLUTIONS = ("conv_in", "gate_conv", "value_conv", "conv_out")
 
 
 def spectrum(x: Tensor, layout: str = "interleaved") -> Tensor:
@@ -162,17 +164,16 @@ class FourierBranch(nn.Module):
     @property
     def readable(self) -> bool:
         """Whether `arguments` says all; else the layers are called."""
-        norms = self.gate_bn, self.value_bn
-        convolutions = plain(self.conv_in, self.gate_conv, self.value_conv, self.conv_out)
-        return convolutions and as_defined(nn.BatchNorm2d, *norms) and all(norm.affine for norm in norms)
+        convolutions, (gate, value) = submodules(self, *_CONVOLUTIONS), submodules(self, "gate_bn", "value_bn")
+        normalisations = as_defined(nn.BatchNorm2d, gate, value) and gate.affine and value.affine
+        return normalisations and plain(*convolutions)
 
     def arguments(self) -> tuple[FourierParameters, bool, float, float]:
         """The positional arguments of `fourier_mix` after `x`: parameters, training, momentum, eps."""
         norm = self._norm
-        gate = Factor(_state(self.gate_bn), *conv_parameters(self.gate_conv))
-        value = Factor(_state(self.value_bn), *conv_parameters(self.value_conv))
-        first, last = conv_parameters(self.conv_in), conv_parameters(self.conv_out)
-        parameters = FourierParameters(*first, gate, value, *last)
+        first, gate, value, last = [conv_parameters(conv) for conv in submodules(self, *_CONVOLUTIONS)]
+        gate_norm, value_norm = [_state(bn) for bn in submodules(self, "gate_bn", "value_bn")]
+        parameters = FourierParameters(*first, Factor(gate_norm, *gate), Factor(value_norm, *value), *last)
         momentum = norm.momentum
         if momentum is None:  # the running statistics are the plain mean over all batches
             counted = float(cast(Tensor, norm.num_batches_tracked)) if _tracks(norm) else 0.0
@@ -182,7 +183,8 @@ class FourierBranch(nn.Module):
     @property
     def _norm(self) -> nn.BatchNorm2d:
         """One of the two normalisations, whose options are the same."""
-        gate, value = self.gate_bn, self.value_bn
+        gate: nn.BatchNorm2d
+        gate, value = submodules(self, "gate_bn", "value_bn")
         for name in ("training", "momentum", "eps", "track_running_stats"):
             if getattr(gate, name) != getattr(value, name):
                 raise ValueError(f"gate_bn and value_bn must have the same {name}")

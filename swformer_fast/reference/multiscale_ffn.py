@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parameters import Convolution, FfnParameters
-from .common import LARGEST, check_choice, check_number, check_odd, check_positive, conv2d, conv_parameters, plain
+from .common import (
+    LARGEST,
+    check_choice,
+    check_number,
+    check_odd,
+    check_positive,
+    conv2d,
+    conv_parameters,
+    plain,
+    submodules,
+)
 
 SCALES = (1, 2, 4)
 POOLS: dict[str, Callable[..., Tensor]] = {"avg": F.avg_pool2d, "max": F.max_pool2d}
@@ -110,13 +120,14 @@ class MultiScaleFFN(nn.Module):
     @property
     def readable(self) -> bool:
         """Whether `arguments` says all; else the layers are called."""
-        return plain(self.conv_in, *self.dw, self.conv_out)
+        first, depthwise, last = submodules(self, "conv_in", "dw", "conv_out")
+        return plain(first, *depthwise, last)
 
     def arguments(self) -> tuple[FfnParameters]:
         """The positional arguments of `multiscale_ffn` after `x`."""
-        first, second, fourth = (Convolution(*conv_parameters(conv)) for conv in self.dw)
-        ends = conv_parameters(self.conv_in), conv_parameters(self.conv_out)
-        return (FfnParameters(*ends[0], (first, second, fourth), *ends[1]),)
+        first, depthwise, last = submodules(self, "conv_in", "dw", "conv_out")
+        one, two, four = [Convolution(*conv_parameters(conv)) for conv in depthwise]
+        return (FfnParameters(*conv_parameters(first), (one, two, four), *conv_parameters(last)),)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.readable:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parameters import WaveletParameters
-from .common import check_odd, check_positive, conv2d, conv_parameters, members, plain
+from .common import check_odd, check_positive, conv2d, conv_parameters, parameters_of, plain, submodules
 from .haar_dwt2d import HAAR_HIGH, HAAR_LOW, haar_dwt2d
 from .haar_idwt2d import haar_idwt2d
 
@@ -52,11 +52,12 @@ class WaveletBranch(nn.Module):
     @property
     def readable(self) -> bool:
         """Whether `arguments` says all; else the layers are called."""
-        return plain(self.conv)
+        return plain(*submodules(self, "conv"))
 
     def arguments(self) -> WaveletParameters:
         """The arguments of `wavelet_mix` after `x`."""
-        return WaveletParameters(*conv_parameters(self.conv), *members(self, "dec_lo", "dec_hi", "rec_lo", "rec_hi"))
+        taps = parameters_of(self, "dec_lo", "dec_hi", "rec_lo", "rec_hi")
+        return WaveletParameters(*conv_parameters(*submodules(self, "conv")), *taps)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.readable:
