@@ -61,8 +61,8 @@ fuzz: build
 # The C++ kernels for this machine's instruction set (or that of ATEN_CPU_CAPABILITY=avx2) under GCC's sanitizers, in a
 # build of their own. Fresh memory holds NaN.
 SANITIZED := $(CURDIR)/build/sanitized
-SANITIZED_TESTS := contract haar pointwise depthwise_gelu wavelet_mix fourier_mix local_branches multiscale_ffn channel_attention
-SANITIZED_TESTS += channel_statistics sums kernel_sizes step shortcut pool fuzz sanitizers
+SANITIZED_TESTS := $(wildcard $(patsubst swformer_fast/ops/%,tests/test_%,$(wildcard swformer_fast/ops/[a-z]*.py)))
+SANITIZED_TESTS += $(foreach t,contract haar sums kernel_sizes step shortcut pool fuzz sanitizers arguments,tests/test_$(t).py)
 sanitize: .venv/installed
 	SANITIZE=address,undefined DEBUG=1 SDO_SWFORMER_SKIP_CUDA=1 \
 		$(PY) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)
@@ -71,7 +71,7 @@ sanitize: .venv/installed
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 		.venv/bin/pytest -n auto --dist loadfile -m "not slow" \
 		-k "not (triton or reference or compile or opcheck or memory_is_bounded or does_not_grow or failed_allocation or layout_is_named)" \
-		$(SANITIZED_TESTS:%=tests/test_%.py) $(wildcard tests/test_arguments.py)
+		$(SANITIZED_TESTS)
 
 # HTML in build/docs; a warning is an error.
 docs: build

@@ -1,4 +1,4 @@
-"""One SWFormer block, evaluation and training step: time, bytes kept for backward and operators called."""
+"""swformer_block: one block, evaluation and training step: time, bytes kept for backward and operators called."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import swformer_fast as sf
 
-from .bench_network import randomise
 from .harness import Case, Options, Run, Variant, Work, compiled, saved_bytes
+from .models import beside, image_as_asked, models, randomise
 from .op_cases import on_device
 
 EVAL = [(1, 40, 256, 256), (1, 64, 128, 128)]
@@ -52,12 +52,8 @@ def block(shape: tuple[int, ...], kind: str, options: Options) -> Work:
     randomise(reference, 0.1)
     for scale in (reference.beta, reference.gamma):
         scale.data.normal_()  # small ones would hide an error behind the residual
-    fast, exact = sf.SWFormerBlock(dim), sf.reference.SWFormerBlock(dim).double()
-    for model in (fast, exact):
-        model.load_state_dict(reference.state_dict())
-    for model in (reference, fast, exact):
-        model.to(options.device).train(train)
-    x, grad = torch.randn(shape, device=options.device), torch.randn(shape, device=options.device)
+    same = models(reference, partial(sf.SWFormerBlock, dim), options, train)
+    x, grad = (image_as_asked(torch.randn(shape, device=options.device), options) for _ in range(2))
 
     def step(model: nn.Module, call: Any = None, x: Tensor = x, grad: Tensor = grad) -> Run:
         call = model if call is None else call
@@ -80,15 +76,18 @@ def block(shape: tuple[int, ...], kind: str, options: Options) -> Work:
             kept["saved_bytes"] = saved_bytes(lambda: model(leaf), list(model.parameters()))
         return kept | {"operators": count_calls(step(model))}
 
-    variants = {"reference": Variant(step(reference), metrics=metrics(reference))}
+    def plain(model: nn.Module, dtype: torch.dtype = torch.float32) -> Run:
+        return step(model, x=x.to(dtype).contiguous(), grad=grad.to(dtype).contiguous())
+
+    variants = {"reference": Variant(step(same.reference), metrics=metrics(same.reference))}
     if not (options.compile or options.full):
         variants["compile"] = Variant(None, note="--compile measures torch.compile")
     else:
-        variants |= compiled(reference.forward, lambda f: step(reference, f)())
+        variants |= compiled(same.reference.forward, lambda f: step(same.reference, f)())
     ours = on_device(options.device)
-    variants["ours"] = Variant(ours(step(fast)), ours=True, metrics=metrics(fast))
-    expected = step(exact, x=x.double(), grad=grad.double())
-    return Work(variants, expected, TARGETS.get((kind, dim), {}))
+    variants["ours"] = Variant(ours(step(same.ours)), ours=True, metrics=metrics(same.ours))
+    variants |= beside(same, plain, options)
+    return Work(variants, plain(same.exact, torch.float64), {} if options.words else TARGETS.get((kind, dim), {}))
 
 
 def cases(options: Options) -> list[Case]:

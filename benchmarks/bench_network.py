@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import swformer_fast as sf
 
-from .harness import LAYOUTS, Case, Options, Run, Variant, Work, compiled
+from .harness import HALF, LAYOUTS, Case, Options, Run, Variant, Work, compiled
+from .models import Models, beside, image_as_asked, models, randomise
 from .op_cases import on_device
 
 PRESET = "derain-s"
@@ -32,23 +33,11 @@ def photograph(side: int) -> Tensor:
     return image[:, :, :side, :side].contiguous()
 
 
-def randomise(model: nn.Module, size: float) -> None:
-    """Move parameters and statistics away from their special starting values."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith("running_var"):
-            tensor.data.uniform_(0.5, 1.5)
-        elif tensor.is_floating_point():
-            tensor.data.add_(torch.randn_like(tensor), alpha=size)
-
-
-def models(device: str) -> tuple[nn.Module, nn.Module]:
-    """The reference and the fast network with the same weights."""
+def same_weights(options: Options, train: bool) -> Models:
     torch.manual_seed(0)
     reference = sf.reference.SWFormer.from_preset(PRESET).eval()
     randomise(reference, 0.02)
-    fast = sf.SWFormer.from_preset(PRESET).eval()
-    fast.load_state_dict(reference.state_dict())
-    return reference.to(device), fast.to(device)
+    return models(reference, partial(sf.SWFormer.from_preset, PRESET), options, train)
 
 
 def by_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,17 +54,21 @@ def by_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return copies
 
 
-def resident_peak(model: nn.Module, side: int) -> int | None:
+def resident_peak(model: nn.Module, side: int, options: Options) -> int | None:
     """Memory that one evaluation needs beyond what is there before it, in a separate process; Linux."""
     kind = "sf.SWFormer" if isinstance(model, sf.SWFormer) else "sf.reference.SWFormer"
     program = f"""
 import re, torch, swformer_fast as sf
 from benchmarks.bench_network import photograph
+from benchmarks.harness import Options
+from benchmarks.models import image_as_asked, model_as_asked
 torch.set_num_threads(1)
-model, image = {kind}.from_preset("{PRESET}").eval(), photograph({side})
+options = Options(dtype="{options.dtype}", layout="{options.layout}")
+model = model_as_asked({kind}.from_preset("{PRESET}").eval(), options)
+image = image_as_asked(photograph({side}), options)
 def status(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-with torch.no_grad():
+with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "autocast"):
     model(image[..., :64, :64])  # loads what is loaded once
     open("/proc/self/clear_refs", "w").write("5")  # begins the high-water mark anew
     before = status("VmRSS")
@@ -88,40 +81,42 @@ print(status("VmHWM") - before)
 
 
 def network(side: int, options: Options) -> Work:
-    reference, fast = models(options.device)
-    image = photograph(side).to(options.device)
+    same = same_weights(options, train=False)
+    image = image_as_asked(photograph(side), options)
 
     def call(model: Callable[[Tensor], Tensor], x: Tensor = image) -> Tensor:
-        """What the network adds to the image: the image itself would hide an error in the comparison."""
-        with torch.no_grad():
-            return model(x) - x
+        """What the network adds to the image: the image itself would hide an error in the comparison.
 
-    def expected() -> Tensor:
-        exact = sf.reference.SWFormer.from_preset(PRESET).eval().double().to(options.device)
-        exact.load_state_dict(reference.state_dict())
-        return call(exact, image.double())
+        In half precision the result itself, of which that is a tenth: rounding the sum would be most of its error.
+        """
+        with torch.no_grad():
+            return model(x) if options.dtype in HALF else model(x) - x
+
+    def plain(model: nn.Module, dtype: torch.dtype = torch.float32) -> Run:
+        return partial(call, model, image.to(dtype).contiguous())
 
     def metrics(model: nn.Module) -> dict[str, int]:
-        peak = resident_peak(model, side) if options.device == "cpu" else None
+        peak = resident_peak(model, side, options) if options.device == "cpu" else None
         return {} if peak is None else {"peak_bytes": peak}
 
-    variants = {"reference": Variant(lambda: call(reference), metrics=metrics(reference))}
+    variants = {"reference": Variant(partial(call, same.reference), metrics=metrics(same.reference))}
     if options.compile and options.device == "cuda":
-        variants |= {name: Variant(partial(call, m)) for name, m in by_blocks(reference).items()}
+        variants |= {name: Variant(partial(call, m)) for name, m in by_blocks(same.reference).items()}
     elif options.compile and side <= 256:
-        variants |= compiled(reference, call)
+        variants |= compiled(same.reference, call)
     else:
         variants["compile"] = Variant(None, note="compiling the network takes minutes; --compile does it at 256x256")
     ours = on_device(options.device)
-    variants["ours"] = Variant(ours(lambda: call(fast)), ours=True, metrics=metrics(fast))
-    return Work(variants, expected, TARGETS)
+    variants["ours"] = Variant(ours(partial(call, same.ours)), ours=True, metrics=metrics(same.ours))
+    variants |= beside(same, plain, options)
+    return Work(variants, plain(same.exact, torch.float64), {} if options.words else TARGETS)
 
 
 def train_step(batch: int, side: int, options: Options) -> Work:
     """Forward with the squared error of every scale, whose gradient rounding cannot flip, and all gradients."""
-    reference, fast = (model.train() for model in models(options.device))
+    same = same_weights(options, train=True)
     crops = photograph(side * batch)[..., :side].reshape(1, 3, batch, side, side)[0].transpose(0, 1).contiguous()
-    target = crops.to(options.device)
+    target = image_as_asked(crops, options)
     image = (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
 
     def step(model: Any, image: Tensor = image, target: Tensor = target) -> Run:
@@ -135,22 +130,23 @@ def train_step(batch: int, side: int, options: Options) -> Work:
 
         return run
 
-    def expected() -> tuple[Tensor, ...]:
-        exact = sf.reference.SWFormer.from_preset(PRESET).double().to(options.device)
-        exact.load_state_dict(reference.state_dict())
-        return step(exact, image.double(), target.double())()
+    def plain(model: nn.Module, dtype: torch.dtype = torch.float32) -> Run:
+        return step(model, image.to(dtype).contiguous(), target.to(dtype).contiguous())
 
-    variants = {"reference": Variant(step(reference))}
+    variants = {"reference": Variant(step(same.reference))}
     if options.compile and options.device == "cuda":
-        variants |= {name: Variant(step(m)) for name, m in by_blocks(reference).items()}
+        variants |= {name: Variant(step(m)) for name, m in by_blocks(same.reference).items()}
     else:
         variants["compile"] = Variant(None, note="compiling the network's backward takes many minutes")
-    variants["ours"] = Variant(on_device(options.device)(step(fast)), ours=True)
-    return Work(variants, expected, {"reference": 2.5})
+    variants["ours"] = Variant(on_device(options.device)(step(same.ours)), ours=True)
+    variants |= beside(same, plain, options)
+    return Work(variants, plain(same.exact, torch.float64), {} if options.words else {"reference": 2.5})
 
 
 def cases(options: Options) -> list[Case]:
     sides = (64,) if options.quick else (256, 512, 1024) if options.full else (256, 512) if options.compile else (256,)
     batch, side = (2, 32) if options.quick else (4, 128)
     evaluation = [Case(f"{PRESET} eval {n}x{n}", partial(network, n, options)) for n in sides]
+    if options.dtype in HALF:  # networks are trained under autocast
+        return evaluation
     return [*evaluation, Case(f"{PRESET} train step {batch}x{side}x{side}", partial(train_step, batch, side, options))]

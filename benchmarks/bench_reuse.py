@@ -41,7 +41,7 @@ DEFAULT = next(iter(OURS))
 
 
 @dataclass(frozen=True)
-class Problem:
+class Objective:
     """Latents and the mean loss of what a sampler makes of them."""
 
     sampler: Callable[..., sdo_fast.ShortcutSampler]
@@ -70,7 +70,7 @@ class Summary:
     loss: list[float] = field(default_factory=list)
 
 
-def digits(task: str, num_steps: int, guided: bool, device: str, seed: int) -> Problem:
+def digits(task: str, num_steps: int, guided: bool, device: str, seed: int) -> Objective:
     """A class to be seen by the classifier (with guidance: against a prompt of another class), or a digit to match."""
     unet = digits_model.load_digits_unet().to(device)
     classifier = digits_model.load_digits_classifier().to(device)
@@ -91,10 +91,10 @@ def digits(task: str, num_steps: int, guided: bool, device: str, seed: int) -> P
         sdo_fast.ShortcutSampler, unet, digits_model.scheduler(), num_steps, guidance_scale=3.0 if guided else None
     )
     conditions = {"model_kwargs": {"class_labels": prompt}, "uncond_kwargs": null} if guided else {"model_kwargs": null}
-    return Problem(sampler, latents, loss, 0.1 if guided else 0.05, conditions)
+    return Objective(sampler, latents, loss, 0.1 if guided else 0.05, conditions)
 
 
-def latent_space(num_steps: int, guided: bool, device: str, seed: int) -> Problem:
+def latent_space(num_steps: int, guided: bool, device: str, seed: int) -> Objective:
     """An image to match behind a decoder: cross-attention UNet and autoencoder of random weights, v-prediction."""
     import diffusers
 
@@ -137,14 +137,14 @@ def latent_space(num_steps: int, guided: bool, device: str, seed: int) -> Proble
     with torch.no_grad():
         image, first = (decode(sampler()(z, **conditions)) for z in (other, latents))
     scale = F.mse_loss(first, image).item()
-    return Problem(sampler, latents, lambda x0: F.mse_loss(decode(x0), image) / scale, 0.1, conditions)
+    return Objective(sampler, latents, lambda x0: F.mse_loss(decode(x0), image) / scale, 0.1, conditions)
 
 
-def optimise(problem: Problem, thresholds: tuple[float, ...], updates: int, variant: str) -> Optimisation:
+def optimise(objective: Objective, thresholds: tuple[float, ...], updates: int, variant: str) -> Optimisation:
     """Run one variant. An estimate below a threshold asks for an exact pass, which alone decides."""
     cache = sdo_fast.TrajectoryCache(**OURS[variant]) if variant in OURS else None
-    sampler = problem.sampler(grad_step="identity", fused=True, reuse=cache)
-    clock = time.process_time if problem.latents.device.type == "cpu" else time.perf_counter
+    sampler = objective.sampler(grad_step="identity", fused=True, reuse=cache)
+    clock = time.process_time if objective.latents.device.type == "cpu" else time.perf_counter
     unmet, gaps, seconds, began = list(thresholds), [], [], clock()
 
     def confirm(record: Any, latents: Tensor, image: Tensor) -> None:
@@ -160,15 +160,15 @@ def optimise(problem: Problem, thresholds: tuple[float, ...], updates: int, vari
         warnings.filterwarnings("ignore", "the reused trajectory was off")  # the record tells the largest gap
         history = sdo_fast.optimize_latents(
             sampler,
-            problem.latents,
-            problem.loss,
+            objective.latents,
+            objective.loss,
             updates,
-            problem.lr,
+            objective.lr,
             callback=confirm,
             progress=False,
             coarse_steps=coarse,
             keep_norm=True,
-            **problem.arguments,
+            **objective.arguments,
         ).history
     calls = list(accumulate(record.model_calls for record in history))
 
@@ -191,12 +191,14 @@ def ratio(base: list[float], ours: list[float], total: float) -> float:
     return min(base[-1], total) / ours[-1]
 
 
-def compare(make: Callable[[int], Problem], task: str, seeds: int, updates: int, summaries: dict[str, Summary]) -> Work:
+def compare(
+    make: Callable[[int], Objective], task: str, seeds: int, updates: int, summaries: dict[str, Summary]
+) -> Work:
     runs: dict[str, list[Optimisation]] = {name: [] for name in (BASELINE, "coarse to fine", *OURS)}
     for seed in range(seeds):
-        problem = make(seed)
+        objective = make(seed)
         for name, of_variant in runs.items():
-            of_variant.append(optimise(problem, THRESHOLDS[task], updates, name))
+            of_variant.append(optimise(objective, THRESHOLDS[task], updates, name))
     variants = {}
     for name, of_variant in runs.items():
         pairs = list(zip(runs[BASELINE], of_variant, strict=True))

@@ -18,10 +18,12 @@ import torch
 
 from . import records, report
 from .gpu import Gpu, Rehearsal
-from .harness import PRECISIONS, Case, Options, failed, measure
+from .harness import DTYPES, FORMATS, HALF, Case, Options, failed, measure
 from .progress import progress
 
 SUITES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+MODELS = ("block", "network")
+"""Suites of models, which take every dtype and layout."""
 
 Plan = Mapping[str, Sequence[tuple[Case, Options]]]
 """The cases of each suite."""
@@ -34,7 +36,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one small case a suite, no torch.compile")
     add("--compile", action="store_true", help="torch.compile too, where it takes seconds (minutes in all)")
     add("--full", action="store_true", help="torch.compile and the largest sizes everywhere")
-    add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="fp32 (default), tf32, autocast to bf16")
+    dtypes = "fp32 (default), products in tf32, autocast to bf16; of block and network bf16 and fp16 too"
+    add("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help=dtypes)
+    add("--layout", nargs="+", choices=FORMATS, default=["contiguous"], help="of block and network (contiguous)")
     add("--threads", type=int, default=1)
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dry-run", action="store_true", help="rehearse --device cuda on the CPU, no figures kept")
@@ -51,6 +55,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     unknown = sorted(set(args.suites) - set(SUITES))
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    half, others = {*HALF} & {*args.dtype}, [suite for suite in args.suites or SUITES if suite not in MODELS]
+    if others and (half or args.layout != ["contiguous"]):
+        parser.error(f"half precision and layouts are of {' and '.join(MODELS)}, not of {', '.join(others)}")
     if args.dry_run and args.device != "cuda":
         parser.error("--dry-run rehearses --device cuda")
     if args.record and (args.quick or args.dry_run):
@@ -74,19 +81,19 @@ def prepare(args: argparse.Namespace) -> tuple[Options, dict[str, Any]]:
         print(f"measured peaks: {extra['peaks']}")
     budget = 0.01 if args.dry_run else 0.1 if args.quick else args.budget
     quick = args.quick or args.dry_run
-    options = Options(quick, args.full, args.compile, device, args.precision[0], budget, gpu, peaks)
+    options = Options(quick, args.full, args.compile, device, budget=budget, gpu=gpu, peaks=peaks)
     return options, records.environment(device) | extra
 
 
-def cases_of(suite: str, options: Options, precisions: Sequence[str]) -> list[tuple[Case, Options]]:
-    """Its cases in every precision; none where a package that it needs is not installed."""
+def cases_of(suite: str, options: Options, dtypes: Sequence[str], layouts: Sequence[str]) -> list[tuple[Case, Options]]:
+    """Its cases in every dtype and layout; none where a package that it needs is not installed."""
     try:
         module = importlib.import_module(f"{__package__}.bench_{suite}")
     except ModuleNotFoundError as error:
         print(f"{suite}: not measured: {error}", file=sys.stderr)
         return []
-    wanted = [replace(options, precision=precision) for precision in precisions]
-    return [(case, options) for options in wanted for case in module.cases(options)]
+    settings = [replace(options, dtype=dtype, layout=layout) for dtype in dtypes for layout in layouts]
+    return [(case, setting) for setting in settings for case in module.cases(setting)]
 
 
 def run(work: Plan, environment: Mapping[str, Any], out: Path, record: bool) -> tuple[dict[str, Any], bool]:
@@ -97,7 +104,7 @@ def run(work: Plan, environment: Mapping[str, Any], out: Path, record: bool) -> 
             rows = results.setdefault(suite, [])
             try:
                 for i, (case, options) in enumerate(cases, 1):
-                    tell(f"{suite}: {case.name}, {options.precision}")
+                    tell(f"{suite}: {case.name}{options.words}")
                     rows += [{**environment, **row} for row in measure(case, options)]
                     records.save(out, suite, rows)
                     if record:
@@ -119,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args, parser)
     out = args.out or (Path(tempfile.mkdtemp(prefix="rehearsal-")) if args.dry_run else records.OUTPUT)
     options, environment = prepare(args)
-    work = {suite: cases_of(suite, options, args.precision) for suite in args.suites or SUITES}
+    work = {suite: cases_of(suite, options, args.dtype, args.layout) for suite in args.suites or SUITES}
     results, interrupted = run(work, environment, out, args.record)
     if interrupted:
         print("\ninterrupted: the finished cases are kept", file=sys.stderr)

@@ -162,11 +162,12 @@ def footprint(run: Run) -> tuple[int, int]:
 
 
 def fractions(
-    seconds: float, moved: int, flops: int, peaks: Mapping[str, float], precision: str = "fp32"
+    seconds: float, moved: int, flops: int, peaks: Mapping[str, float], dtype: str = "fp32"
 ) -> dict[str, float]:
-    """Achieved rates and their shares of the measured peaks, that of matrix products in `precision`."""
+    """Achieved rates and their shares of the measured peaks, that of matrix products in `dtype`."""
     bandwidth, rate = moved / seconds / 1e9, flops / seconds / 1e12
     shares = {"GB/s": bandwidth, "of_copy": bandwidth / peaks["copy GB/s"]}
     if flops:
-        shares |= {"TFLOP/s": rate, "of_matmul": rate / peaks[f"matmul {precision} TFLOP/s"]}
+        products = dtype if dtype in ("fp32", "tf32") else "bf16"  # autocast's, and as fast as fp16's
+        shares |= {"TFLOP/s": rate, "of_matmul": rate / peaks[f"matmul {products} TFLOP/s"]}
     return shares

@@ -146,12 +146,12 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
             pytest(contract, "-k", f"triton and ({' or '.join(group + more)})"),
             pytest(*(kernels.format(op) for op in group), *files, "-m", "not slow"),
         ]
-        for group, more, files in ((products, folds, ["tests/test_fold.py"]), (others, (), []))
+        for group, more, files in ((products, folds, [f"tests/test_{op}.py" for op in folds]), (others, (), []))
     ]
     baselines = [
-        suite(name, scratch / name / precision, dry, "--compile", "--precision", precision)
+        suite(name, scratch / name / dtype, dry, "--compile", "--dtype", dtype)
         for name in ("block", "network")
-        for precision in ("fp32", "tf32", "bf16")
+        for dtype in ("fp32", "tf32", "autocast")
     ]
     return [
         Step("correct", 70, [["-m", "benchmarks.inspection.correct"]]),
@@ -183,18 +183,18 @@ def is_it_right(dry: bool, scratch: Path) -> list[Step]:
 
 
 def how_fast(dry: bool, records: Path) -> list[Step]:
-    precisions = ("--precision", "fp32", "tf32", "bf16")
+    dtypes = ("--dtype", "fp32", "tf32", "autocast")
     if dry:
         names = ("block", "network", "haar", "channel_attention", "sampler_step")
         return [
-            *(Step(f"time-{name}", 90, [suite(name, records, dry, *precisions)]) for name in names),
+            *(Step(f"time-{name}", 90, [suite(name, records, dry, *dtypes)]) for name in names),
             Step("memcheck", 30, [["-m", "benchmarks.inspection.launches", "--dry-run", "haar_dwt2d"]]),
         ]
     ops = ("fourier_mix", "multiscale_ffn", "wavelet_mix", "depthwise_gelu", "channel_attention", "haar")
     sanitizer = ["-m", "benchmarks.gpu_day", "memcheck", "multiscale_ffn", "fourier_mix", "pointwise"]
     return [
-        Step("time-block", 100, [suite("block", records, dry, "--compile", *precisions)]),
-        Step("time-network", 110, [suite("network", records, dry, "--compile", *precisions)]),
+        Step("time-block", 100, [suite("block", records, dry, "--compile", *dtypes)]),
+        Step("time-network", 110, [suite("network", records, dry, "--compile", *dtypes)]),
         # One after the other: they time. Each by itself: one that fails takes no other along.
         *(Step(f"time-{name}", 40, [suite(name, records, dry)]) for name in ops),
         Step("time-sampler_step", 30, [suite("sampler_step", records, dry)]),

@@ -30,10 +30,20 @@ BASELINE_SLACK = 20.0
 """Baselines and peers add up in one precision: their filter gradients may miss the kernels' tolerance this far."""
 LAYOUTS = {"compile": True, "compile, no layout opt.": False}
 """torch.compile's variants, and whether it may choose the layout of images."""
-PRECISIONS = ("fp32", "tf32", "bf16")
-"""fp32 throughout; its products in tf32, as `torch.set_float32_matmul_precision("high")` allows; autocast to bf16."""
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "autocast": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Of models and images: fp32 throughout; its products in tf32, as `torch.set_float32_matmul_precision("high")` allows;
+autocast to bf16; bf16 and fp16 throughout, which the suites of models take."""
+HALF = ("bf16", "fp16")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+"""Layouts of models and images."""
 ROUNDED = 0.2
-"""Largest relative RMS error of a baseline in tf32 and bf16; ours may err twice as far as the baseline does."""
+"""Largest relative RMS error of a baseline in tf32 and autocast; ours may err twice as far as the baseline does."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +54,21 @@ class Options:
     full: bool = False
     compile: bool = False
     device: str = "cpu"
-    precision: str = "fp32"
-    """One of PRECISIONS."""
+    dtype: str = "fp32"
+    """One of DTYPES."""
+    layout: str = "contiguous"
+    """One of FORMATS."""
     budget: float = 2.0
     """Seconds of timing per case."""
     gpu: Gpu | None = None
     """What times on `device`, a GPU or its rehearsal; None times by the clock."""
     peaks: Mapping[str, float] = field(default_factory=dict)
     """The GPU's measured rates."""
+
+    @property
+    def words(self) -> str:
+        """What differs from fp32 and contiguous, as the names of cases end in it."""
+        return "".join(f", {word}" for word in (self.dtype, self.layout) if word not in ("fp32", "contiguous"))
 
 
 @dataclass
@@ -63,6 +80,8 @@ class Variant:
     note: str = ""
     compared: bool = True
     """Whether the result must equal the expected one."""
+    plain: bool = False
+    """In fp32 and contiguous, whatever the options say."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -181,11 +200,11 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 @contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """Inside, matrix products and convolutions of fp32 numbers are in tf32 if `precision` is."""
+def products_in(dtype: str) -> Iterator[None]:
+    """Inside, matrix products and convolutions of fp32 numbers are in tf32 if `dtype` is."""
     matrix, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     try:
         yield
     finally:
@@ -205,28 +224,29 @@ def autocast_to_bf16(run: Run, device: str) -> Run:
 
 def measure(case: Case, options: Options) -> list[dict[str, Any]]:
     """One record for each variant of the case."""
-    with products_in(options.precision):
-        rows = _measure(case, options)
-    return rows if options.precision == "fp32" else [r | {"case": f"{r['case']}, {options.precision}"} for r in rows]
+    with products_in(options.dtype):
+        return _measure(case, options)
+
+
+def _record(case: Case, name: str, variant: Variant, options: Options) -> dict[str, Any]:
+    """What is known of a variant before it runs."""
+    dtype, layout = ("fp32", "contiguous") if variant.plain else (options.dtype, options.layout)
+    record = {"case": case.name + options.words, "variant": name, "dtype": dtype, "layout": layout}
+    return record | {"ours": variant.ours, **variant.metrics}
 
 
 def _measure(case: Case, options: Options) -> list[dict[str, Any]]:
     torch._dynamo.reset()
-    if options.precision == "bf16":
+    if options.dtype == "autocast":
         work = autocast_to_bf16(case.make, options.device)()
         for variant in work.variants.values():
-            variant.run = variant.run and autocast_to_bf16(variant.run, options.device)
+            if variant.run is not None and not variant.plain:
+                variant.run = autocast_to_bf16(variant.run, options.device)
     else:
         work = case.make()
     if not work.timed:
         return [
-            {
-                "case": case.name,
-                "variant": name,
-                "ours": variant.ours,
-                "status": variant.note or "ok",
-                **variant.metrics,
-            }
+            _record(case, name, variant, options) | {"status": variant.note or "ok"}
             for name, variant in work.variants.items()
         ]
     names = list(work.variants)
@@ -236,8 +256,9 @@ def _measure(case: Case, options: Options) -> list[dict[str, Any]]:
 
     def attempt(name: str, variant: Variant) -> None:
         baseline = records.get(names[0], {}).get("error", ROUNDED / 2)
-        allowed = None if options.precision == "fp32" else 2 * baseline if variant.ours else ROUNDED
-        records[name], run = try_variant(case.name, name, variant, expected, allowed)
+        relative = options.dtype in ("tf32", "autocast") and not variant.plain
+        allowed = None if not relative else 2 * baseline if variant.ours else ROUNDED
+        records[name], run = try_variant(_record(case, name, variant, options), variant, expected, allowed)
         if run is not None:
             running[name] = run
 
@@ -256,20 +277,20 @@ def _measure(case: Case, options: Options) -> list[dict[str, Any]]:
     if options.gpu is not None and names[0] in running:
         moved, flops = footprint(running[names[0]])
         for name, values in times.items():
-            records[name] |= fractions(statistics.median(values), moved, flops, options.peaks, options.precision)
+            if records[name]["dtype"] == options.dtype:
+                records[name] |= fractions(statistics.median(values), moved, flops, options.peaks, options.dtype)
     else:
         add_targets(work, records, times)  # the targets are a CPU's
     return list(records.values())
 
 
 def try_variant(
-    case: str, name: str, variant: Variant, expected: Any, allowed: float | None = None
+    record: dict[str, Any], variant: Variant, expected: Any, allowed: float | None = None
 ) -> tuple[dict[str, Any], Run | None]:
-    """The record of a variant's first call, and what to time unless it cannot run or is wrong.
+    """The record with what its variant's first call adds, and what to time unless it cannot run or is wrong.
 
     allowed: the largest relative RMS error; None: what goes with the result's dtype.
     """
-    record = {"case": case, "variant": name, "ours": variant.ours, **variant.metrics}
     if variant.run is None:
         return record | {"status": f"not measured: {variant.note}"}, None
     begin = time.perf_counter()

@@ -21,6 +21,11 @@ MAPS = [(1, 32, 256, 256), (4, 32, 128, 128), (1, 64, 128, 128), (1, 128, 64, 64
 COMPILED_MAPS = [(1, 32, 256, 256), (1, 128, 64, 64)]
 
 
+def of_catalogue(op: str) -> tuple[Function, Function]:
+    """An op that is no public function, and its definition."""
+    return getattr(torch.ops.swformer_fast, op), sf.ops.CATALOGUE[op].forward
+
+
 def branch_arguments(branch: Callable[[int], Any], shape: tuple[int, ...]) -> Sequence[Any]:
     """An image and the parameters of a branch, a little away from where they start."""
     parameters = branch(shape[1]).arguments()
@@ -108,11 +113,12 @@ def op_cases(
     options: Options,
     *,
     functions: tuple[Function, Function] | None = None,
+    kinds: Sequence[str] = ("forward", "forward+backward"),
     targets: Callable[[str, tuple[int, ...]], Mapping[str, float]] = lambda kind, shape: {},
     peers: Callable[[Sequence[Any]], Mapping[str, Variant]] = lambda args: {},
     compile_shapes: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Case]:
-    """Two cases a shape, "forward" and "forward+backward".
+    """A case a shape and kind.
 
     arguments(shape): of the op, on the CPU, with requires_grad set where a gradient is wanted.
     functions: the fast one and its reference; those of the op's name if None.
@@ -127,7 +133,7 @@ def op_cases(
         args = moved(tuple(arguments(shape)), options.device)
         train = kind == "forward+backward"
         with torch.no_grad():
-            grad = torch.randn_like(reference(*args))
+            grad = torch.randn_like(reference(*args)) if train else torch.empty(0)
 
         def runner(function: Function) -> Run:
             return train_run(function, args, grad) if train else forward_run(function, args)
@@ -152,7 +158,7 @@ def op_cases(
 
     return [
         Case(f"{op} {kind} {'x'.join(map(str, shape))}", partial(work, shape, kind))
-        for kind in ("forward", "forward+backward")
+        for kind in kinds
         for shape in shapes
     ]
 

@@ -21,6 +21,8 @@ OUTPUT = Path(__file__).parent / "output"
 """Where a run writes; not tracked."""
 PLACE = ("device", "capability", "threads", "variables", "rehearsal")
 """Records that differ in one of these stand side by side."""
+SETTING = {"dtype": "fp32", "layout": "contiguous"}
+"""Of models and images, and what records that do not say it were taken in."""
 CASE = ("target", "launch", "case")
 """What a record is of; each suite has some of these."""
 TEXT = {"date", "commit", "torch", "triton", "versions", "device", "capability", "variables"}
@@ -147,18 +149,17 @@ def load(folder: Path) -> dict[str, list[Record]]:
 def keep(suite: str, records: Iterable[Record], complete: bool, folder: Path | None = None) -> None:
     """Put the records in `folder`, the tracked one if None, in the place of those that were taken there and then.
 
-    Those of other places stay; so do those of cases that were not reached, unless the suite is complete.
+    Those of other places, dtypes and layouts stay; so do those of cases that were not reached, unless the suite is
+    complete.
     """
 
     def columns(record: Record, names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(_cell(record.get(name)) for name in names)
+        return tuple(_cell(record.get(name, SETTING.get(name))) for name in names)
 
     path = (folder or RESULTS) / f"{suite}.csv"
     new = list(records)
-    places, reached = ({columns(r, names) for r in new} for names in (PLACE, (*PLACE, *CASE)))
-    stay = [
-        r
-        for r in read(path)
-        if columns(r, PLACE) not in places or not (complete or columns(r, (*PLACE, *CASE)) in reached)
-    ]
+    of_run = (*PLACE, *SETTING)
+    of_case = (*of_run, *CASE)
+    runs, reached = ({columns(r, names) for r in new} for names in (of_run, of_case))
+    stay = [r for r in read(path) if columns(r, of_run) not in runs or not (complete or columns(r, of_case) in reached)]
     save(path.parent, suite, [*stay, *new])

@@ -18,7 +18,7 @@ INSPECTED = ("roofline", "static", "traffic")
 UNLIKE = (*INSPECTED, "sdo", "reuse", "sampler_step")
 """Suites whose baseline is not plain PyTorch."""
 SHOWN = {"case", "variant", "ours", "status", "error", "p20_ms", "p50_ms", "p80_ms", "rounds", "ratio", "cold_start_s"}
-SHOWN |= {"date", "commit", "dirty", "torch", "triton", "versions", "peaks", *records.PLACE}
+SHOWN |= {"date", "commit", "dirty", "torch", "triton", "versions", "peaks", *records.PLACE, *records.SETTING}
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 """Okabe and Ito's palette: told apart with any kind of colour vision."""
 NO_GPU = "not measured: no GPU"
@@ -152,6 +152,12 @@ class Speed:
         milliseconds = self.ours["p50_ms"]
         return self.ours.get("over_compile") or (self.compiled and self.compiled / milliseconds)
 
+    @property
+    def over_fp32(self) -> float | None:
+        """Ours in fp32 and contiguous, timed beside another dtype or layout, over this."""
+        plain = self.variants.get("ours, fp32", {})
+        return plain["p50_ms"] / self.ours["p50_ms"] if "p50_ms" in plain else None
+
 
 def speeds(rows: Iterable[Record]) -> list[Speed]:
     """The cases where the baseline and ours were timed."""
@@ -165,13 +171,16 @@ def speeds(rows: Iterable[Record]) -> list[Speed]:
 
 
 def _ratio(of: Sequence[Speed]) -> str:
-    """Median and spread over PyTorch, and over torch.compile where it was timed."""
+    """Median and spread over PyTorch, and over torch.compile and ours in fp32 where these were timed."""
     ratios = [speed.ours["ratio"] for speed in of]
     text = f"{statistics.median(ratios):.2g}"
     if len(ratios) > 1:
         text += f" ({spread(ratios, '.2g')})"
     compiled = [speed.over_compiled for speed in of if speed.over_compiled]
-    return f"{text}; {statistics.median(compiled):.2g} over torch.compile" if compiled else text
+    plain = [speed.over_fp32 for speed in of if speed.over_fp32]
+    for others, name in ((compiled, "torch.compile"), (plain, "ours in fp32, contiguous")):
+        text += f"; {statistics.median(others):.2g} over {name}" if others else ""
+    return text
 
 
 def _by_work(of: Iterable[Speed]) -> dict[str, list[Speed]]:

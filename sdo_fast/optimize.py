@@ -54,6 +54,13 @@ class Result:
     best: Best | None = None
     interrupted: bool = False
 
+    def add(self, record: Iteration, latents: Tensor, image: Tensor) -> None:
+        self.history.append(record)
+        if record.exact:
+            self.latents, self.image = latents, image
+            if self.best is None or record.loss < self.best.loss:
+                self.best = Best(record.iteration, record.loss, latents, image)
+
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became inf or NaN; `result` holds what was done before."""
@@ -61,6 +68,22 @@ class NonFiniteLossError(FloatingPointError):
     def __init__(self, message: str, result: Result) -> None:
         super().__init__(message)
         self.result = result
+
+
+def _check_settings(loss_fn: Any, callback: Any, betas: Any, steps: Any, coarse_steps: Any) -> tuple[float, float]:
+    """Raises where one of them is not as `optimize_latents` says; returns the betas as floats."""
+    for name, function in (("loss_fn", loss_fn), ("callback", callback)):
+        if not callable(function) and (name == "loss_fn" or function is not None):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    shares = number_list("betas", betas)
+    if len(shares) != 2 or not all(0 <= share < 1 for share in shares):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    if not is_integer(steps) or steps < 0:
+        raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
+    if coarse_steps is not None and (not is_integer(coarse_steps) or coarse_steps < 1):
+        raise ValueError(f"coarse_steps must be a positive integer or None, got {coarse_steps!r}")
+    beta1, beta2 = shares
+    return beta1, beta2
 
 
 def optimize_latents(
@@ -108,22 +131,12 @@ def optimize_latents(
         RuntimeError: the model did something else when its call was repeated for the backward pass.
     """
     check_sampler(sampler)
-    for name, function in (("loss_fn", loss_fn), ("callback", callback)):
-        if not callable(function) and (name == "loss_fn" or function is not None):
-            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    betas = _check_settings(loss_fn, callback, betas, steps, coarse_steps)
     lr = number("lr", lr, 0)
-    shares = number_list("betas", betas)
-    if len(shares) != 2 or not all(0 <= share < 1 for share in shares):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    betas = (shares[0], shares[1])
     check_flag("keep_norm", keep_norm)
     check_flag("progress", progress)
     generator = sampler_kwargs.get("generator")
     check_latents(latents, generator)
-    if not is_integer(steps) or steps < 0:
-        raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
-    if coarse_steps is not None and (not is_integer(coarse_steps) or coarse_steps < 1):
-        raise ValueError(f"coarse_steps must be a positive integer or None, got {coarse_steps!r}")
     steps = int(steps)
     coarse_until = 0 if coarse_steps is None else math.floor(COARSE_SHARE * steps)
     coarse = None if coarse_steps is None else sampler.with_steps(coarse_steps)
@@ -153,23 +166,12 @@ def optimize_latents(
             _check_loss(loss, k, result)
             if k < steps:
                 # Not backward(): the model's parameters shall neither get gradients nor cost time.
-                z.grad = _gradient(loss, z)
-                if not z.grad.isfinite().all():
-                    raise NonFiniteLossError(
-                        f"loss_fn must have a finite gradient, got one of {_worst(z.grad)} at iteration {k} for a loss "
-                        f"of {loss.item():.4g}: a root or a quotient at 0, or half precision that overflows (this "
-                        "error's .result holds what was done before)",
-                        result,
-                    )
+                z.grad = _gradient(loss, z, k, result)
                 adam.step()
             exact = active is not coarse and (active.reuse is None or active.reuse.exact)
             record = Iteration(k, loss.item(), time.perf_counter() - began, active.model_calls - calls, exact)
             image = image.detach()
-            result.history.append(record)
-            if exact:
-                result.latents, result.image = current, image
-                if result.best is None or record.loss < result.best.loss:
-                    result.best = Best(k, record.loss, current, image)
+            result.add(record, current, image)
             if hasattr(track, "set_postfix"):
                 track.set_postfix(loss=f"{record.loss:.4g}")
             stopping = bool(callback is not None and callback(record, current, image))
@@ -188,7 +190,7 @@ def _norms(z: Tensor) -> Tensor:
     return torch.linalg.vector_norm(z, dim=tuple(range(1, z.ndim)), keepdim=True)
 
 
-def _gradient(loss: Tensor, z: Tensor) -> Tensor:
+def _gradient(loss: Tensor, z: Tensor, iteration: int, result: Result) -> Tensor:
     try:
         gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
     except CheckpointError as error:
@@ -197,11 +199,15 @@ def _gradient(loss: Tensor, z: Tensor) -> Tensor:
         raise ValueError(
             "loss_fn must return a loss of the image, got one that does not depend on it (was it detached?)"
         )
+    if not gradient.isfinite().all():
+        worst = "nan" if gradient.isnan().any() else "infinity"
+        raise NonFiniteLossError(
+            f"loss_fn must have a finite gradient, got one of {worst} at iteration {iteration} for a loss of "
+            f"{loss.item():.4g}: a root or a quotient at 0, or half precision that overflows (this error's .result "
+            "holds what was done before)",
+            result,
+        )
     return gradient
-
-
-def _worst(gradient: Tensor) -> str:
-    return "nan" if gradient.isnan().any() else "infinity"
 
 
 def _check_loss(loss: Tensor, iteration: int, result: Result) -> None:

@@ -270,7 +270,7 @@ def _read(module: nn.Module, state: list[Any], tensors: list[Tensor]) -> str | N
     """
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return "a hook of all modules' forwards would not be called"
-    modules, found = [module], []
+    modules, values = [module], []
     for part in modules:
         if part is None:
             continue
@@ -280,10 +280,10 @@ def _read(module: nn.Module, state: list[Any], tensors: list[Tensor]) -> str | N
         if attributes["training"] and isinstance(part, _NormBase) and part.track_running_stats:
             return f"{type(part).__name__} is in training and changes its running statistics: call eval() first"
         state += type(part), attributes["training"], attributes.get("forward")
-        found += attributes["_parameters"].values()
-        found += attributes["_buffers"].values()
+        values += attributes["_parameters"].values()
+        values += attributes["_buffers"].values()
         modules += attributes["_modules"].values()
-    tensors += [t for t in found if t is not None]
+    tensors += [t for t in values if t is not None]
     for kind in {*map(type, tensors)} - {Tensor, nn.Parameter}:
         return f"a parameter or buffer is a {kind.__name__}, not a plain tensor"
     # An address may come back with another dtype or layout after a module has moved.

@@ -17,13 +17,13 @@ __all__ = ["PRESETS", "SWFormer"]
 
 
 class Conv2d(reference_network.Conv2d):
-    __doc__ = reference_network.Conv2d.__doc__
+    """A 3x3 convolution between an image and its features; that of fp16 on a CPU computes in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if functional.autocasts(x) else x.dtype
         if x.device.type != "cpu" or dtype != torch.float16:
             return super().forward(x)
-        # PyTorch's own convolutions of fp16 take twenty times as long on most CPUs.
+        # PyTorch's own takes twenty times as long on most CPUs.
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast("cpu", enabled=False):
             return self._conv_forward(x.float(), self.weight.float(), bias).half()

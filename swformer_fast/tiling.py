@@ -60,8 +60,8 @@ def restore_tiled(
     restored = torch.zeros_like(batch, memory_format=torch.contiguous_format)
     with torch.no_grad():
         for i, (top, bottom, down), (left, right, across) in _bar(places, progress):
-            given = batch[i : i + 1, :, top:bottom, left:right]
-            patch = _checked(model(given.to(device, dtype)), given).to(image)
+            crop = batch[i : i + 1, :, top:bottom, left:right]
+            patch = _checked(model(crop.to(device, dtype)), crop).to(image)
             weights = down.to(patch)[:, None] * across.to(patch)
             restored[i, :, top:bottom, left:right].addcmul_(patch[0], weights)
     return restored if image.dim() == 4 else restored[0]
@@ -77,11 +77,11 @@ def _where_it_runs(model: nn.Module, image: Tensor) -> tuple[torch.device, torch
     return device, parameters[0].dtype if parameters else image.dtype
 
 
-def _checked(output: object, given: Tensor) -> Tensor:
+def _checked(output: object, crop: Tensor) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"model must return a tensor for a tile, got {type(output).__name__}: call it in eval mode?")
-    if output.shape != given.shape:
-        raise ValueError(f"model must return {tuple(given.shape)} for such a tile, got {tuple(output.shape)}")
+    if output.shape != crop.shape:
+        raise ValueError(f"model must return {tuple(crop.shape)} for such a tile, got {tuple(output.shape)}")
     return output
 
 

@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 
 
 @dataclass(frozen=True)
-class Case:
+class RandomCall:
     seed: int
     name: str
     shape: tuple[int, int, int, int]
@@ -65,13 +65,13 @@ MODULES: dict[str, Callable[[int, int], dict[str, Any]]] = {
 NAMES = (*CATALOGUE, *MODULES, "sampler_step")
 
 
-def case(seed: int) -> Case:
+def case(seed: int) -> RandomCall:
     rng = random.Random(seed)
 
     def side() -> int:
         return rng.choice((rng.randint(1, 9), rng.randint(1, 40), rng.randint(1, 140)))
 
-    return Case(
+    return RandomCall(
         seed,
         rng.choice(NAMES),
         (rng.randint(0, 3), rng.choice((rng.randint(1, 6), rng.randint(1, 40))), side(), side()),
@@ -88,8 +88,8 @@ def case(seed: int) -> Case:
 
 def results(function: Any, args: Sequence[Any], grads: Sequence[Tensor], places: list[int]) -> list[Tensor]:
     outputs = as_list(function(*args))
-    found = gradients(outputs, grads, args, places) if places else []
-    return [t for t in (*outputs, *found) if t is not None]
+    grad_inputs = gradients(outputs, grads, args, places) if places else []
+    return [t for t in (*outputs, *grad_inputs) if t is not None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Subject:
     """Over how many the batch is normalised."""
 
 
-def op(c: Case) -> Subject:
+def op(c: RandomCall) -> Subject:
     operator = CATALOGUE[c.name]
     layout = "contiguous" if c.layout == "expanded" and c.shape[0] == 0 else c.layout
     options = {"layout": layout, "optional": c.optional, "kernel": c.kernel, "mean": c.mean}
@@ -120,7 +120,7 @@ def op(c: Case) -> Subject:
     return Subject(op_of(c.name), operator.forward, args, places, chosen != "reference", values)
 
 
-def module(c: Case) -> Subject:
+def module(c: RandomCall) -> Subject:
     """As a function of the image, the parameters and the buffers: the output and the buffers afterwards."""
     dtype, (b, dim, h, w) = DTYPES[c.dtype], c.shape
     options = MODULES[c.name](dim, c.kernel)
@@ -149,7 +149,7 @@ def module(c: Case) -> Subject:
     return Subject(call(actual), call(expected), args, [0], False, b * h * (w // 2 + 1) if statistics else math.inf)
 
 
-def step(c: Case) -> Subject:
+def step(c: RandomCall) -> Subject:
     count, guided = c.kernel % 5, c.optional
     scales = [0.3, -1.5, 0.7, 2.0][:count]
 
@@ -166,7 +166,7 @@ def step(c: Case) -> Subject:
     return Subject(call(sdo_fast.functional.sampler_step), call(sdo_fast.reference.sampler_step), args, [0], True)
 
 
-def attempt(c: Case) -> tuple[str | None, int]:
+def attempt(c: RandomCall) -> tuple[str | None, int]:
     """What is wrong with this case, or None, and how many calls of ours it took.
 
     Random sums cancel now and then: twice the tolerance, then PyTorch's own largest error in this dtype, then what
@@ -212,7 +212,7 @@ def attempt(c: Case) -> tuple[str | None, int]:
     return None, calls
 
 
-def problem(c: Case) -> str | None:
+def problem(c: RandomCall) -> str | None:
     return attempt(c)[0]
 
 
@@ -226,7 +226,7 @@ def moved(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     return [one(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
 
 
-def smallest(c: Case) -> Case:
+def smallest(c: RandomCall) -> RandomCall:
     """The smallest image, with the rest of the case, that still fails."""
     for i in range(4):
         low, high = (0 if i == 0 else 1), c.shape[i]

@@ -35,21 +35,23 @@ CALLS: dict[str, Callable[[], Call]] = {}
 
 def of_function(name: str) -> Call:
     function = getattr(sf.functional, name)
-    given = dict(zip(inspect.signature(function).parameters, public(name, arguments(name, 1, 4, 6, 6)), strict=False))
+    inputs = dict(zip(inspect.signature(function).parameters, public(name, arguments(name, 1, 4, 6, 6)), strict=False))
     options = {"haar_idwt2d": {"output_size": (5, 6)}, "fourier_mix": {"training": True, "momentum": 0.1, "eps": 0.1}}
-    return function, {**given, **options.get(name, {})}
+    return function, {**inputs, **options.get(name, {})}
 
 
 def of_constructor(kind: type[nn.Module]) -> Call:
     kinds = {sf.SWFormer: [sf.SWFormer], sf.SWFormerBlock: [sf.SWFormerBlock, sf.MultiDomainMixer]}.get(kind, [kind])
     parameters = {name: p for k in kinds for name, p in inspect.signature(k).parameters.items()}
-    given = {name: p.default for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    return kind, given | ({"dim": 8} if "dim" in given else {}) | ({"widths": [4, 4, 4]} if "widths" in given else {})
+    inputs = {name: p.default for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    return kind, inputs | ({"dim": 8} if "dim" in inputs else {}) | (
+        {"widths": [4, 4, 4]} if "widths" in inputs else {}
+    )
 
 
 def of_forward(kind: type[nn.Module]) -> Call:
-    constructor, given = of_constructor(kind)
-    module = constructor(**given)
+    constructor, inputs = of_constructor(kind)
+    module = constructor(**inputs)
     first, *_ = inspect.signature(module.forward).parameters
     image = torch.rand(2, 3 if kind is sf.SWFormer else 8, 16, 20)
     options = {sf.SWFormer: {"all_scales": True}, sf.HaarIDWT2d: {"output_size": (31, 40)}}
@@ -96,22 +98,22 @@ def sampler(**options: Any) -> Any:
 def step() -> Call:
     x, cond, uncond, *terms, out = tensors(6)
     factors = numbers("guidance", "a", "b", "clip", "c", "pred_x", "pred_eps")
-    given = {"x": x, "cond": cond, "uncond": uncond, "terms": terms, "scales": [0.5, 2.0], "out": out, **factors}
-    return sdo_fast.functional.sampler_step, given
+    inputs = {"x": x, "cond": cond, "uncond": uncond, "terms": terms, "scales": [0.5, 2.0], "out": out, **factors}
+    return sdo_fast.functional.sampler_step, inputs
 
 
 def shortcut() -> Call:
     grad, x, cond, uncond, *out = tensors(7)
     factors = numbers("a", "b", "guidance", "clip", "c", "pred_x", "pred_eps")
-    given = {"grad": grad, "x": x, "cond": cond, "uncond": uncond, "out": tuple(out), **factors}
-    return sdo_fast.functional.shortcut_backward, given
+    inputs = {"grad": grad, "x": x, "cond": cond, "uncond": uncond, "out": tuple(out), **factors}
+    return sdo_fast.functional.shortcut_backward, inputs
 
 
 def options() -> dict[str, Any]:
     """Those of a ShortcutSampler."""
-    given = {name: p.default for name, p in inspect.signature(sdo_fast.SamplerConfig).parameters.items()}
+    inputs = {name: p.default for name, p in inspect.signature(sdo_fast.SamplerConfig).parameters.items()}
     changed = {"num_inference_steps": 4, "start": 1, "guidance_scale": 2.0, "step_kwargs": {"eta": 0.0}}
-    return {**given, **changed, "schedule_kwargs": {}, "reuse": sdo_fast.TrajectoryCache()}
+    return {**inputs, **changed, "schedule_kwargs": {}, "reuse": sdo_fast.TrajectoryCache()}
 
 
 def passing() -> dict[str, Any]:
@@ -218,20 +220,20 @@ def places(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def replaced(value: Any, path: Path, new: Any) -> Any:
     if not path:
         return new
-    first, *rest = path
+    first, *inner = path
     if isinstance(value, dict):
-        return {**value, first: replaced(value[first], tuple(rest), new)}
+        return {**value, first: replaced(value[first], tuple(inner), new)}
     if isinstance(first, str):
-        return value._replace(**{first: replaced(getattr(value, first), tuple(rest), new)})
-    return type(value)(replaced(part, tuple(rest), new) if i == first else part for i, part in enumerate(value))
+        return value._replace(**{first: replaced(getattr(value, first), tuple(inner), new)})
+    return type(value)(replaced(part, tuple(inner), new) if i == first else part for i, part in enumerate(value))
 
 
-def hint_of(function: Callable[..., Any], given: Mapping[str, Any], path: Path) -> str:
+def hint_of(function: Callable[..., Any], inputs: Mapping[str, Any], path: Path) -> str:
     """The annotation of the argument, or of the bundle's field."""
     if len(path) == 1 or not isinstance(path[-1], str):
         parameters = inspect.signature(function).parameters
         return str(parameters[path[0]].annotation) if path[0] in parameters else ""
-    bundle = next(value for place, value in places(given) if place == path[:-1])
+    bundle = next(value for place, value in places(inputs) if place == path[:-1])
     return str(type(bundle).__annotations__[path[-1]])
 
 
@@ -265,13 +267,13 @@ def of_other_layouts(t: Tensor) -> Values:
 
 
 def bad_numbers(value: Any, name: str, hint: str) -> Values:
-    found = {"str": "3", "list": [value], "complex": 1j, "0-d": torch.tensor(value), "many": torch.ones(2, 3)}
+    values = {"str": "3", "list": [value], "complex": 1j, "0-d": torch.tensor(value), "many": torch.ones(2, 3)}
     if isinstance(value, int) and "float" not in hint and name != "split":
-        found |= {"half": value + 0.5, "-1": -1, "bool": True} | ({} if name in ZERO_IS_GOOD else {"0": 0})
-        found |= {} if name in ANY_SIZE_IS_GOOD else {"2^70": 1 << 70, "huge": 10**400}
+        values |= {"half": value + 0.5, "-1": -1, "bool": True} | ({} if name in ZERO_IS_GOOD else {"0": 0})
+        values |= {} if name in ANY_SIZE_IS_GOOD else {"2^70": 1 << 70, "huge": 10**400}
     else:
-        found |= {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "huge": 10**400}
-    return constants(found | {f"{other!r}": other for other in WRONG.get(name, ())})
+        values |= {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "huge": 10**400}
+    return constants(values | {f"{other!r}": other for other in WRONG.get(name, ())})
 
 
 def bad(path: Path, value: Any, hint: str) -> Values:
@@ -337,11 +339,11 @@ def new_call(name: str) -> Call:
 
 def problem(name: str, path: Path, new: Any) -> str | None:
     """What is wrong with how the call refuses the argument at `path`, or None."""
-    function, given = new_call(name)
+    function, inputs = new_call(name)
     names = [part for part in path if isinstance(part, str)]
     names += ["image"] if names[-1] in ("x", "y") else []
     try:
-        function(**replaced(given, path, new))
+        function(**replaced(inputs, path, new))
     except (TypeError, ValueError) as error:
         named = any(re.search(rf"\b{n}\b", str(error)) for n in names)
         # Where a side is free another argument disagrees.
@@ -354,17 +356,17 @@ def problem(name: str, path: Path, new: Any) -> str | None:
 
 
 def problems(name: str, make: Callable[[Path, Any, str], Values]) -> dict[str, str]:
-    function, given = new_call(name)
-    function(**given)
-    found = {}
-    for path, value in places(given):
-        for kind, new in make(path, value, hint_of(function, given, path)).items():
+    function, inputs = new_call(name)
+    function(**inputs)
+    wrongs = {}
+    for path, value in places(inputs):
+        for kind, new in make(path, value, hint_of(function, inputs, path)).items():
             if kind.startswith(("fake", "meta", "2^50")) and name.startswith(OF_THE_CALLER):
                 continue
             wrong = problem(name, path, new())
             if wrong:
-                found[f"{'.'.join(map(str, path))} = {kind}"] = wrong
-    return found
+                wrongs[f"{'.'.join(map(str, path))} = {kind}"] = wrong
+    return wrongs
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -381,7 +383,7 @@ def dangerous(path: Path, value: Any, hint: str) -> Values:
 def in_a_process() -> dict[str, dict[str, str]]:
     run = subprocess.run([sys.executable, "-W", "ignore", __file__], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-200:] + run.stderr[-1000:]
-    return {name: found for name, found in map(json.loads, run.stdout.splitlines()) if found is not None}
+    return {name: wrongs for name, wrongs in map(json.loads, run.stdout.splitlines()) if wrongs is not None}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -390,10 +392,10 @@ def test_a_tensor_of_another_layout_is_named(name: str, in_a_process: dict[str, 
 
 
 def outcome(call: Call) -> list[Any]:
-    function, given = call
+    function, inputs = call
     torch.manual_seed(1)
     with torch.no_grad():
-        result = function(**given)
+        result = function(**inputs)
     if isinstance(result, nn.Module):
         return [repr(result)]
     result = result.latents if hasattr(result, "latents") else result
@@ -404,9 +406,9 @@ def outcome(call: Call) -> list[Any]:
 @pytest.mark.parametrize("name", CALLS)
 def test_an_unusual_argument_works(name: str) -> None:
     expected = outcome(new_call(name))
-    function, given = new_call(name)
-    for path, value in places(given):
-        for new in unusual(path, value, hint_of(function, given, path)).values():
+    function, inputs = new_call(name)
+    for path, value in places(inputs):
+        for new in unusual(path, value, hint_of(function, inputs, path)).values():
             function, fresh = new_call(name)
             actual = outcome((function, replaced(fresh, path, new())))
             assert len(actual) == len(expected)
@@ -419,13 +421,13 @@ def test_an_unusual_argument_works(name: str) -> None:
 
 @pytest.mark.parametrize("name", sf.functional.__all__)
 def test_all_tensors_may_be_fake_or_meta(name: str) -> None:
-    function, given = new_call(name)
-    shape = function(**given).shape
+    function, inputs = new_call(name)
+    shape = function(**inputs).shape
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = {key: tree_map_only(Tensor, mode.from_tensor, value) for key, value in given.items()}
-    meta = {key: tree_map_only(Tensor, lambda t: t.to("meta"), value) for key, value in given.items()}
-    first, *_ = given
-    for tensors in (fake, meta, {**given, first: fake[first]}):
+    fake = {key: tree_map_only(Tensor, mode.from_tensor, value) for key, value in inputs.items()}
+    meta = {key: tree_map_only(Tensor, lambda t: t.to("meta"), value) for key, value in inputs.items()}
+    first, *_ = inputs
+    for tensors in (fake, meta, {**inputs, first: fake[first]}):
         with mode if tensors is not meta else torch.device("meta"):
             assert function(**tensors).shape == shape
 
@@ -433,20 +435,20 @@ def test_all_tensors_may_be_fake_or_meta(name: str) -> None:
 @pytest.mark.parametrize("name", sf.functional.__all__)
 def test_inference_tensors_are_as_in_pytorch(name: str) -> None:
     """They work where nothing is recorded, and are refused where autograd would save them, as by F.conv2d."""
-    function, given = new_call(name)
-    given = {key: tree_map_only(Tensor, Tensor.detach, value) for key, value in given.items()} | (
+    function, inputs = new_call(name)
+    inputs = {key: tree_map_only(Tensor, Tensor.detach, value) for key, value in inputs.items()} | (
         {"training": False} if name == "fourier_mix" else {}
     )
-    expected, (first, x, *_) = function(**given), next(iter(given.items()))
+    expected, (first, x, *_) = function(**inputs), next(iter(inputs.items()))
     with torch.inference_mode():
-        given[first] = x.clone()
-    assert torch.equal(function(**given), expected)
-    name, value = list(given.items())[1]
-    given[name] = tree_map_only(Tensor, lambda t: t.clone().requires_grad_(), value)
+        inputs[first] = x.clone()
+    assert torch.equal(function(**inputs), expected)
+    name, value = list(inputs.items())[1]
+    inputs[name] = tree_map_only(Tensor, lambda t: t.clone().requires_grad_(), value)
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
-        function(**given)
+        function(**inputs)
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
-        nn.functional.conv2d(given[first], torch.ones(1, x.shape[1], 1, 1, requires_grad=True))
+        nn.functional.conv2d(inputs[first], torch.ones(1, x.shape[1], 1, 1, requires_grad=True))
 
 
 @pytest.mark.parametrize(
@@ -462,11 +464,11 @@ def test_inference_tensors_are_as_in_pytorch(name: str) -> None:
 )
 def test_weights_without_elements_are_refused(name: str, path: str, side: int) -> None:
     """By PyTorch's convolution they are as well."""
-    function, given = new_call(name)
-    place = ("parameters", path) if "parameters" in given else (path,)
-    value = next(value for where, value in places(given) if where == place)
+    function, inputs = new_call(name)
+    place = ("parameters", path) if "parameters" in inputs else (path,)
+    value = next(value for where, value in places(inputs) if where == place)
     with pytest.raises(ValueError, match=rf"{path} must have "):
-        function(**replaced(given, place, value.narrow(side, 0, 0)))
+        function(**replaced(inputs, place, value.narrow(side, 0, 0)))
 
 
 if __name__ == "__main__":

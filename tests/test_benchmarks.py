@@ -23,6 +23,10 @@ ROOT = Path(__file__).parent.parent
 QUICK = Options(quick=True, budget=0.01)
 
 
+WITH_NUMBERS = ("fourier_mix", "haar", "reuse", "sdo")
+"""Suites that read numbers, which the meta device has none of."""
+
+
 def case(name: str = "add", **variants: Variant) -> Case:
     x = torch.randn(1000)
 
@@ -181,7 +185,7 @@ def test_a_peer_that_fails_to_import_says_why(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(bench_haar.LIBRARIES, "pytorch_wavelets", fails)
     variants = bench_haar.peers([torch.randn(1, 1, 4, 4)])
-    row, run = harness.try_variant("dwt", "pytorch_wavelets", variants["pytorch_wavelets"], None)
+    row, run = harness.try_variant({}, variants["pytorch_wavelets"], None)
     assert run is None
     assert row["status"] == "not measured: pytorch_wavelets: No module named 'pkg_resources'"
 
@@ -292,8 +296,8 @@ def test_rehearsal_times_graphs_and_prints_fractions(tmp_path: Path, capsys: pyt
     assert "% of the measured copy rate" in (tmp_path / "haar.md").read_text()
 
 
-@pytest.mark.parametrize("precision", harness.PRECISIONS)
-def test_precision_of_a_case(precision: str) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "autocast"])
+def test_products_of_a_case(dtype: str) -> None:
     x, weight = torch.randn(4, 8), torch.randn(8, 8)
     seen: list[tuple[str, bool, bool]] = []
 
@@ -308,13 +312,81 @@ def test_precision_of_a_case(precision: str) -> None:
         )
 
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    rows = harness.measure(Case("product", make), replace(QUICK, precision=precision))
-    wanted = {"fp32": ("highest", False, False), "tf32": ("high", True, False), "bf16": ("highest", False, True)}
-    assert set(seen) == {wanted[precision]}
+    rows = harness.measure(Case("product", make), replace(QUICK, dtype=dtype))
+    wanted = {"fp32": ("highest", False, False), "tf32": ("high", True, False), "autocast": ("highest", False, True)}
+    assert set(seen) == {wanted[dtype]}
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
-    assert {r["case"] for r in rows} == {"product" if precision == "fp32" else f"product, {precision}"}
+    assert {r["case"] for r in rows} == {"product" if dtype == "fp32" else f"product, {dtype}"}
     assert all(r["status"] == "ok" for r in rows)
-    assert (rows[0]["error"] > 1e-4) == (precision == "bf16")
+    assert (rows[0]["error"] > 1e-4) == (dtype == "autocast")
+
+
+def test_what_is_plain_stays_in_fp32_beside_autocast() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+
+    def make() -> Work:
+        variants = {
+            "reference": Variant(lambda: x @ weight),
+            "fp32": Variant(lambda: x @ weight, ours=True, plain=True),
+        }
+        return Work(variants, lambda: x.double() @ weight.double())
+
+    rows = harness.measure(Case("product", make), replace(QUICK, dtype="autocast"))
+    assert [(row["dtype"], row["status"], row["error"] < 5e-6) for row in rows] == [
+        ("autocast", "ok", False),
+        ("fp32", "ok", True),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("layout", list(harness.FORMATS))
+def test_models_of_a_dtype_and_layout_have_fp32_beside_them(dtype: str, layout: str) -> None:
+    """Each is compared with the definition in fp64 on the same rounded weights; a record says what it is of."""
+    suite = importlib.import_module("benchmarks.bench_block")
+    options = replace(QUICK, dtype=dtype, layout=layout)
+    plain = {"reference, fp32", "ours, fp32"} if options.words else {"reference", "ours"}
+    for each in suite.cases(options):
+        rows = harness.measure(each, options)
+        timed = {row["variant"]: row for row in rows if row["status"] == "ok"}
+        assert timed.keys() == {"reference", "ours"} | plain, rows
+        assert {(timed[name]["dtype"], timed[name]["layout"]) for name in plain} == {("fp32", "contiguous")}
+        assert {(timed[name]["dtype"], timed[name]["layout"]) for name in ("reference", "ours")} == {(dtype, layout)}
+        assert (timed["reference"]["error"] > 1e-4) == (dtype != "fp32")
+        assert all(timed[name]["error"] < 5e-6 for name in plain)
+        assert {row["case"] for row in rows} == {each.name + options.words}
+        here = {"device": "A", "capability": "AVX2", "threads": 1, "torch": "2.13", "date": "2026-01-01"}
+        text = report.summary({"block": [here | row for row in rows]}, ROOT)
+        assert ("over ours in fp32, contiguous" in text) == bool(options.words)
+
+
+def test_wrong_models_in_half_precision_fail_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite, options = importlib.import_module("benchmarks.bench_block"), replace(QUICK, dtype="bf16")
+    forward = sf.SWFormerBlock.forward
+    monkeypatch.setattr(sf.SWFormerBlock, "forward", lambda block, x: forward(block, x) * 1.02)
+    rows = harness.measure(suite.cases(options)[0], options)
+    assert [row["status"][:6] for row in rows if row["ours"]] == ["FAILED", "FAILED"]
+
+
+def test_half_precision_and_layouts_are_of_models(capsys: pytest.CaptureFixture[str]) -> None:
+    for asked in (["--dtype", "bf16"], ["--layout", "channels_last"]):
+        with pytest.raises(SystemExit):
+            command.main(["block", "haar", *asked])
+        assert "are of block and network, not of haar" in capsys.readouterr().err
+
+
+def test_records_of_another_dtype_or_layout_stay(tmp_path: Path) -> None:
+    def of(dtype: str, layout: str) -> list[dict[str, Any]]:
+        return [row | {"dtype": dtype, "layout": layout} for row in pair(f"add, {dtype}, {layout}", "A", 2)]
+
+    def cases_kept() -> list[str]:
+        return sorted({r["case"] for r in records.read(tmp_path / "add.csv")})
+
+    records.keep("add", pair("add", "A", 2), True, tmp_path)  # in fp32 and contiguous, which old records do not say
+    records.keep("add", of("bf16", "channels_last"), True, tmp_path)
+    records.keep("add", of("bf16", "contiguous"), True, tmp_path)
+    assert cases_kept() == ["add", "add, bf16, channels_last", "add, bf16, contiguous"]
+    records.keep("add", of("fp32", "contiguous"), True, tmp_path)
+    assert cases_kept() == ["add, bf16, channels_last", "add, bf16, contiguous", "add, fp32, contiguous"]
 
 
 def test_ours_may_err_twice_as_far_as_the_baseline() -> None:
@@ -327,7 +399,7 @@ def test_ours_may_err_twice_as_far_as_the_baseline() -> None:
         variants = {"reference": Variant(lambda: off(0.01)), "ours": Variant(lambda: off(0.019), ours=True)}
         return Work(variants | {"ours, worse": Variant(lambda: off(0.021), ours=True)}, lambda: x.double())
 
-    rows = harness.measure(Case("off", make), replace(QUICK, precision="tf32"))
+    rows = harness.measure(Case("off", make), replace(QUICK, dtype="tf32"))
     assert [r["status"][:6] for r in rows] == ["ok", "ok", "FAILED"]
 
 
@@ -449,12 +521,11 @@ def test_captured_runs_pass_the_gate() -> None:
     assert harness.failed(rows)
 
 
-@pytest.mark.parametrize(
-    "suite",
-    ["channel_attention", "channel_statistics", "depthwise_gelu", "multiscale_ffn", "sampler_step", "wavelet_mix"],
-)
+@pytest.mark.parametrize("suite", [name for name in command.SUITES if name not in WITH_NUMBERS])
 def test_suites_keep_their_tensors_on_the_device(suite: str) -> None:
     """On the meta device, where nothing is computed, a tensor left on the CPU is an error as it is on a GPU."""
+    if suite == "network":
+        pytest.importorskip("sklearn", reason="scikit-learn, which has the photograph, is not installed")
     module = importlib.import_module(f"benchmarks.bench_{suite}")
     for each in module.cases(Options(quick=True, device="meta")):
         baseline = next(iter(each.make().variants.values()))

@@ -13,8 +13,8 @@ import torch
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0")  # of an image without pixels
 @pytest.mark.parametrize("first", range(0, 500, 50))
 def test_random_calls(first: int) -> None:
-    found = {seed: fuzz.problem(fuzz.case(seed)) for seed in range(first, first + 50)}
-    assert not {seed: problem for seed, problem in found.items() if problem}
+    problems = {seed: fuzz.problem(fuzz.case(seed)) for seed in range(first, first + 50)}
+    assert not {seed: problem for seed, problem in problems.items() if problem}
 
 
 def test_a_wrong_kernel_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_wrong_kernel_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(fuzz, "op_of", wrong)
     layouts = ("contiguous", "contiguous")
-    example = fuzz.Case(0, "haar_dwt2d", (2, 5, 30, 40), "float32", *layouts, True, 3, 0.5, 1, 0)
+    example = fuzz.RandomCall(0, "haar_dwt2d", (2, 5, 30, 40), "float32", *layouts, True, 3, 0.5, 1, 0)
     monkeypatch.setattr(fuzz, "case", lambda seed: replace(example, seed=seed))
     assert fuzz.main(["--seconds", "0.2", "--log", str(tmp_path / "log.json")]) == 1
     log = json.loads((tmp_path / "log.json").read_text())

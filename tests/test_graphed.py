@@ -48,8 +48,8 @@ class Tape(TorchDispatchMode):
         if func._schema.name.split("::")[1] in READING:
             raise RuntimeError("operation not permitted when stream is capturing")
         result = func(*args, **(kwargs or {}))
-        given = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self.memory += [t for t in tree_leaves(result) if isinstance(t, Tensor) and address(t) not in given]
+        inputs = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        self.memory += [t for t in tree_leaves(result) if isinstance(t, Tensor) and address(t) not in inputs]
         self.calls.append((func, args, kwargs or {}, result))
         return result
 
@@ -213,10 +213,10 @@ def test_strides_of_the_input() -> None:
     fast, pool = rehearsed(model)
     x = torch.randn(2, 8, 16, 18)
     last = x.contiguous(memory_format=torch.channels_last)
-    wide, high = torch.randn(2, 8, 16, 36)[..., ::2], torch.randn(2, 8, 18, 16).transpose(2, 3)
+    strided, transposed = torch.randn(2, 8, 16, 36)[..., ::2], torch.randn(2, 8, 18, 16).transpose(2, 3)
     repeated = x[:1].expand_as(x)
-    for given, captures in ((x, 1), (wide, 1), (high, 1), (repeated, 1), (last, 2), (x, 2), (last, 2)):
-        y, expected = fast(given), model(given)
+    for image, captures in ((x, 1), (strided, 1), (transposed, 1), (repeated, 1), (last, 2), (x, 2), (last, 2)):
+        y, expected = fast(image), model(image)
         assert_close(y, expected)
         assert y.stride() == expected.stride()
         assert pool.counts()[0] == captures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from swformer_fast.parameters import flatten, unflatten
 from swformer_fast.reference.multiscale_ffn import SCALES
 
 KERNELS = sf.backends()["cpp"] == "available"
+ROOT = Path(__file__).parent.parent
 BUNDLE_OF: dict[str, Any] = {
     "fourier_mix": parameters.FourierParameters,
     "multiscale_ffn": parameters.FfnParameters,
@@ -254,6 +256,24 @@ def test_kernels_take_what_their_ops_take(operator: Operator) -> None:
 def test_every_op_has_a_definition_of_its_name(operator: Operator) -> None:
     assert callable(getattr(reference, operator.name))
     assert operator.name in reference.__all__
+
+
+ELSEWHERE = {
+    "tests/test_haar_dwt2d.py": "tests/test_haar.py",
+    "tests/test_haar_idwt2d.py": "tests/test_haar.py",
+    "benchmarks/bench_haar_dwt2d.py": "benchmarks/bench_haar.py",
+    "benchmarks/bench_haar_idwt2d.py": "benchmarks/bench_haar.py",
+    "benchmarks/bench_swformer_block.py": "benchmarks/bench_block.py",
+}
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_op_is_found_by_its_name(name: str) -> None:
+    """Definition, kernels, test and benchmark."""
+    for path in (f"swformer_fast/reference/{name}.py", f"tests/test_{name}.py", f"benchmarks/bench_{name}.py"):
+        assert (ROOT / ELSEWHERE.get(path, path)).exists(), path
+    of_cpu = ROOT / "csrc" / "swformer" / "cpu"
+    assert (of_cpu / f"{name}.cpp").exists() or (of_cpu / name).is_dir()
 
 
 def test_every_public_function_is_an_op() -> None:

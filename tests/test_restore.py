@@ -107,19 +107,21 @@ def assert_equal_states(left: Path, right: Path) -> None:
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
+LOSS = train_restore.loss_fn
+
+
+def interrupted_loss(*args: Tensor) -> Tensor:
+    signal.raise_signal(signal.SIGINT)
+    return LOSS(*args)
+
+
 def test_interrupted_training_resumes_bit_for_bit(
     small: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Ctrl-C in every step, and by an end without warning in the third, after the save of the second."""
     uninterrupted = run(tmp_path / "whole")
-    loss_fn = train_restore.loss_fn
-
-    def interrupted(*args: object) -> Tensor:
-        signal.raise_signal(signal.SIGINT)
-        return loss_fn(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_restore, "loss_fn", interrupted)
+        patch.setattr(train_restore, "loss_fn", interrupted_loss)
         for step in (1, 2, 3):
             assert run(tmp_path / "resumed") is None
             assert torch.load(tmp_path / "resumed")["step"] == step
@@ -131,7 +133,7 @@ def test_interrupted_training_resumes_bit_for_bit(
         calls.append(1)
         if len(calls) == 3:
             raise MemoryError
-        return loss_fn(*args)
+        return LOSS(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_restore, "loss_fn", killed)
@@ -179,14 +181,8 @@ def test_training_script(
 ) -> None:
     """Interrupted and run again it ends with weights that load, and reports what they are worth."""
     argv = ["--task", "haze", "--out", str(tmp_path), "--steps", "2", "--batch", "2", "--crop", "16"]
-    loss_fn = train_restore.loss_fn
-
-    def interrupted(*args: object) -> Tensor:
-        signal.raise_signal(signal.SIGINT)
-        return loss_fn(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_restore, "loss_fn", interrupted)
+        patch.setattr(train_restore, "loss_fn", interrupted_loss)
         assert train_restore.main(argv) == 130
     assert "The same command goes on" in capsys.readouterr().out
     weights = tmp_path / "restore_haze.safetensors"

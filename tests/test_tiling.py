@@ -110,11 +110,11 @@ def test_a_model_of_another_dtype(dtype: torch.dtype) -> None:
 def test_an_offloaded_model_gets_tiles_where_it_runs() -> None:
     model = nn.Conv2d(3, 3, 1).to("meta")
     model._hf_hook = SimpleNamespace(execution_device="cpu")
-    given: list[Tensor] = []
-    model.forward = lambda x: given.append(x) or x  # what accelerate's hook would bring is not here
+    tiles: list[Tensor] = []
+    model.forward = lambda x: tiles.append(x) or x  # what accelerate's hook would bring is not here
     image = torch.rand(3, 40, 50)
     assert (sf.restore_tiled(model, image, tile=32, overlap=8, progress=False) - image).abs().max() < 1e-6
-    assert {t.device.type for t in given} == {"cpu"}
+    assert {t.device.type for t in tiles} == {"cpu"}
 
 
 @pytest.mark.parametrize(

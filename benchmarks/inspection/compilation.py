@@ -14,10 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import cache, partial
 from typing import Any
 
+from .launching import launches
 from .machine_code import ROOT, TARGETS, Resources, occupancy, read_amdgcn, read_cubin
 
 
@@ -26,6 +27,7 @@ class Driver:
 
     def __init__(self, target: Any) -> None:
         self.target = target
+        self.name = next(name for name, values in TARGETS.items() if values == astuple(target))
 
     def get_current_device(self) -> int:
         return 0
@@ -35,6 +37,16 @@ class Driver:
 
     def get_current_target(self) -> Any:
         return self.target
+
+
+def pretend(target: str) -> None:
+    """From here on launches compile for this target. The first call comes before the kernels' modules are imported."""
+    import triton
+    from swformer_kernels import _device
+    from triton.backends.compiler import GPUTarget
+
+    _device.architecture = lambda device: triton.runtime.driver.active.name
+    triton.runtime.driver.set_active(Driver(GPUTarget(*TARGETS[target])))
 
 
 def _key(target: str, kernel: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -74,30 +86,27 @@ def _compile(
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each launch; runs in a separate process."""
     import triton
-    from swformer_kernels import _device
-    from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
+    pretend(targets[0])
     from .launches import LAUNCHES, meta
 
     triton.knobs.compilation.always_compile = fresh
-    launched: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []
-    target = ""
-    _device.architecture = lambda device: target  # before the families import it
-    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: launched.append((kernel, grid, args, kwargs))
-    launches = [
+    launched: list[tuple[Any, Any, tuple[Any, ...], Mapping[str, Any]]] = []
+    wanted = [
         (family, shape, launch, launch.main and shape == LAUNCHES[family].compiled[0])
         for family in families
         for shape in LAUNCHES[family].compiled
         for launch in LAUNCHES[family].launches(partial(meta, offset=offset), shape)
     ]
     for target in targets:
-        triton.runtime.driver.set_active(Driver(GPUTarget(*TARGETS[target])))
-        for family, shape, launch, main in launches:
+        pretend(target)
+        for family, shape, launch, main in wanted:
             if not (main or everything or cached):
                 continue
             launched.clear()
-            launch.launcher(*launch.args)
+            with launches(lambda *call: launched.append(call)):
+                launch.launcher(*launch.args)
             name = f"{launch.name} {'x'.join(map(str, shape))}"
             declared = {"target": target, "family": family, "launch": name, "main": main, "width": launch.width}
             declared["needs_tensor_core"] = launch.tensor_core

@@ -13,7 +13,7 @@ import torch
 
 import swformer_fast as sf
 
-from ..harness import PRECISIONS, TOLERANCE, products_in, relative_rms
+from ..harness import DTYPES, TOLERANCE, products_in, relative_rms
 from ..op_cases import as_fp64, moved, train_run
 from .arguments import ARGUMENTS, functions
 
@@ -21,10 +21,9 @@ LIMITS = {"fp32": 20 * TOLERANCE[torch.float32], "tf32": 1e-2, "bf16": 5e-2}
 """Sums of gradients over 65,536 pixels may miss a kernel's tolerance."""
 
 
-def errors(name: str, shape: tuple[int, ...], precision: str, device: str) -> list[float]:
-    """Relative RMS errors of the output and of each gradient; bf16 is the image's dtype."""
+def errors(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[float]:
+    """Relative RMS errors of the output and of each gradient; `dtype` is the image's."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x, *parameters = moved(tuple(ARGUMENTS[name](shape)), device)
     args = (x.detach().to(dtype).requires_grad_(), *parameters)
     fast, reference = functions(name)
@@ -44,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, shape = ("cpu", (1, 4, 16, 16)) if options.dry_run else ("cuda", (1, 40, 256, 256))
     wrong = 0
     for name in ARGUMENTS:
-        for precision in PRECISIONS:
+        for dtype, limit in LIMITS.items():
             try:
-                with products_in(precision):
-                    output, *gradients = errors(name, shape, precision, device)
+                with products_in(dtype):
+                    output, *gradients = errors(name, shape, DTYPES[dtype], device)
                 text = f"output {output:.1e}, gradients {max(gradients):.1e}"
-                bad = max(output, *gradients) > LIMITS[precision]
+                bad = max(output, *gradients) > limit
             except Exception as error:
                 text, bad = f"{type(error).__name__}: {str(error)[:200]}", True
             wrong += bad
-            print(f"{name:18s} {precision}  {text}{'  WRONG' if bad else ''}", flush=True)
+            print(f"{name:18s} {dtype}  {text}{'  WRONG' if bad else ''}", flush=True)
     print(f"{wrong} wrong")
     return int(wrong > 0)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..harness import PRECISIONS, autocast_to_bf16, products_in
+from ..harness import autocast_to_bf16, products_in
 
 Compilation = tuple[str, Callable[[], Any]]
 
@@ -88,7 +88,7 @@ def launches(family: str) -> Iterator[Compilation]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from .compilation import Driver
+    from .compilation import pretend
     from .machine_code import TARGETS
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inspection.prefill", description=__doc__)
@@ -98,13 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
 
-    import triton
-    from swformer_kernels import _device
-    from triton.backends.compiler import GPUTarget
-
-    _device.architecture = lambda device: args.target  # before the families import it
-    triton.runtime.driver.set_active(Driver(GPUTarget(*TARGETS[args.target])))
-
+    pretend(args.target)
     from .launches import LAUNCHES
     from .launching import NoHostWork
     from .launching import launches as handed
@@ -122,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def told(what: str) -> None:
         print(f"{time.perf_counter() - begin:6.0f} s {counted:5d} kernels  {what}", flush=True)
 
-    for precision in PRECISIONS[: 1 if args.quick else None]:
-        with products_in(precision):
-            for name, run in models() if precision == "bf16" or args.quick else (*models(), *ops()):
+    for dtype in ("fp32", "tf32", "autocast")[: 1 if args.quick else None]:
+        with products_in(dtype):
+            for name, run in models() if dtype == "autocast" or args.quick else (*models(), *ops()):
                 with NoHostWork(compile_only):
-                    (autocast_to_bf16(run, "cuda") if precision == "bf16" else run)()
-                told(f"{name} {precision}")
+                    (autocast_to_bf16(run, "cuda") if dtype == "autocast" else run)()
+                told(f"{name} {dtype}")
                 if args.quick:
                     return 0
     for family in LAUNCHES:

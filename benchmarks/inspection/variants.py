@@ -42,16 +42,10 @@ def _sequences() -> Iterator[tuple[str, list[tuple[str, Callable[[], None]]]]]:
 
 def added() -> dict[str, dict[str, int]]:
     """Of each sequence, the variants that each call adds to those of the calls before. For a fresh process."""
-    import triton
-    from swformer_kernels import _device
-    from triton.backends.compiler import GPUTarget
-
-    from .compilation import Driver
+    from .compilation import pretend
     from .launching import NoHostWork
-    from .machine_code import TARGETS
 
-    _device.architecture = lambda device: TARGET  # before the families import it
-    triton.runtime.driver.set_active(Driver(GPUTarget(*TARGETS[TARGET])))
+    pretend(TARGET)
     seen: set[str] = set()
 
     def ask(kernel: Any, grid: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

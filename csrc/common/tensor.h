@@ -147,4 +147,16 @@ inline Tensor write(const Tensor& parameter, const A* values) {
   return write(parameter, {size.begin(), size.end()}, parameter.scalar_type(), values);
 }
 
+// Writes the gradients of parameters, each shaped and typed like its parameter: zeros where there are no values, as of
+// no images; empty, on the device of `like`, where there is no parameter or nobody needs gradients.
+struct GradientWriter {
+  const Tensor& like;
+  bool needed;
+
+  Tensor operator()(const std::optional<Tensor>& parameter, const std::vector<double>& values) const {
+    if (!needed || !parameter) return empty(like, {0});
+    return write(*parameter, values.empty() ? std::vector<double>(parameter->numel()).data() : values.data());
+  }
+};
+
 }  // namespace tensor

@@ -324,12 +324,12 @@ def channel_attention_backward(
         with torch.cuda.device_of(x):
             partials = _sum(x, flat)
             attention_network_backward_kernel[(batch,)](
-                partials, *(t.contiguous() for t in parameters), scale, shift, mean, grad_logits, hiddens[0],
-                hiddens[1], *flat[0].shape, hidden, partials.shape[2], **_blocks(x, hidden),
+                partials, *(t.contiguous() for t in parameters), scale, shift, mean, grad_logits, *hiddens,
+                *flat[0].shape, hidden, partials.shape[2], **_blocks(x, hidden),
             )  # fmt: skip
             if need_parameters:
                 attention_parameters_kernel[(cdiv(channels, 32), cdiv(hidden, 32))](
-                    mean, grad_logits, hiddens[0], hiddens[1], *grads, batch, channels, hidden,
+                    mean, grad_logits, *hiddens, *grads, batch, channels, hidden,
                     BLOCK_C=32, BLOCK_R=32, enable_fp_fusion=True,
                 )  # fmt: skip
             if need_x:

@@ -70,6 +70,7 @@ def depthwise_gelu_kernel(
         store_sums(partials, total, image, strip, channel, segment, alive, channels, strips, segments)
 
 
+# Long: the rows that a step hands to the next stay in registers, so that a step is one loop.
 @jit_for_all_sizes("batch")
 def depthwise_gelu_backward_kernel(
     grad, grad_sums, x, out, weight, bias, partials, grad_lane, x_lane, out_lane,

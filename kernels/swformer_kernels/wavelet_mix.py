@@ -267,6 +267,7 @@ def wavelet_kernel(
         store_sums(partials, total, image, strip, channel, segment, alive, channels, strips, segments)
 
 
+# Long: the rows that a step hands to the next stay in registers, so that a step is one loop.
 @jit_for_all_sizes("batch")
 def wavelet_backward_kernel(
     grad, grad_sums, x, out, weight, bias, dec_lo, dec_hi, rec_lo, rec_hi, partials, tap_partials,

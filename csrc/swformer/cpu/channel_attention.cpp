@@ -1,9 +1,9 @@
 // Channel attention, x times s with s = sigmoid(w2 relu(w1 mean + b1) + b2). Forward and backward each take two passes
 // over planes: one that sums, one that scales. The small matrices in between are taken in double.
 #include <algorithm>
-#include <cmath>
 
 #include "accumulate.h"
+#include "attention.h"
 #include "tasks.h"
 #include "tensor.h"
 
@@ -82,39 +82,6 @@ void affine(const Plane<const T>& in, Acc<T> scale, Acc<T> shift, const Plane<T>
   }
 }
 
-// The two small layers for every image: the values of each stage, in double.
-struct Network {
-  int64_t batch, channels, hidden;
-  std::vector<double> w1, b1, w2, b2, mean, before_relu, scale;
-
-  Network(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2)
-      : batch(x.size(0)), channels(x.size(1)), hidden(weight1.size(0)), w1(tensor::read<double>(weight1)),
-        b1(tensor::read<double>(bias1)), w2(tensor::read<double>(weight2)), b2(tensor::read<double>(bias2)),
-        mean(batch * channels), before_relu(batch * hidden), scale(batch * channels) {}
-
-  double relu(int64_t b, int64_t r) const {
-    const double value = before_relu[b * hidden + r];
-    return value < 0 ? 0.0 : value;  // NaN stays NaN
-  }
-  void run() {
-    std::vector<double> after_relu(hidden);
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t r = 0; r < hidden; ++r) {
-        before_relu[b * hidden + r] = b1[r] + dot(channels, w1.data() + r * channels, mean.data() + b * channels);
-        after_relu[r] = relu(b, r);
-      }
-      for (int64_t c = 0; c < channels; ++c)
-        scale[b * channels + c] = 1 / (1 + std::exp(-b2[c] - dot(hidden, w2.data() + c * hidden, after_relu.data())));
-    }
-  }
-
-  static double dot(int64_t n, const double* p, const double* q) {
-    return accumulate::over<double>(n, [=](auto vector, int64_t i) __attribute__((always_inline)) {
-      return at(p + i, vector) * at(q + i, vector);
-    });
-  }
-};
-
 template <class Work>
 void for_each_plane(const Tensor& x, Work&& work) {
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (x.size(2) * x.size(3)));
@@ -126,7 +93,7 @@ void for_each_plane(const Tensor& x, Work&& work) {
 Tensor channel_attention(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
   const Tensor dense = tensor::with_dense_rows(x);
   Tensor y = tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  Network net(x, w1, b1, w2, b2);
+  attention::Network net(x.size(0), w1, b1, w2, b2);
   const double area = static_cast<double>(x.size(2) * x.size(3));
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -145,12 +112,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
     const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
     bool need_images, bool need_parameters) {
   const Tensor dense = tensor::with_dense_rows(x), dense_grad = tensor::with_dense_rows(grad);
-  Network net(x, w1, b1, w2, b2);
-  const int64_t channels = net.channels, hidden = net.hidden;
+  attention::Network net(x.size(0), w1, b1, w2, b2);
+  attention::Gradients g = net.no_gradients();
   const double area = static_cast<double>(x.size(2) * x.size(3));
   Tensor grad_x = need_images ? tensor::empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}) : tensor::empty(x, {0});
-  std::vector<double> products(net.mean.size()), grad_mean(net.mean.size());
-  std::vector<double> grad_w1(net.w1.size()), grad_b1(hidden), grad_w2(net.w2.size()), grad_b2(channels);
+  std::vector<double> products(net.mean.size()), of_mean(net.mean.size());
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     for_each_plane(x, [&](int64_t plane) {
@@ -159,38 +125,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_attention_backward(
     });
     net.run();
     for (int64_t b = 0; b < net.batch; ++b) {
-      std::vector<double> grad_hidden(hidden);
-      for (int64_t c = 0; c < channels; ++c) {
-        const double s = net.scale[b * channels + c], g = products[b * channels + c] * s * (1 - s);
-        grad_b2[c] += g;
-        for (int64_t r = 0; r < hidden; ++r) {
-          grad_w2[c * hidden + r] += g * net.relu(b, r);
-          grad_hidden[r] += g * net.w2[c * hidden + r];
-        }
-      }
-      for (int64_t r = 0; r < hidden; ++r) {
-        if (net.before_relu[b * hidden + r] <= 0) continue;
-        grad_b1[r] += grad_hidden[r];
-        for (int64_t c = 0; c < channels; ++c) {
-          grad_w1[r * channels + c] += grad_hidden[r] * net.mean[b * channels + c];
-          grad_mean[b * channels + c] += grad_hidden[r] * net.w1[r * channels + c];
-        }
-      }
+      const auto of_image = net.backward(b, products.data() + b * net.channels, g);
+      std::copy(of_image.begin(), of_image.end(), of_mean.begin() + b * net.channels);
     }
     if (!need_images) return;
-    const int64_t last = x.size(0) * channels - 1;
+    const int64_t last = x.size(0) * net.channels - 1;
     for_each_plane(x, [&](int64_t i) {
       const int64_t plane = last - i;
       affine(
           input<T>(dense_grad, plane), static_cast<Acc<T>>(net.scale[plane]),
-          static_cast<Acc<T>>(grad_mean[plane] / area), output<T>(grad_x, plane));
+          static_cast<Acc<T>>(of_mean[plane] / area), output<T>(grad_x, plane));
     });
   });
-  if (!need_parameters)
-    return {grad_x, tensor::empty(w1, {0}), tensor::empty(b1, {0}), tensor::empty(w2, {0}), tensor::empty(b2, {0})};
-  return {
-      grad_x, tensor::write(w1, grad_w1.data()), tensor::write(b1, grad_b1.data()), tensor::write(w2, grad_w2.data()),
-      tensor::write(b2, grad_b2.data())};
+  const tensor::GradientWriter write{grad, need_parameters};
+  return {grad_x, write(w1, g.w1), write(b1, g.b1), write(w2, g.w2), write(b2, g.b2)};
 }
 
 }  // namespace

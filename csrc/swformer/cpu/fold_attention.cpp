@@ -1,9 +1,9 @@
 // The mixer's last convolution with channel attention, the Fourier branch's last convolution and a scale folded in, for
 // each image. All in double.
 #include <algorithm>
-#include <cmath>
 #include <string>
 
+#include "attention.h"
 #include "ops.h"
 #include "product.h"
 
@@ -14,89 +14,53 @@ using swformer::Optional;
 using tensor::Tensor;
 using Values = std::vector<double>;
 
-double dot(int64_t n, const double* p, const double* q) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += p[i] * q[i];
-  return sum;
-}
-
 // Channels: `local` of the spatial and the wavelet branch, `last` that the Fourier branch's last convolution makes of
 // `inner`.
 struct Fold {
-  int64_t batch, spatial, local, inner, last, channels, hidden, outputs, width;
+  int64_t batch, spatial, local, inner, last, channels, outputs, width;
   double area;
-  Values sums[3], w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale;
-  // Of each image: means and attention of its channels, the hidden layer before the ReLU.
-  Values mean, attention, before_relu;
+  Values sums[3], last_weight, last_bias, weight, bias, scale;
+  attention::Network network;
 
   Fold(
       const Tensor& spatial_sums, const Tensor& wavelet_sums, const Tensor& fourier_sums, const Tensor& w1,
       const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& last_weight, const Tensor& last_bias,
       const Tensor& weight, const Tensor& bias, const Optional& scale, int64_t area)
       : batch(spatial_sums.size(0)), spatial(spatial_sums.size(1)), local(spatial + wavelet_sums.size(1)),
-        inner(fourier_sums.size(1)), last(last_bias.size(0)), channels(local + last), hidden(b1.size(0)),
-        outputs(bias.size(0)), width(local + inner), area(static_cast<double>(area)),
+        inner(fourier_sums.size(1)), last(last_bias.size(0)), channels(local + last), outputs(bias.size(0)),
+        width(local + inner), area(static_cast<double>(area)),
         sums{
             tensor::read<double>(spatial_sums), tensor::read<double>(wavelet_sums), tensor::read<double>(fourier_sums)},
-        w1(tensor::read<double>(w1)), b1(tensor::read<double>(b1)), w2(tensor::read<double>(w2)),
-        b2(tensor::read<double>(b2)), last_weight(tensor::read<double>(last_weight)),
-        last_bias(tensor::read<double>(last_bias)), weight(tensor::read<double>(weight)),
-        bias(tensor::read<double>(bias)), scale(scale ? tensor::read<double>(*scale) : Values(outputs, 1.0)),
-        mean(batch * channels), attention(batch * channels), before_relu(batch * hidden) {
-    for (int64_t b = 0; b < batch; ++b) attend(b);
+        last_weight(tensor::read<double>(last_weight)), last_bias(tensor::read<double>(last_bias)),
+        weight(tensor::read<double>(weight)), bias(tensor::read<double>(bias)),
+        scale(scale ? tensor::read<double>(*scale) : Values(outputs, 1.0)), network(batch, w1, b1, w2, b2) {
+    for (int64_t b = 0; b < batch; ++b) {
+      double* const means = &network.mean[b * channels];
+      for (int64_t c = 0; c < spatial; ++c) means[c] = sums[0][b * spatial + c] / this->area;
+      for (int64_t c = spatial; c < local; ++c) means[c] = sums[1][b * (local - spatial) + c - spatial] / this->area;
+      for (int64_t i = 0; i < last; ++i)
+        means[local + i] =
+            attention::dot(inner, &this->last_weight[i * inner], &sums[2][b * inner]) / this->area + this->last_bias[i];
+    }
+    network.run();
   }
 
-  double relu(int64_t b, int64_t r) const {
-    const double value = before_relu[b * hidden + r];
-    return value < 0 ? 0.0 : value;  // NaN stays NaN
-  }
   // The scaled weight times the attention.
   double attended(int64_t b, int64_t e, int64_t c) const {
-    return scale[e] * weight[e * channels + c] * attention[b * channels + c];
-  }
-
- private:
-  void attend(int64_t b) {
-    double* const means = &mean[b * channels];
-    for (int64_t c = 0; c < spatial; ++c) means[c] = sums[0][b * spatial + c] / area;
-    for (int64_t c = spatial; c < local; ++c) means[c] = sums[1][b * (local - spatial) + c - spatial] / area;
-    for (int64_t f = 0; f < last; ++f)
-      means[local + f] = dot(inner, &last_weight[f * inner], &sums[2][b * inner]) / area + last_bias[f];
-    Values active(hidden);
-    for (int64_t r = 0; r < hidden; ++r) {
-      before_relu[b * hidden + r] = b1[r] + dot(channels, &w1[r * channels], means);
-      active[r] = relu(b, r);
-    }
-    for (int64_t c = 0; c < channels; ++c)
-      attention[b * channels + c] = 1 / (1 + std::exp(-b2[c] - dot(hidden, &w2[c * hidden], active.data())));
+    return scale[e] * weight[e * channels + c] * network.scale[b * channels + c];
   }
 };
 
 // Of the sums, the parameters and, by image, the scaled weight: in the order of the op's inputs.
 struct Gradients {
-  Values sums[3], w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale;
+  Values sums[3];
+  attention::Gradients network;
+  Values last_weight, last_bias, weight, bias, scale;
 };
 
 // The attention's gradient (channels,) of image b through the network that makes it.
 void through_network(const Fold& f, int64_t b, const Values& of_attention, Gradients& g) {
-  Values of_hidden(f.hidden);
-  for (int64_t c = 0; c < f.channels; ++c) {
-    const double s = f.attention[b * f.channels + c], of_logit = of_attention[c] * s * (1 - s);
-    g.b2[c] += of_logit;
-    for (int64_t r = 0; r < f.hidden; ++r) {
-      g.w2[c * f.hidden + r] += of_logit * f.relu(b, r);
-      of_hidden[r] += of_logit * f.w2[c * f.hidden + r];
-    }
-  }
-  Values of_mean(f.channels);
-  for (int64_t r = 0; r < f.hidden; ++r) {
-    if (f.before_relu[b * f.hidden + r] <= 0) continue;
-    g.b1[r] += of_hidden[r];
-    for (int64_t c = 0; c < f.channels; ++c) {
-      g.w1[r * f.channels + c] += of_hidden[r] * f.mean[b * f.channels + c];
-      of_mean[c] += of_hidden[r] * f.w1[r * f.channels + c];
-    }
-  }
+  const Values of_mean = f.network.backward(b, of_attention.data(), g.network);
   for (int64_t c = 0; c < f.spatial; ++c) g.sums[0][b * f.spatial + c] = of_mean[c] / f.area;
   const int64_t others = f.local - f.spatial;
   for (int64_t c = 0; c < others; ++c) g.sums[1][b * others + c] = of_mean[f.spatial + c] / f.area;
@@ -113,12 +77,11 @@ void through_network(const Fold& f, int64_t b, const Values& of_attention, Gradi
 // `grad`: all weights and then all biases.
 Gradients backward(const Fold& f, const Values& grad) {
   Gradients g;
+  g.network = f.network.no_gradients();
   const std::pair<Values*, size_t> sizes[] = {{&g.sums[0], f.sums[0].size()}, {&g.sums[1], f.sums[1].size()},
-                                              {&g.sums[2], f.sums[2].size()}, {&g.w1, f.w1.size()},
-                                              {&g.b1, f.b1.size()},           {&g.w2, f.w2.size()},
-                                              {&g.b2, f.b2.size()},           {&g.weight, f.weight.size()},
-                                              {&g.bias, f.bias.size()},       {&g.last_weight, f.last_weight.size()},
-                                              {&g.scale, f.scale.size()},     {&g.last_bias, f.last_bias.size()}};
+                                              {&g.sums[2], f.sums[2].size()}, {&g.last_weight, f.last_weight.size()},
+                                              {&g.weight, f.weight.size()},   {&g.last_bias, f.last_bias.size()},
+                                              {&g.bias, f.bias.size()},       {&g.scale, f.scale.size()}};
   for (const auto& [values, size] : sizes) values->resize(size);
   const auto transposed =
       gemm::filled<double>(f.inner, f.last, [&](int64_t k, int64_t i) { return f.last_weight[i * f.inner + k]; });
@@ -138,7 +101,7 @@ Gradients backward(const Fold& f, const Values& grad) {
         const int64_t i = c - f.local;
         const double upstream = i < 0 ? of_weights[e * f.width + c] : of_last[e][i] + of_biases[e] * f.last_bias[i];
         of_attention[c] += upstream * f.scale[e] * f.weight[e * f.channels + c];
-        g.weight[e * f.channels + c] += upstream * f.attention[b * f.channels + c];
+        g.weight[e * f.channels + c] += upstream * f.network.scale[b * f.channels + c];
         if (i >= 0) g.last_bias[i] += of_biases[e] * f.attended(b, e, c);
       }
     }
@@ -148,7 +111,7 @@ Gradients backward(const Fold& f, const Values& grad) {
   }
   for (int64_t e = 0; e < f.outputs; ++e) {
     double* const row = &g.weight[e * f.channels];
-    g.scale[e] = dot(f.channels, row, &f.weight[e * f.channels]) + g.bias[e] * f.bias[e];
+    g.scale[e] = attention::dot(f.channels, row, &f.weight[e * f.channels]) + g.bias[e] * f.bias[e];
     for (int64_t c = 0; c < f.channels; ++c) row[c] *= f.scale[e];
     g.bias[e] *= f.scale[e];
   }
@@ -192,22 +155,20 @@ fold_attention_backward(
   const Fold f(
       spatial_sums, wavelet_sums, fourier_sums, w1, b1, w2, b2, last_weight, last_bias, weight, bias, scale, area);
   const Gradients g = need_parameters ? backward(f, tensor::read<double>(grad)) : Gradients{};
-  auto result = [&](const Optional& like, const Values& values) {
-    return like && need_parameters ? tensor::write(*like, values.data()) : tensor::empty(grad, {0});
-  };
+  const tensor::GradientWriter write{grad, need_parameters};
   return {
-      result(spatial_sums, g.sums[0]),
-      result(wavelet_sums, g.sums[1]),
-      result(fourier_sums, g.sums[2]),
-      result(w1, g.w1),
-      result(b1, g.b1),
-      result(w2, g.w2),
-      result(b2, g.b2),
-      result(last_weight, g.last_weight),
-      result(last_bias, g.last_bias),
-      result(weight, g.weight),
-      result(bias, g.bias),
-      result(scale, g.scale)};
+      write(spatial_sums, g.sums[0]),
+      write(wavelet_sums, g.sums[1]),
+      write(fourier_sums, g.sums[2]),
+      write(w1, g.network.w1),
+      write(b1, g.network.b1),
+      write(w2, g.network.w2),
+      write(b2, g.network.b2),
+      write(last_weight, g.last_weight),
+      write(last_bias, g.last_bias),
+      write(weight, g.weight),
+      write(bias, g.bias),
+      write(scale, g.scale)};
 }
 
 constexpr char kInputs[] =

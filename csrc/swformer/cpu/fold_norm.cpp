@@ -180,19 +180,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Optional& scale, double eps, bool need_parameters) {
   const Fold f(weight, bias, mean, variance, norm_weight, norm_bias, then_weight, then_bias, scale, eps);
   const Gradients g = need_parameters ? backward(f, tensor::read<double>(grad)) : Gradients{};
-  auto result = [&](const Optional& like, const Values& values) {
-    return like && need_parameters ? tensor::write(*like, values.data()) : tensor::empty(grad, {0});
-  };
+  const tensor::GradientWriter write{grad, need_parameters};
   return {
-      result(weight, g.weight),
-      result(bias, g.bias),
-      result(mean, g.mean),
-      result(variance, g.variance),
-      result(norm_weight, g.norm_weight),
-      result(norm_bias, g.norm_bias),
-      result(then_weight, g.then_weight),
-      result(then_bias, g.then_bias),
-      result(scale, g.scale)};
+      write(weight, g.weight),
+      write(bias, g.bias),
+      write(mean, g.mean),
+      write(variance, g.variance),
+      write(norm_weight, g.norm_weight),
+      write(norm_bias, g.norm_bias),
+      write(then_weight, g.then_weight),
+      write(then_bias, g.then_bias),
+      write(scale, g.scale)};
 }
 
 constexpr char kInputs[] =
