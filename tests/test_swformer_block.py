@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from contract import KERNELS, device_of
 from helpers import assert_close, perturb
-from torch import nn
+from torch import Tensor, nn
 
 import swformer_fast as sf
 from swformer_fast import fusion, reference
