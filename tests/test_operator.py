@@ -276,6 +276,11 @@ def test_every_op_is_found_by_its_name(name: str) -> None:
     assert (of_cpu / f"{name}.cpp").exists() or (of_cpu / name).is_dir()
 
 
+def test_the_table_of_support_names_every_op() -> None:
+    rows = [line for line in (ROOT / "docs" / "support.md").read_text().splitlines() if line.startswith("| `")]
+    assert set(CATALOGUE) <= {name for line in rows for name in line.split("|")[1].replace("`", "").strip().split(", ")}
+
+
 def test_every_public_function_is_an_op() -> None:
     assert set(sf.functional.__all__) <= set(CATALOGUE)
 

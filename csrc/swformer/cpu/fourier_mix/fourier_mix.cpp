@@ -172,7 +172,7 @@ fourier_mix_backward(
   }
   fourier::MixGradients through = fourier::spectrum_mix_backward(
       grad_mixed, z, matrix_of(x, p), fourier::compose_zero(p, zero), out_weight, images.height, images.width,
-      need_images, need_parameters || batch_statistics);
+      need_images, need_parameters || batch_statistics, x.scalar_type() == ScalarType::BFloat16);
   fourier::Gradients g;
   if (images.batch > 0 && (need_parameters || batch_statistics))
     g = fourier::compose_backward(p, through.matrix.data(), batch_statistics ? &batch : nullptr);

@@ -14,6 +14,7 @@
 #include "gather.h"
 #include "gelu.h"
 #include "gemm.h"
+#include "pairs.h"
 #include "scratch.h"
 #include "spectrum.h"
 #include "stages.h"
@@ -160,21 +161,23 @@ struct Gate {
   }
 };
 
-Gate<float> gate_of(const Tensor& matrix) {
-  const int64_t inputs = matrix.size(1);
+// Its row r is row order(r) of y, which has the real parts and then the imaginary ones. A row of pairs of the tile holds
+// both parts of a channel.
+template <class A, class Order>
+Gate<A> gate_of(const Tensor& matrix, Order&& order) {
+  const int64_t outputs = matrix.size(0) / 2, inputs = matrix.size(1);
   const float* m = data(matrix);
-  return Gate<float>(matrix.size(0) / 2, inputs, [=](int64_t row, int64_t j) { return m[row * inputs + j]; });
-}
-
-// Rows are real and imaginary part of one channel after the other; pairs are both parts of a channel of the tile.
-Gate<Pair> pair_gate_of(const Tensor& matrix) {
-  const int64_t inputs = matrix.size(1), channels = matrix.size(0) / 4;
-  const float* m = data(matrix);
-  return Gate<Pair>(2 * channels, inputs / 2, [=](int64_t row, int64_t j) {
-    const int64_t factor = row / (2 * channels), r = row % (2 * channels);
-    const float* of_row = m + ((2 * factor + r % 2) * channels + r / 2) * inputs;
-    return simd::pair(of_row[j], of_row[inputs / 2 + j]);
+  return Gate<A>(outputs, gemm::depth<A>(inputs), [&](int64_t row, int64_t j) {
+    const float* of_row = m + (row / outputs * outputs + order(row % outputs)) * inputs;
+    if constexpr (std::is_same_v<A, Pair>)
+      return simd::pair(of_row[j], of_row[inputs / 2 + j]);
+    else
+      return of_row[j];
   });
+}
+template <class A>
+Gate<A> gate_of(const Tensor& matrix) {
+  return gate_of<A>(matrix, [](int64_t row) { return row; });
 }
 
 // One output of the gate in double.
@@ -190,15 +193,37 @@ struct Gated {
   double product() const { return gate * value; }
 };
 
-// sum += left right^T over the tile's columns; `right` comes transposed.
+// Rows of a tile by frequency, or by pairs of neighbouring frequencies: element (i, c) is at out[i * ld + c], c in
+// whole vectors. What lies in rows and frequencies up to whole vectors is read.
+void by_frequency(int64_t count, int64_t channels, const float* rows, float* out, int64_t ld) {
+  gemm::transpose(channels, count, rows, kTile, out, ld);
+}
+void by_frequency(int64_t count, int64_t channels, const float* rows, Pair* out, int64_t ld) {
+  for (int64_t c = 0; c < channels; c += kFloats)
+    for (int64_t i = 0; i < count; i += 2 * kFloats) {
+      simd::VecU x[kFloats];
+#pragma GCC unroll 16
+      for (int l = 0; l < kFloats; ++l) {
+        const float* row = rows + (c + l) * kTile + i;
+        x[l] = simd::pair_neighbours(simd::load(row), simd::load(row + kFloats));
+      }
+      simd::transpose(x);
+#pragma GCC unroll 16
+      for (int l = 0; l < kFloats; ++l) simd::store(out + (i / 2 + l) * ld + c, x[l]);
+    }
+}
+
+// sum += left right^T over the tile's columns; `right` comes by frequency.
+template <class A>
 void accumulate_product(
-    int64_t count, int64_t m, const float* left, int64_t n, const float* right, int64_t ldright, float* group,
-    float* sum, int64_t ldsum) {
+    int64_t count, int64_t m, const float* left, int64_t n, const A* right, int64_t ldright, A* group, float* sum,
+    int64_t ldsum) {
   for (int64_t i = 0; i < m; i += kGroup) {
-    gemm::transpose(kGroup, count, left + i * kTile, kTile, group, kGroup);
+    by_frequency(count, kGroup, left + i * kTile, group, kGroup);
     const int64_t left_over = std::min(kGroup, m - i);
     gemm::multiply(
-        left_over, n, count, group, kRows, kGroup, right, ldright, gemm::into<true>(sum + i * ldsum, ldsum, left_over));
+        left_over, n, gemm::depth<A>(count), group, kRows, kGroup, right, ldright,
+        gemm::into<true>(sum + i * ldsum, ldsum, left_over));
   }
 }
 
@@ -225,9 +250,16 @@ void flush_rows(int64_t rows, VecF* sums, double* totals, int64_t step) {
 
 // The tile's channels, both parts side by side, by frequency. Whole vectors are written, the second part's over the
 // first's excess.
-void transpose_parts(int64_t count, int64_t channels, const float* tile, float* out, int64_t ld) {
-  for (int r = 0; r < 2; ++r)
-    gemm::transpose(channels, count, tile + r * (channels + 1) * kTile, kTile, out + r * channels, ld);
+template <class A>
+void by_frequency_parts(int64_t count, int64_t channels, const float* tile, A* out, int64_t ld) {
+  for (int r = 0; r < 2; ++r) by_frequency(count, channels, tile + r * (channels + 1) * kTile, out + r * channels, ld);
+}
+
+// Rows i and `second + i` as row i of pairs, i < count.
+void pair_rows(int64_t count, const float* rows, int64_t step, int64_t second, Pair* out) {
+  for (int64_t row = 0; row < count; ++row, rows += step * kTile, out += kTile)
+    for (int64_t i = 0; i < kTile; i += kFloats)
+      simd::store(out + i, simd::pair(simd::load(rows + i), simd::load(rows + second * kTile + i)));
 }
 
 // The last convolution's weight (E, C), or empty.
@@ -243,7 +275,7 @@ Tensor spectrum_mix(
   const Spectra g(spectrum, height, width);
   const bool has_last = out_weight.has_value();
   const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = has_last ? out_weight->size(0) : c;
-  const Gate<float> gate = gate_of(matrix);
+  const Gate<float> gate = gate_of<float>(matrix);
   const auto w = last_weight(out_weight);
   const Matrix last(has_last ? e : 0, c, [&](int64_t i, int64_t j) { return w[i * c + j]; });
   Tensor mixed = g.empty(spectrum, e);
@@ -272,7 +304,8 @@ Bf16Spectrum spectrum_mix_bf16(
     const Bf16Spectrum& spectrum, const Tensor& matrix, const Rows<double>& of_zero, int64_t height, int64_t width) {
   const Spectra g(spectrum.values, height, width);
   const int64_t d = spectrum.values.size(1), c = matrix.size(0) / 4;
-  const Gate<Pair> gate = pair_gate_of(matrix);
+  // Both parts of a channel side by side.
+  const Gate<Pair> gate = gate_of<Pair>(matrix, [=](int64_t row) { return row % 2 * c + row / 2; });
   const std::vector<int64_t> size{g.batch, c, g.blocks, kFloats, 2};
   Bf16Spectrum mixed{tensor::empty(spectrum.values, size), Rows<double>(g.batch, c)};
   const Pair* from = static_cast<const Pair*>(spectrum.values.const_data_ptr());
@@ -324,22 +357,24 @@ Bf16Spectrum spectrum_mix_bf16(
 
 namespace {
 
-// The backward pass of the mixing: what is done with a tile, in the scratch of one thread.
+// The backward pass of the mixing: what is done with a tile, in the scratch of one thread. A: what the products take.
+template <class A>
 class MixBackward {
  public:
   struct Factors {
     int64_t d, c, e;  // channels of the spectrum, of y and of the output
     bool has_last;
-    Gate<float> gate;
-    Matrix matrix_t, last_t;
+    Gate<A> gate;
+    gemm::Matrix<A> matrix_t;
+    Matrix last_t;
     int64_t n() const { return 2 * d + 2; }
 
     Factors(const Tensor& spectrum, const Tensor& matrix, const std::optional<Tensor>& out_weight)
         : d(spectrum.size(1)), c(matrix.size(0) / 4), e(out_weight ? out_weight->size(0) : c),
-          has_last(out_weight.has_value()), gate(gate_of(matrix)) {
+          has_last(out_weight.has_value()), gate(gate_of<A>(matrix)) {
       const float* m = data(matrix);
       const auto w = last_weight(out_weight);
-      matrix_t = Matrix(2 * d, 4 * c, [&](int64_t i, int64_t j) { return m[j * n() + i + i / d]; });
+      matrix_t = gemm::Matrix<A>(2 * d, 4 * c, [&](int64_t i, int64_t j) { return m[j * n() + i + i / d]; });
       if (has_last) last_t = Matrix(c, e, [&](int64_t i, int64_t j) { return w[j * c + i]; });
     }
   };
@@ -348,9 +383,10 @@ class MixBackward {
       : f_(f), in(frame.take<float>(rows(f.n()) + kGroup * kTile)),
         grad(frame.take<float>(rows(2 * f.e) + kGroup * kTile)), y(frame.take<float>(rows(2 * f.c) + kGroup * kTile)),
         grad_y(frame.take<float>(2 * f.c * kTile)), grad_pre(frame.take<float>(rows(4 * f.c))),
-        grad_in(frame.take<float>(2 * f.d * kTile)), in_t(frame.take<float>(kTile * ld_in())),
-        y_t(frame.take<float>(kTile * vectors(f.c))), group(frame.take<float>(kTile * kGroup)),
-        alpha(frame.take<float>(kTile)), inverse(frame.take<float>(kTile)), matrix(frame.zeros<float>(4 * f.c * ld())),
+        grad_in(frame.take<float>(2 * f.d * kTile)), in_t(frame.take<A>(kTile * ld_in())),
+        y_t(frame.take<A>(kTile * vectors(f.c))), group(frame.take<A>(kTile * kGroup)),
+        factor(kPairs ? frame.take<A>(std::max(f.d + 1, 2 * f.c) * kTile) : nullptr), alpha(frame.take<float>(kTile)),
+        inverse(frame.take<float>(kTile)), matrix(frame.zeros<float>(4 * f.c * ld())),
         out_weight(frame.zeros<float>(f.e * vectors(f.c))), constants(frame.zeros<VecF>(4 * f.c)) {}
 
   // The tile's input, and the gradients of y and of what the gate takes.
@@ -370,7 +406,7 @@ class MixBackward {
           t.count, grad + r * f_.e * kTile, kTile, gemm::into<false>(grad_y + r * f_.c * kTile, kTile, f_.c));
     const float* const grad_product = f_.has_last ? grad_y : grad;
     float* const grad_value = grad_pre + 2 * f_.c * kTile;
-    f_.gate.apply(t.count, in, [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
+    f_.gate.apply(t.count, factor_of_gate(), [&](int64_t at, VecF a, VecF v) __attribute__((always_inline)) {
       const VecF s = simd::sigmoid(a), u = simd::gelu(v), upstream_y = simd::load(grad_product + at);
       simd::store(y + at, s * u);
       simd::store(grad_pre + at, upstream_y * u * (s * (1.0f - s)));
@@ -386,9 +422,10 @@ class MixBackward {
   }
 
   void store_spectrum(const Spectra& g, const Tile& t, float* result) const {
-    f_.matrix_t.times(t.count, grad_pre, kTile, [&](int64_t row, int64_t at, VecF sum) __attribute__((always_inline)) {
-      simd::store(grad_in + row * kTile + at, sum * simd::load(inverse + at));
-    });
+    f_.matrix_t.times(
+        t.count, factor_of_gradient(), kTile, [&](int64_t row, int64_t at, VecF sum) __attribute__((always_inline)) {
+          simd::store(grad_in + row * kTile + at, sum * simd::load(inverse + at));
+        });
     store(g, t, grad_in, f_.d, result);
   }
 
@@ -396,7 +433,7 @@ class MixBackward {
   // out_weight.
   void add(const Tile& t, double* total) const {
     const int64_t d = f_.d, c = f_.c, e = f_.e, n = f_.n();
-    transpose_parts(t.count, d, in, in_t, ld_in());
+    by_frequency_parts(t.count, d, in, in_t, ld_in());
     for (int64_t row = 0; t.zero_frequency() && row < 4 * c; ++row) {
       const double of_zero = std::exchange(grad_pre[row * kTile], 0.0f);
       for (int64_t j = 0; j < d; ++j) total[row * n + j] += of_zero * in[j * kTile];
@@ -406,7 +443,7 @@ class MixBackward {
     accumulate_product(t.count, 4 * c, grad_pre, 2 * d, in_t, ld_in(), group, matrix, ld());
     accumulate::add_rows(4 * c, t.count, grad_pre, kTile, constants);
     for (int r = 0; f_.has_last && r < 2; ++r) {
-      gemm::transpose(c, t.count, y + r * c * kTile, kTile, y_t, vectors(c));
+      by_frequency(t.count, c, y + r * c * kTile, y_t, vectors(c));
       accumulate_product(t.count, e, grad + r * e * kTile, c, y_t, vectors(c), group, out_weight, vectors(c));
     }
   }
@@ -419,12 +456,27 @@ class MixBackward {
   }
 
  private:
+  static constexpr bool kPairs = std::is_same_v<A, Pair>;
   int64_t ld() const { return vectors(2 * f_.d); }
   int64_t ld_in() const { return ld() + kFloats; }
 
+  // The tile, and the gradient of what the gate takes, as right factors.
+  const A* factor_of_gate() const {
+    if constexpr (!kPairs)
+      return in;
+    else
+      return pair_rows(f_.d + 1, in, 1, f_.d + 1, factor), factor;
+  }
+  const A* factor_of_gradient() const {
+    if constexpr (!kPairs)
+      return grad_pre;
+    else
+      return pair_rows(2 * f_.c, grad_pre, 2, 1, factor), factor;
+  }
+
   const Factors& f_;
-  float *const in, *const grad, *const y, *const grad_y, *const grad_pre, *const grad_in, *const in_t, *const y_t,
-                                                                                                           *const group;
+  float *const in, *const grad, *const y, *const grad_y, *const grad_pre, *const grad_in;
+  A *const in_t, *const y_t, *const group, *const factor;
   float *const alpha, *const inverse, *const matrix, *const out_weight;
   VecF* const constants;
 };
@@ -433,24 +485,30 @@ class MixBackward {
 
 MixGradients spectrum_mix_backward(
     const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Rows<double>& of_zero,
-    const std::optional<Tensor>& out_weight, int64_t height, int64_t width, bool need_spectrum, bool need_parameters) {
+    const std::optional<Tensor>& out_weight, int64_t height, int64_t width, bool need_spectrum, bool need_parameters,
+    bool in_pairs) {
   const Spectra g(spectrum, height, width);
-  const MixBackward::Factors f(spectrum, matrix, out_weight);
-  Tensor grad_spectrum = need_spectrum ? g.empty(spectrum, f.d) : tensor::empty(spectrum, {0});
+  const int64_t d = spectrum.size(1), c = matrix.size(0) / 4, e = grad.size(1), of_matrix = 4 * c * (2 * d + 2);
+  Tensor grad_spectrum = need_spectrum ? g.empty(spectrum, d) : tensor::empty(spectrum, {0});
   float* result = static_cast<float*>(grad_spectrum.mutable_data_ptr());
-  const int64_t of_matrix = 4 * f.c * f.n();
-  const auto totals = reduce(g.count(), of_matrix + f.e * f.c, [&](int64_t begin, int64_t end, double* total) {
-    Frame frame;
-    const MixBackward tile(frame, f);
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile t(g, index);
-      tile.differentiate(g, t, data(spectrum), data(grad), of_zero);
-      if (need_spectrum) tile.store_spectrum(g, t, result);
-      if (!need_parameters) continue;
-      tile.add(t, total);
-      if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) tile.flush(total);
-    }
-  });
+  std::vector<double> totals;
+  auto run = [&](auto element) {
+    using Backward = MixBackward<decltype(element)>;
+    const typename Backward::Factors f(spectrum, matrix, out_weight);
+    totals = reduce(g.count(), of_matrix + e * c, [&](int64_t begin, int64_t end, double* total) {
+      Frame frame;
+      const Backward tile(frame, f);
+      for (int64_t index = begin; index < end; ++index) {
+        const Tile t(g, index);
+        tile.differentiate(g, t, data(spectrum), data(grad), of_zero);
+        if (need_spectrum) tile.store_spectrum(g, t, result);
+        if (!need_parameters) continue;
+        tile.add(t, total);
+        if (index + 1 == end || (index - begin) % kTilesPerFlush == kTilesPerFlush - 1) tile.flush(total);
+      }
+    });
+  };
+  in_pairs ? pairs::choose<simd::BFloat16>(run) : run(float{});
   return {grad_spectrum, {totals.begin(), totals.begin() + of_matrix}, {totals.begin() + of_matrix, totals.end()}};
 }
 
@@ -465,7 +523,7 @@ Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
       load_centred(g, t, data(spectrum), d, in);
-      transpose_parts(t.count, d, in, in_t, ld_in);
+      by_frequency_parts(t.count, d, in, in_t, ld_in);
       for (int r = 0; r < 2; ++r) {
         const float* part = in + r * n * kTile;
         accumulate_product(t.count, d, part, d, in_t + r * d, ld_in, group, products + r * d * ld, ld);

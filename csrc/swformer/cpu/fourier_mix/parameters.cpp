@@ -123,7 +123,10 @@ Rows<double> compose_zero(const Parameters& p, const Rows<double>& zero) {
   return result;
 }
 
-Gradients compose_backward(const Parameters& p, const double* grad_matrix, const Statistics* batch) {
+namespace {
+
+// By the matrix alone: of the first convolution, and of the factors, of their means and variances too.
+Gradients through_matrix(const Parameters& p, const double* grad_matrix) {
   const int64_t c = p.channels, d = p.dim, c2 = 2 * c;
   Gradients g;
   g.in_weight.resize(c2 * d);
@@ -170,9 +173,13 @@ Gradients compose_backward(const Parameters& p, const double* grad_matrix, const
     }
     of.shift = std::move(of_offset);
   }
-  if (!batch) return g;
-  // A value u of channel n of the first convolution's spectrum has the gradient constant[n] + linear[n] u.
-  const int64_t images = batch->zero.rows;
+  return g;
+}
+
+// Adds what comes through the means and variances of the batch: a value u of channel n of the first convolution's
+// spectrum has the gradient constant[n] + linear[n] u.
+void add_through_statistics(const Parameters& p, const Statistics& batch, Gradients& g) {
+  const int64_t c = p.channels, d = p.dim, c2 = 2 * c, images = batch.zero.rows;
   const auto weights = filled<double>(c2, d, [&](int64_t n, int64_t i) { return p.in_weight[n * d + i]; });
   g.moments.resize(2 * d * (d + 1));
   Rows<double> of_zero(images, c2);
@@ -180,13 +187,13 @@ Gradients compose_backward(const Parameters& p, const double* grad_matrix, const
     std::vector<double> linear(c2), constant(c2);
     for (int64_t n = 0; n < c2; ++n) {
       const int64_t f = n / c, place = 2 * (n % c) + q;
-      linear[n] = 2 * g.factors[f].variance[place] / batch->count;
-      constant[n] = g.factors[f].mean[place] / batch->count - linear[n] * p.factors[f].mean[place];
+      linear[n] = 2 * g.factors[f].variance[place] / batch.count;
+      constant[n] = g.factors[f].mean[place] / batch.count - linear[n] * p.factors[f].mean[place];
     }
-    const double* const sums = batch->moments + q * d * (d + 1) + d;
+    const double* const sums = batch.moments + q * d * (d + 1) + d;
     for (int64_t n = 0; n < c2; ++n)
       for (int64_t i = 0; i < d; ++i)
-        g.in_weight[n * d + i] += linear[n] * batch->products[q][n][i] + constant[n] * sums[i * (d + 1)];
+        g.in_weight[n * d + i] += linear[n] * batch.products[q][n][i] + constant[n] * sums[i * (d + 1)];
     const auto of_gram =
         product(d, weights, [&](int64_t i, int64_t n) { return 0.5 * linear[n] * p.in_weight[n * d + i]; });
     double* const of_moments = &g.moments[q * d * (d + 1)];
@@ -195,14 +202,21 @@ Gradients compose_backward(const Parameters& p, const double* grad_matrix, const
       for (int64_t n = 0; n < c2; ++n) of_moments[i * (d + 1) + d] += constant[n] * p.in_weight[n * d + i];
     }
     for (int64_t b = 0; q == 0 && b < images; ++b)
-      for (int64_t n = 0; n < c2; ++n) of_zero[b][n] = constant[n] + linear[n] * batch->at_zero[b][n];
+      for (int64_t n = 0; n < c2; ++n) of_zero[b][n] = constant[n] + linear[n] * batch.at_zero[b][n];
   }
-  const auto through_zero = product(c2, batch->zero, [&](int64_t n, int64_t b) { return of_zero[b][n]; });
+  const auto through_zero = product(c2, batch.zero, [&](int64_t n, int64_t b) { return of_zero[b][n]; });
   for (int64_t n = 0; n < c2; ++n) {
     for (int64_t i = 0; i < d; ++i) g.in_weight[n * d + i] += through_zero[n][i];
     for (int64_t b = 0; b < images; ++b) g.in_bias[n] += of_zero[b][n] * p.side;
   }
   g.zero = product(images, weights, [&](int64_t b, int64_t n) { return of_zero[b][n]; });
+}
+
+}  // namespace
+
+Gradients compose_backward(const Parameters& p, const double* grad_matrix, const Statistics* batch) {
+  Gradients g = through_matrix(p, grad_matrix);
+  if (batch) add_through_statistics(p, *batch, g);
   return g;
 }
 

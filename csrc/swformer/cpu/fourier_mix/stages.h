@@ -42,9 +42,11 @@ struct MixGradients {
   Tensor spectrum;
   std::vector<double> matrix, out_weight;
 };
+// in_pairs: products in bf16, where the processor has them.
 MixGradients spectrum_mix_backward(
     const Tensor& grad, const Tensor& spectrum, const Tensor& matrix, const Rows<double>& of_zero,
-    const std::optional<Tensor>& out_weight, int64_t height, int64_t width, bool need_spectrum, bool need_parameters);
+    const std::optional<Tensor>& out_weight, int64_t height, int64_t width, bool need_spectrum, bool need_parameters,
+    bool in_pairs);
 
 // Adds to `grad`, the spectrum's gradient, what comes through its moments.
 void spectrum_moments_backward(
