@@ -75,9 +75,14 @@ class Reference:
         return op.reference
 
 
+_multiplies_bf16 = False
+"""Known when the extension is loaded."""
+
+
 @cache
 def _extension() -> str | None:
     """Load the compiled extension for this CPU, once; why it cannot be used, or None."""
+    global _multiplies_bf16
     capability = torch.backends.cpu.get_cpu_capability()
     sets = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("neon",))
     folder = Path(__file__).parent
@@ -85,6 +90,7 @@ def _extension() -> str | None:
         library = folder / f"_C_{instruction_set}.so"
         if library.exists():
             torch.ops.load_library(str(library))
+            _multiplies_bf16 = torch.ops._swformer_fast.multiply_in_pairs()
             return None
     if any(folder.glob("_C_*.so")):
         return f"the compiled extension has no variant for this CPU (torch reports {capability})"
@@ -241,12 +247,11 @@ def has_cpp(device: str) -> bool:
     return torch.compiler.is_compiling() or (default_backend() in ("auto", "cpp") and _extension() is None)
 
 
-@torch.compiler.assume_constant_result
 def multiplies_bf16() -> bool:
     """Whether this processor has products of bf16 that the C++ kernels take: twice as many at a time as of fp32."""
-    return (
-        default_backend() in ("auto", "cpp") and _extension() is None and torch.ops._swformer_fast.multiply_in_pairs()
-    )
+    if not torch.compiler.is_compiling():  # which takes what is known by then
+        _extension()
+    return default_backend() in ("auto", "cpp") and _multiplies_bf16
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .reference.common import conv_parameters, plain
 __all__ = ["PRESETS", "SWFormer"]
 
 
-class Conv2d(reference_network.Conv2d):
+class ImageConv2d(reference_network.ImageConv2d):
     """A 3x3 convolution between an image and its features; that of fp16 on a CPU computes in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class SWFormer(reference.SWFormer):
     __doc__ = reference.SWFormer.__doc__
 
     block_type = SWFormerBlock
-    conv_type = Conv2d
+    conv_type = ImageConv2d
     dwt_type = HaarDWT2d
     merge_type = Merge
     resample_type = Resample

@@ -11,7 +11,7 @@ from . import modules, network, reference
 
 _MODULE = TypeVar("_MODULE", bound=nn.Module)
 
-_PARTS = ("Conv2d", "Merge", "Resample", "Stage")
+_PARTS = ("ImageConv2d", "Merge", "Resample", "Stage")
 """Modules that only a network holds."""
 FAST_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(reference, name): getattr(modules, name)

@@ -176,7 +176,9 @@ def check(name: str, args: Sequence[Any], grad: Tensor | None = None) -> list[Te
     accumulation_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for i, (a, e) in enumerate(zip(outputs, expected, strict=True)):
         of_pixels = a.dtype == dtype or (operator.sums and i == 1)
-        assert_close(a, e, dtype if of_pixels else accumulation_dtype, f"output {i}")
+        # In local_branches a convolution that rounds its weights to bf16 comes before what is summed.
+        of_dtype = of_pixels or (name == "local_branches" and dtype == torch.bfloat16)
+        assert_close(a, e, dtype if of_dtype else accumulation_dtype, f"output {i}")
     for chosen, actual in zip(subsets(places), through_subsets, strict=True):
         assert_close(actual, gradients(expected, grads, in_fp64, chosen), dtype, f"gradient through {chosen}")
     return outputs

@@ -29,11 +29,15 @@ inline std::atomic<bool>& enabled() {
   return value;
 }
 
+constexpr int64_t kFewest = 8;  // channels of a product that is worth rounding weights
+
+inline bool taken(int64_t channels) { return enabled() && channels >= kFewest; }
+
 // How maps of T go into products: in their arithmetic type, or in pairs; f gets a value of that type.
 template <class T, class F>
-inline void choose(F&& f) {
+inline void choose(int64_t channels, F&& f) {
   if constexpr (kCompiled && std::is_same_v<T, simd::BFloat16>)
-    if (enabled()) return f(simd::Pair{});
+    if (taken(channels)) return f(simd::Pair{});
   f(simd::Acc<T>{});
 }
 

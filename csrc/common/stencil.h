@@ -24,11 +24,11 @@ struct Task {
   int64_t begin, end;  // rows
 };
 
-// The images of a forward or a backward pass.
-template <class T>
+// The images of a forward or a backward pass; the input may be stored otherwise than the rest.
+template <class T, class X = T>
 struct Problem {
   int64_t batch, channels, height, width;
-  const T* x;
+  const X* x;
   tensor::Strides x_strides;
   const T* grad = nullptr;
   tensor::Strides grad_strides{};

@@ -59,7 +59,7 @@ class PixelShuffle(nn.PixelShuffle):
         return super().forward(x) if x.shape[0] else x[:, :: r * r].repeat(1, 1, r, r)
 
 
-class Conv2d(nn.Conv2d):
+class ImageConv2d(nn.Conv2d):
     """A 3x3 convolution between an image and its features."""
 
 
@@ -114,7 +114,7 @@ class SWFormer(nn.Module):
     """
 
     block_type: type[SWFormerBlock] = SWFormerBlock
-    conv_type: type[Conv2d] = Conv2d
+    conv_type: type[ImageConv2d] = ImageConv2d
     dwt_type: type[HaarDWT2d] = HaarDWT2d
     merge_type: type[Merge] = Merge
     resample_type: type[Resample] = Resample

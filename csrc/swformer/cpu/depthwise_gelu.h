@@ -20,11 +20,12 @@ struct Parameters {
 };
 
 // A task's ring of rows. Its output may come in several runs, each of the rows that follow the last run's.
-template <class T, bool kChannelsLast, int k>
+template <class T, bool kChannelsLast, int k, class X = T>
 class Forward {
  public:
   using A = Acc<T>;
   using Lines = Line<T, kChannelsLast>;
+  using Images = Problem<T, X>;
   using Rows = stencil::WindowRing<A, k>;
   static constexpr int64_t kStep = Lines::kGroup;
 
@@ -32,7 +33,7 @@ class Forward {
   // Elements of the memory of a ring, which must hold zeros.
   static int64_t size(int64_t width) { return padding(width).size(Rows::kDepth + 1); }
 
-  Forward(A* memory, const Problem<T>& g, const Task& task) : loaded_(std::max<int64_t>(0, task.begin - k / 2)) {
+  Forward(A* memory, const Images& g, const Task& task) : loaded_(std::max<int64_t>(0, task.begin - k / 2)) {
     const Padding<A> p = padding(g.width);
     rows_ = {memory + p.margin, memory + p.margin + Rows::kDepth * p.stride(), p.stride(), g.height};
   }
@@ -41,10 +42,11 @@ class Forward {
   // channels.
   template <bool kSums>
   void run(
-      const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available,
+      const Images& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available,
       double* totals) {
-    const Lines in{g.width, g.x_strides.w, task.lanes}, out{g.width, g.out_strides.w, task.lanes};
-    const T* x = stencil::start(g.x, g.x_strides, task);
+    const Line<X, kChannelsLast> in{g.width, g.x_strides.w, task.lanes};
+    const Lines out{g.width, g.out_strides.w, task.lanes};
+    const X* x = stencil::start(g.x, g.x_strides, task);
     T* y = stencil::start(g.out, g.out_strides, task);
     Vec<A> w[k * k];
     for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(p.weight, task, k * k, t);

@@ -23,9 +23,9 @@ template <class T, class M, int ks, int kw>
 class LocalBranches {
  public:
   using A = simd::Acc<T>;
-  using Problem = stencil::Problem<T>;
-  using Spatial = spatial::Forward<T, false, ks>;
-  using Wavelet = wavelet::Forward<T, false, kw>;
+  using Problem = stencil::Problem<T, A>;
+  using Spatial = spatial::Forward<T, false, ks, A>;
+  using Wavelet = wavelet::Forward<T, false, kw, A>;
 
   LocalBranches(
       const Tensor& x, const std::vector<A>& weight, std::vector<A> bias, spatial::Parameters<A> spatial,
@@ -62,7 +62,7 @@ class LocalBranches {
   int64_t block_rows() const { return wavelet::block_rows(height_); }
 
   // Rows [row, row + count) of the 1x1 convolution: channel c at maps + c * pitch.
-  void convolve(int64_t image, int64_t row, int64_t count, T* maps, int64_t pitch, M* gathered) const {
+  void convolve(int64_t image, int64_t row, int64_t count, A* maps, int64_t pitch, M* gathered) const {
     const int64_t pixels = height_ * width_, end = count * width_;
     for (int64_t first = 0; first < end; first += kTile) {
       const int64_t n = std::min(kTile, end - first);
@@ -79,12 +79,12 @@ class LocalBranches {
     const auto [begin, end] = tasks::part(range, ranges_, block_rows());
     const int64_t halo = std::max(2 * (kw / 2), (ks / 2 + 1) / 2 * 2);
     const int64_t first = std::max<int64_t>(0, 2 * begin - halo), last = std::min(height_, 2 * end + halo);
-    const int64_t row_bytes = 2 * channels_ * width_ * static_cast<int64_t>(sizeof(T));
+    const int64_t row_bytes = 2 * channels_ * width_ * static_cast<int64_t>(sizeof(A));
     const int64_t rows = std::clamp<int64_t>(kStripBytes / row_bytes / 2 * 2, 2, last - first + 1);
     const int64_t pitch = gemm::round_up(rows * width_, 16) + gemm::kVectors * simd::kLanes<A>;
 
     scratch::Frame frame;
-    T* maps = frame.take<T>(2 * channels_ * pitch);
+    A* maps = frame.take<A>(2 * channels_ * pitch);
     M* gathered = frame.take<M>(matrix_.depth * kTile);
     A* mixed = frame.zeros<A>(Wavelet::run_size(width_));
     std::vector<Spatial> spatial;
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::local_branches(
   auto run = [&](auto* tag, auto ks, auto kw) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = simd::Acc<T>;
-    pairs::choose<T>([&](auto element) {
+    pairs::choose<T>(x.size(1), [&](auto element) {
       const LocalBranches<T, decltype(element), ks, kw> branches(
           dense, tensor::read<A>(in_weight), tensor::read<A>(in_bias),
           {tensor::read<A>(spatial_weight), tensor::read<A>(spatial_bias)},

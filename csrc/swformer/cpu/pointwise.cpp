@@ -219,7 +219,7 @@ Tensor swformer::pointwise(
   if (out.numel() == 0) return out;
   tensor::dispatch(x0.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    pairs::choose<T>([&](auto element) { forward<T, decltype(element)>(maps, weight, bias, residual, out); });
+    pairs::choose<T>(maps.channels, [&](auto element) { forward<T, decltype(element)>(maps, weight, bias, residual, out); });
   });
   return out;
 }
@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_backward(
   if (x0.size(0) && (need_images || need_parameters))
     tensor::dispatch(x0.scalar_type(), [&](auto* tag) {
       using T = std::remove_pointer_t<decltype(tag)>;
-      pairs::choose<T>([&](auto element) {
+      pairs::choose<T>(maps.channels, [&](auto element) {
         backward<T, decltype(element)>(maps, dense, weight, bias, grads, need_parameters, sums);
       });
     });

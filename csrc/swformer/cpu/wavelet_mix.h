@@ -172,11 +172,12 @@ void read_weights(
 
 // A task's rings of rows of bands. Its output may come in several runs, each of the rows of blocks that follow the last
 // run's.
-template <class T, bool kChannelsLast, int k>
+template <class T, bool kChannelsLast, int k, class X = T>
 class Forward {
  public:
   using A = Acc<T>;
   using B = Blocks<T, kChannelsLast>;
+  using Images = Problem<T, X>;
   using Rings = Bands<A, k>;
   static constexpr int64_t kStep = B::kGroup;
 
@@ -185,18 +186,18 @@ class Forward {
   static int64_t size(int64_t width) { return padding(width).size(Rings::kSlots + 1); }
   static int64_t run_size(int64_t width) { return kBands * 2 * padding(width).stride(); }
 
-  Forward(A* memory, const Problem<T>& g, const Task& task)
+  Forward(A* memory, const Images& g, const Task& task)
       : Forward(memory + padding(g.width).margin, padding(g.width).stride(), g, task) {}
 
   // Output rows [begin, end) of blocks, from those of x up to `available`. With kSums, adds their sums to those of the
   // task's channels.
   template <bool kSums>
   void run(
-      const Problem<T>& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available,
+      const Images& g, const Parameters<A>& p, const Task& task, int64_t begin, int64_t end, int64_t available,
       A* mixed, double* totals) {
-    const B in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
+    const Blocks<X, kChannelsLast> in{g.height, g.width, g.x_strides.h, g.x_strides.w, task.lanes};
     const B out{g.height, g.width, g.out_strides.h, g.out_strides.w, task.lanes};
-    const T* x = stencil::start(g.x, g.x_strides, task);
+    const X* x = stencil::start(g.x, g.x_strides, task);
     T* y = stencil::start(g.out, g.out_strides, task);
     const int64_t stride = padding(g.width).stride();
     const Rings bands = bands_;  // a local copy that no store can alias stays in registers
@@ -231,7 +232,7 @@ class Forward {
   }
 
  private:
-  Forward(A* rows, int64_t stride, const Problem<T>& g, const Task& task)
+  Forward(A* rows, int64_t stride, const Images& g, const Task& task)
       : bands_(rows, rows + Rings::kSlots * stride, stride, block_rows(g.height)),
         loaded_(std::max<int64_t>(0, task.begin - k / 2)) {}
 

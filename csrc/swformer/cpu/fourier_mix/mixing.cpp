@@ -508,7 +508,7 @@ MixGradients spectrum_mix_backward(
       }
     });
   };
-  in_pairs ? pairs::choose<simd::BFloat16>(run) : run(float{});
+  in_pairs ? pairs::choose<simd::BFloat16>(d, run) : run(float{});
   return {grad_spectrum, {totals.begin(), totals.begin() + of_matrix}, {totals.begin() + of_matrix, totals.end()}};
 }
 

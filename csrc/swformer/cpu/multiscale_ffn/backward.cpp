@@ -305,7 +305,7 @@ Gradients multiscale_ffn_backward(
   std::vector<double> totals(layout.size);
   dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    pairs::choose<T>([&](auto element) {
+    pairs::choose<T>(x.size(1), [&](auto element) {
       const NetOf<decltype(element)> net(x, in_weight, in_bias, dw, out_weight, out_bias, true);
       backward<T>(net, layout, grad, x, need_images ? &grad_x : nullptr, need_parameters, totals.data());
     });

@@ -54,7 +54,7 @@ Tensor swformer::multiscale_ffn(
   if (x.size(0) == 0) return y;
   dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    pairs::choose<T>([&](auto element) {
+    pairs::choose<T>(x.size(1), [&](auto element) {
       const NetOf<decltype(element)> net(
           x, in_weight, in_bias, {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4}, out_weight,
           out_bias, false);
