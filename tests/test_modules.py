@@ -148,16 +148,22 @@ def test_block_on_the_meta_device() -> None:
     assert block(torch.randn(1, 8, 20, 24, device="meta")).shape == (1, 8, 20, 24)
 
 
-def results(model: nn.Module, x: Tensor, record: bool) -> tuple[list[Tensor], set[str]]:
-    """Output and, recorded, all gradients; and the ops that were called."""
+def results(model: nn.Module, x: Tensor, record: bool) -> list[Tensor]:
+    """Output and, recorded, all gradients."""
     x = x.detach().requires_grad_(record)
-    with torch.set_grad_enabled(record), torch.profiler.profile() as profile:
+    with torch.set_grad_enabled(record):
         y = model(x)
         weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)
         tensors = [x, *(p for name, p in model.named_parameters() if not name.startswith(("heads.1", "heads.2")))]
-        grads = torch.autograd.grad((y * weights).sum(), tensors) if record else ()
+        return [y, *(torch.autograd.grad((y * weights).sum(), tensors) if record else ())]
+
+
+def results_and_ops(model: nn.Module, x: Tensor, record: bool) -> tuple[list[Tensor], set[str]]:
+    """And the ops that were called."""
+    with torch.profiler.profile() as profile:
+        tensors = results(model, x, record)
     names = {event.key.removeprefix("swformer_fast::") for event in profile.key_averages()}
-    return [y, *grads], names & {"swformer_block", "fold_attention", "channel_attention"}
+    return tensors, names & {"swformer_block", "fold_attention", "channel_attention"}
 
 
 @pytest.mark.parametrize("record", [False, True])
@@ -176,10 +182,10 @@ def test_channels_last_runs_the_fused_block(
     perturb(fast)
     slow.load_state_dict(fast.state_dict())
     x = torch.randn(2, channels, 24, 32)
-    actual, ops = results(
+    actual, ops = results_and_ops(
         fast.train(training).to(memory_format=model_format), x.contiguous(memory_format=torch.channels_last), record
     )
-    expected, _ = results(slow.train(training), x.double(), record)
+    expected = results(slow.train(training), x.double(), record)
     assert actual[0].is_contiguous(memory_format=torch.channels_last)
     assert ops == {"fold_attention" if record or training else "swformer_block"}
     assert_close(actual[0], expected[0])
@@ -199,9 +205,9 @@ def test_autocast_runs_the_fused_block(name: str, channels: int, dtype: torch.dt
     slow.load_state_dict(fast.state_dict())
     x = torch.randn(2, channels, 24, 32).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        actual, ops = results(fast.eval(), x, record)
-        likes, _ = results(slow.eval(), x, record)
-    expected, _ = results(slow.double(), x.double(), record)
+        actual, ops = results_and_ops(fast.eval(), x, record)
+        likes = results(slow.eval(), x, record)
+    expected = results(slow.double(), x.double(), record)
     assert ops == {"fold_attention" if record else "swformer_block"}
     assert [a.dtype for a in actual] == [like.dtype for like in likes]
     if name == "SWFormerBlock" and dtype == torch.float32 and not sf.backend.multiplies_bf16():
