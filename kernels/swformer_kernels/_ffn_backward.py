@@ -28,13 +28,36 @@ def _active_gradient(
     """The gradient of what the GELU gives, of the scale whose columns of the last weight begin at `weight`."""
     outputs = size[1]
     total = tl.zeros((channel.shape[0], row.shape[0]), tl.float32)
-    for start in range(0, outputs, BLOCK_K):
+    for start in tl.range(0, outputs, BLOCK_K, disable_licm=True):
         k = start + tl.arange(0, BLOCK_K)
         pointers, mask = image_pointers(grad, strides, image, k, outputs, row, column, size, ALIGN, CHANNELS_LAST)
         right = load(pointers, mask)
         factor = tl.trans(load_matrix(weight, k, k < outputs, channel, channels, 3 * channels))
-        total = dot(factor, right, total, PRECISION)
+        total = dot(factor, right, total, PRECISION, MANY_WARPS=True)
     return total
+
+
+@triton.jit
+def _active_gradient_by_halves(
+    grad, strides, weight, image, channel, channels, row, column, size,
+    BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_active_gradient`, every other channel at a time: products of more columns than rows, which warps share out by
+    columns. Of as many rows every warp would take all columns, and their sums."""
+    if channel.shape[0] < 32:
+        return _active_gradient(
+            grad, strides, weight, image, channel, channels, row, column, size, BLOCK_K, ALIGN, CHANNELS_LAST, PRECISION
+        )
+    else:
+        HALF: tl.constexpr = channel.shape[0] // 2
+        even, odd = tl.split(tl.reshape(channel, (HALF, 2)))
+        of_even = _active_gradient(
+            grad, strides, weight, image, even, channels, row, column, size, BLOCK_K, ALIGN, CHANNELS_LAST, PRECISION
+        )
+        of_odd = _active_gradient(
+            grad, strides, weight, image, odd, channels, row, column, size, BLOCK_K, ALIGN, CHANNELS_LAST, PRECISION
+        )
+        return tl.reshape(tl.permute(tl.join(of_even, of_odd), (0, 2, 1)), (2 * HALF, row.shape[0]))
 
 
 @jit_for_all_sizes("outputs")
@@ -57,22 +80,13 @@ def ffn_out_backward_kernel(
     of_bias = tl.zeros((BLOCK_E,), tl.float32)
     once = (c < tl.where(tl.program_id(2) == 0, mid, 0))[:, None]
     first = tl.program_id(0) * tiles_a_program
-    for tile in range(first, tl.minimum(first + tiles_a_program, tiles)):
+    for tile in tl.range(first, tl.minimum(first + tiles_a_program, tiles), disable_licm=True):
         image, top, left = tile_place(tile, size, ROWS, COLUMNS)
         row, column = tile_pixels(top, left, ROWS, COLUMNS)
         added = ()
         for s in tl.static_range(3):
             before = before_gelu(hidden, mixed, dw_weight, dw_bias, image, c, mid, row, column, size, s)
-            if partials is not None:
-                pointers, mask = image_pointers(
-                    grad, strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST
-                )
-                right = load(pointers, mask)
-                active = tl.trans(gelu(before))
-                added = added + (dot(right, active, of_weight[s], PRECISION),)
-                if s == 0:
-                    of_bias += tl.sum(right, 1)
-            inner = _active_gradient(
+            inner = _active_gradient_by_halves(
                 grad, strides, weight + s * mid, image, c, mid, row, column, size, BLOCK_K, ALIGN, CHANNELS_LAST,
                 PRECISION,
             )  # fmt: skip
@@ -83,6 +97,15 @@ def ffn_out_backward_kernel(
             place = image + max(s - 1, 0) * batch
             values = inner * gelu_derivative(before)
             store_level(out, values, place, c, mid, row, column, height, width, once)
+            if partials is not None:
+                pointers, mask = image_pointers(
+                    grad, strides, image, e, outputs, row, column, size, ALIGN, CHANNELS_LAST
+                )
+                right = load(pointers, mask)
+                active = tl.trans(gelu(before))
+                added = added + (dot(right, active, of_weight[s], PRECISION, MANY_WARPS=True),)
+                if s == 0:
+                    of_bias += tl.sum(right, 1)
         if partials is not None:
             of_weight = added
     if partials is not None:

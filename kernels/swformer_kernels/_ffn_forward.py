@@ -233,11 +233,11 @@ def ffn_out_kernel(
     total = load(bias + e, mask=e < outputs)[:, None]
     total += tl.zeros((BLOCK_E, ROWS * COLUMNS), tl.float32)
     for s in tl.static_range(3):
-        for start in range(0, mid, BLOCK_C):
+        for start in tl.range(0, mid, BLOCK_C, disable_licm=True):
             c = start + tl.arange(0, BLOCK_C)
             before = before_gelu(hidden, mixed, dw_weight, dw_bias, image, c, mid, row, column, size, s)
             factor = load_matrix(weight + s * mid, e, e < outputs, c, mid, 3 * mid)
-            total = dot(factor, gelu(before), total, PRECISION)
+            total = dot(factor, gelu(before), total, PRECISION, MANY_WARPS=True)
     if scale is not None:
         total *= load(scale + e, mask=e < outputs)[:, None]
     if residual is not None:

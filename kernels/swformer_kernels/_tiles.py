@@ -57,15 +57,24 @@ def _below_tf32(x, high):
 
 
 @triton.jit
-def dot(left, right, total, PRECISION: tl.constexpr):
+def dot(left, right, total, PRECISION: tl.constexpr, MANY_WARPS: tl.constexpr = False):
     """total + left @ right of fp32 numbers.
 
     "tf32" rounds what matrix units would cut off. "tf32x3" takes numbers apart where they are: Triton does so after it
-    has given every thread its rows and columns of the operands, which takes a hundred registers.
+    has given every thread its rows and columns of the operands, which takes a hundred registers. Where one product is
+    the next one's sum, Triton shares rows alone out among warps, and more than 4 take the same ones: MANY_WARPS keeps
+    the products apart, for a sum more in registers.
     """
     if PRECISION == "ieee":
         return tl.dot(left, right, total, input_precision="ieee")
     left_high, right_high = _to_tf32(left), _to_tf32(right)
+    if MANY_WARPS and PRECISION == "tf32x3":
+        total = tl.dot(left_high, right_high, total, input_precision="tf32")
+        small = tl.dot(_below_tf32(left, left_high), right_high, input_precision="tf32")
+        other = tl.dot(left_high, _below_tf32(right, right_high), input_precision="tf32")
+        # Unless they are compared, Triton makes one the other's sum.
+        small = tl.where((small == small) & (other == other), small + other, 0.0)
+        return total + tl.where(small == small, small, 0.0)
     if PRECISION == "tf32x3":
         small = tl.dot(_below_tf32(left, left_high), right_high, input_precision="tf32")
         small = tl.dot(left_high, _below_tf32(right, right_high), small, input_precision="tf32")

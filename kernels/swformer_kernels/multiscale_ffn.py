@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ._device import (
     Launch,
     alignment,
+    architecture,
     cdiv,
     channel_block,
     check_dtype,
@@ -41,9 +43,12 @@ _COLUMNS = 32
 # whose sums fit 128 registers a thread.
 _BAND, _BAND_COLUMNS = 4, 16
 # Rows of a tile: of the planes' part forward and backward, and of the kernels of single levels.
-_OUT_ROWS, _OUT_COLUMNS = 4, 32
+_OUT_ROWS, _OUT_COLUMNS = 8, 16
 _OUT_BACKWARD_ROWS = 1
 _LEVEL_ROWS = 8
+# Targets whose matrix units leave the planes' part registers for 512 threads; of them, Triton 3.6 spends more.
+_SPARES_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+_MANY_WARPS = ("sm_90", "sm_10", "sm_11") if _SPARES_REGISTERS else ("sm_90",)
 # Channels that a program takes: of the first convolution and its gradients, after and before the last one, of a level.
 _HIDDEN_CHANNELS = 64
 _INPUT_CHANNELS = 64
@@ -130,6 +135,18 @@ def _band(x: Tensor) -> tuple[int, int]:
     return (_BAND_COLUMNS, 128) if x.element_size() == 4 else (max(_BAND_COLUMNS, 32), 255)
 
 
+def _out_options(x: Tensor, held: bool = True) -> dict[str, int | bool]:
+    """Options of the planes' part: 512 threads, held to 128 registers so that two programs fit a multiprocessor, unless
+    they would spill."""
+    return matrix_options(x, 512, 128) if held and architecture(x.device).startswith(_MANY_WARPS) else matrix_options(x)
+
+
+def _out_backward_options(x: Tensor, block: int, channels_last: bool) -> dict[str, int | bool]:
+    """Blackwell's program would spill, in fp32 Hopper's of few outputs or of channels_last, and those of Triton 3.6."""
+    light = x.element_size() == 2 or (block == _OUT_CHANNELS and not channels_last)
+    return _out_options(x, _SPARES_REGISTERS and light and architecture(x.device).startswith("sm_90"))
+
+
 def prepare_in(net: Sizes, x: Tensor) -> Launch:
     """Of `ffn_in_kernel`."""
     batch, dim, height, width = net.size
@@ -157,7 +174,7 @@ def prepare_out(net: Sizes, y: Tensor, residual: Tensor | None) -> Launch:
     (residual_lane, *residual_strides), (lane, *strides) = lane_first(residual, last), lane_first(y, last)
     numbers = (residual_lane, lane, net.outputs, net.mid, batch, height, width, *residual_strides, *strides)
     constants: dict[str, Any] = {"BLOCK_C": 16, "BLOCK_E": block, "ROWS": _OUT_ROWS, "COLUMNS": _OUT_COLUMNS}
-    constants |= {"PRECISION": input_precision(y), **layout, **matrix_options(y)}
+    constants |= {"PRECISION": input_precision(y), **layout, **_out_options(y)}
     grid = (net.tiles(_OUT_ROWS, _OUT_COLUMNS), cdiv(net.outputs, block))
     return Launch(ffn_out_kernel, grid, numbers, constants)
 
@@ -216,7 +233,6 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         return torch.empty((parts, 1, count), dtype=torch.float32, device=x.device) if need_parameters else None
 
     precision = input_precision(x)
-    matrix = {"PRECISION": precision, **matrix_options(x)}
     columns, registers = _band(x)
     light = {"PRECISION": precision, **matrix_options(x, registers=registers)}
     with torch.cuda.device_of(x):
@@ -234,10 +250,11 @@ def multiscale_ffn_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[T
         )
         layout = _layout(grad, [grad])
         lane, *strides = lane_first(grad, layout["CHANNELS_LAST"])
+        options = {"PRECISION": precision, **_out_backward_options(x, block, layout["CHANNELS_LAST"])}
         ffn_out_backward_kernel[(parts, cdiv(mid, channels), blocks)](
             grad, hidden, mixed, of_net.dw_weights[0], of_net.dw_biases[0], of_net.out_weight, first_grads, other_grads,
             of_out, lane, outputs, mid, batch, height, width, tiles, each, *strides,
-            BLOCK_K=16, BLOCK_C=channels, BLOCK_E=block, ROWS=_OUT_BACKWARD_ROWS, COLUMNS=_COLUMNS, **layout, **matrix,
+            BLOCK_K=16, BLOCK_C=channels, BLOCK_E=block, ROWS=_OUT_BACKWARD_ROWS, COLUMNS=_COLUMNS, **layout, **options,
         )  # fmt: skip
         levels = {"BLOCK_C": _LEVEL_CHANNELS, "ROWS": _LEVEL_ROWS, "COLUMNS": _COLUMNS, "enable_fp_fusion": True}
         ffn_downsample_kernel[(net.low_tiles(),)](other_grads, low_grads, batch, mid, height, width, **levels)
