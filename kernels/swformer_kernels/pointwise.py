@@ -250,7 +250,9 @@ def pointwise_backward(
         parts = cdiv(tiles, each)
         count = outputs * (inputs + 1)
         partials = torch.empty((parts, batch, count), dtype=torch.float32, device=x0.device)
-        rows, columns = _outputs(outputs, _PARAMETER_CHANNELS), channel_block(inputs, _PARAMETER_CHANNELS)
+        # Few outputs of many inputs, as between resolutions, share the kernel of the others.
+        rows = _outputs(max(outputs, inputs), _PARAMETER_CHANNELS)
+        columns = channel_block(inputs, _PARAMETER_CHANNELS)
         # So few that each has 16 bytes of the narrower side.
         threads = min(256, min(rows, columns) * _PARAMETER_BYTES // 16)
         with torch.cuda.device_of(x0):
