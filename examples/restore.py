@@ -33,6 +33,7 @@ import swformer_fast as sf
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 PRESET = "tiny"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weights_file(task: str) -> str:
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=DEGRADATIONS, required=True, help="what is wrong with it")
     parser.add_argument("--weights", type=Path, help="safetensors file (that of the task in examples/assets)")
     parser.add_argument("--tile", type=int, default=512, help="side of the tiles of larger pictures (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="what the network computes in (%(default)s)")
     truth = parser.add_mutually_exclusive_group()
     truth.add_argument("--clean", type=Path, help="the picture as it should be: prints PSNR and SSIM")
     truth.add_argument("--degrade", type=int, metavar="SEED", help="the picture is clean: degrade it with this seed")
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--out {out} has no suffix of a picture that Pillow writes")
     try:
         before, clean = read_image(args.image), args.clean and read_image(args.clean)
-        model = load_model(weights)
+        model = load_model(weights).to(DTYPES[args.dtype])
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         parser.error(f"cannot read the input: {error}")
     if clean is not None and clean.shape != before.shape:

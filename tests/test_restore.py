@@ -233,6 +233,22 @@ def test_shipped_weights_are_small_and_restore_held_out_photographs(task: str) -
         assert after[1] > before[1], name
 
 
+@pytest.mark.parametrize("task", SHIPPED)
+def test_shipped_weights_in_half_precision(task: str) -> None:
+    """As good to a twentieth of a dB."""
+    model = restore.load_model(restore.ASSETS / restore.weights_file(task))
+    photographs = [photograph[:, 50:242, 60:252] for photograph in train_restore.photographs("test").values()]
+
+    def gain(dtype: torch.dtype) -> float:
+        degraded = [degrade(clean, task, 77) for clean in photographs]
+        restored = [model.to(dtype)(image[None].to(dtype))[0].float() for image in degraded]
+        return sum(restore.quality(*pair)[0] for pair in zip(restored, photographs, strict=True)) / len(photographs)
+
+    with torch.no_grad():
+        losses = {dtype: gain(torch.float32) - gain(dtype) for dtype in (torch.float16, torch.bfloat16)}
+    assert max(map(abs, losses.values())) < 0.05
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", SHIPPED)
 def test_shipped_weights_gain_what_is_promised(task: str) -> None:
@@ -250,7 +266,7 @@ def photograph(tmp_path: Path) -> Path:
 
 def test_restore_a_degraded_photograph(photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "restored.png"
-    argv = [str(photograph), "--task", "rain_streaks", "--degrade", "3", "--out", str(out)]
+    argv = [str(photograph), "--task", "rain_streaks", "--degrade", "3", "--dtype", "bf16", "--out", str(out)]
     assert restore.main(argv) == 0
     output = capsys.readouterr().out
     (before, _), (after, _) = [(float(p), float(s)) for p, s in re.findall(r"PSNR ([.\d]+) dB, SSIM ([.\d]+)", output)]
