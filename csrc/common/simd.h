@@ -39,7 +39,7 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
-// Two numbers of bf16, the first in the low half: what `add_products` takes as one element.
+// Two numbers of bf16, the first in the low half: what products take as one element.
 struct Pair {
   uint32_t bits;
 };

@@ -98,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::fourier_mix(
     for (int64_t b = 0; b < images.batch; ++b)
       for (int64_t c = 0; c < outputs; ++c) of_zero.push_back(zero(b, c));
   };
-  const bool in_pairs = x.scalar_type() == ScalarType::BFloat16 && !batch_statistics && !out_weight && pairs::taken(x.size(1));
+  const bool in_pairs =
+      x.scalar_type() == ScalarType::BFloat16 && !batch_statistics && !out_weight && pairs::taken(x.size(1));
   if (in_pairs) {
     const auto z = fourier::rfft2_bf16(tensor::as_contiguous(x));
     const auto mixed =

@@ -161,8 +161,8 @@ struct Gate {
   }
 };
 
-// Its row r is row order(r) of y, which has the real parts and then the imaginary ones. A row of pairs of the tile holds
-// both parts of a channel.
+// Its row r is row order(r) of y, which has the real parts and then the imaginary ones. A row of pairs of the tile
+// holds both parts of a channel.
 template <class A, class Order>
 Gate<A> gate_of(const Tensor& matrix, Order&& order) {
   const int64_t outputs = matrix.size(0) / 2, inputs = matrix.size(1);
@@ -300,14 +300,14 @@ Tensor spectrum_mix(
   return mixed;
 }
 
-Bf16Spectrum spectrum_mix_bf16(
-    const Bf16Spectrum& spectrum, const Tensor& matrix, const Rows<double>& of_zero, int64_t height, int64_t width) {
+Spectrum spectrum_mix_bf16(
+    const Spectrum& spectrum, const Tensor& matrix, const Rows<double>& of_zero, int64_t height, int64_t width) {
   const Spectra g(spectrum.values, height, width);
   const int64_t d = spectrum.values.size(1), c = matrix.size(0) / 4;
   // Both parts of a channel side by side.
   const Gate<Pair> gate = gate_of<Pair>(matrix, [=](int64_t row) { return row % 2 * c + row / 2; });
   const std::vector<int64_t> size{g.batch, c, g.blocks, kFloats, 2};
-  Bf16Spectrum mixed{tensor::empty(spectrum.values, size), Rows<double>(g.batch, c)};
+  Spectrum mixed{tensor::empty(spectrum.values, size), Rows<double>(g.batch, c)};
   const Pair* from = static_cast<const Pair*>(spectrum.values.const_data_ptr());
   Pair* to = static_cast<Pair*>(mixed.values.mutable_data_ptr());
   tasks::parallel(g.count(), 1, [&](int64_t begin, int64_t end) {

@@ -19,7 +19,7 @@ namespace spectrum {
 constexpr int64_t kLanes = simd::kFloats, kBlock = 2 * kLanes;  // floats of a block
 // Elements of a block of floats or of pairs.
 template <class S>
-constexpr int64_t kElements = kBlock * sizeof(float) / sizeof(S) / (std::is_same_v<S, simd::Pair> ? 2 : 1);
+constexpr int64_t kElements = std::is_same_v<S, simd::Pair> ? kLanes : kBlock;
 
 // Blocks in a row with the same number of lanes in use.
 struct Tile {

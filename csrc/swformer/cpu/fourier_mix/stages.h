@@ -27,16 +27,17 @@ Tensor spectrum_mix(
 // The inverse transform, plus the channels' biases, in the size (but for its channels) and dtype of `like`.
 Tensor irfft2(const Tensor& spectrum, const std::optional<Tensor>& bias, const Tensor& like);
 
-// The three in bf16, where the processor multiplies it in pairs. The zero frequencies, which would lose too much, are
-// kept apart.
-struct Bf16Spectrum {
+// Spectra and, apart from them, their zero frequencies, which would lose too much in bf16.
+struct Spectrum {
   Tensor values;
   Rows<double> zero;
 };
-Bf16Spectrum rfft2_bf16(const Tensor& x);
-Bf16Spectrum spectrum_mix_bf16(
-    const Bf16Spectrum& spectrum, const Tensor& matrix, const Rows<double>& of_zero, int64_t height, int64_t width);
-Tensor irfft2_bf16(const Bf16Spectrum& spectrum, const std::optional<Tensor>& bias, const Tensor& like);
+
+// The three in bf16, where the processor multiplies it in pairs.
+Spectrum rfft2_bf16(const Tensor& x);
+Spectrum spectrum_mix_bf16(
+    const Spectrum& spectrum, const Tensor& matrix, const Rows<double>& of_zero, int64_t height, int64_t width);
+Tensor irfft2_bf16(const Spectrum& spectrum, const std::optional<Tensor>& bias, const Tensor& like);
 
 struct MixGradients {
   Tensor spectrum;

@@ -310,9 +310,9 @@ void for_planes(const Tensor& images, const Geometry& g, F&& f) {
 
 // Spectra of S and their zero frequencies.
 template <class S>
-Bf16Spectrum transform(const Tensor& x, const Tensor& values) {
+Spectrum transform(const Tensor& x, const Tensor& values) {
   const Geometry g(x.size(2), x.size(3), false);
-  Bf16Spectrum spectrum{values, Rows<double>(x.size(0), x.size(1))};
+  Spectrum spectrum{values, Rows<double>(x.size(0), x.size(1))};
   S* result = static_cast<S*>(spectrum.values.mutable_data_ptr());
   const void* data = x.const_data_ptr();
   for_planes(x, g, [&](const Buffers& buffers, int64_t p, auto* tag) {
@@ -354,12 +354,12 @@ Tensor irfft2(const Tensor& spectrum, const std::optional<Tensor>& bias, const T
   return transform_back<float>(spectrum, [&](int64_t p) { return in[p * spectrum.stride(1)]; }, bias, like);
 }
 
-Bf16Spectrum rfft2_bf16(const Tensor& x) {
+Spectrum rfft2_bf16(const Tensor& x) {
   const std::vector<int64_t> size{x.size(0), x.size(1), blocks_of(x), kLanes, 2};
   return transform<Pair>(x, tensor::empty(x, size, false, tensor::ScalarType::BFloat16));
 }
 
-Tensor irfft2_bf16(const Bf16Spectrum& spectrum, const std::optional<Tensor>& bias, const Tensor& like) {
+Tensor irfft2_bf16(const Spectrum& spectrum, const std::optional<Tensor>& bias, const Tensor& like) {
   const int64_t channels = spectrum.values.size(1);
   auto zero = [&](int64_t p) { return static_cast<float>(spectrum.zero[p / channels][p % channels]); };
   return transform_back<Pair>(spectrum.values, zero, bias, like);
