@@ -195,10 +195,10 @@ struct Gated {
 
 // Rows of a tile by frequency, or by pairs of neighbouring frequencies: element (i, c) is at out[i * ld + c], c in
 // whole vectors. What lies in rows and frequencies up to whole vectors is read.
-void by_frequency(int64_t count, int64_t channels, const float* rows, float* out, int64_t ld) {
+inline void by_frequency(int64_t count, int64_t channels, const float* rows, float* out, int64_t ld) {
   gemm::transpose(channels, count, rows, kTile, out, ld);
 }
-void by_frequency(int64_t count, int64_t channels, const float* rows, Pair* out, int64_t ld) {
+inline void by_frequency(int64_t count, int64_t channels, const float* rows, Pair* out, int64_t ld) {
   for (int64_t c = 0; c < channels; c += kFloats)
     for (int64_t i = 0; i < count; i += 2 * kFloats) {
       simd::VecU x[kFloats];
@@ -256,7 +256,7 @@ void by_frequency_parts(int64_t count, int64_t channels, const float* tile, A* o
 }
 
 // Rows i and `second + i` as row i of pairs, i < count.
-void pair_rows(int64_t count, const float* rows, int64_t step, int64_t second, Pair* out) {
+inline void pair_rows(int64_t count, const float* rows, int64_t step, int64_t second, Pair* out) {
   for (int64_t row = 0; row < count; ++row, rows += step * kTile, out += kTile)
     for (int64_t i = 0; i < kTile; i += kFloats)
       simd::store(out + i, simd::pair(simd::load(rows + i), simd::load(rows + second * kTile + i)));
