@@ -43,7 +43,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 
 
 LONGEST = ("test_contract", "test_gpu_day", "test_triton", "test_packaging", "test_inspection", "test_accelerate")
-LONGEST += ("test_avx2",)
+LONGEST += ("test_avx2", "test_benchmarks", "test_half_precision", "test_swformer_block")
 """Files that take a minute and more: begun first, so that no core waits for another at the end."""
 
 
