@@ -184,4 +184,42 @@ inline void transpose(int64_t rows, int64_t columns, const A* in, int64_t ldin, 
     }
 }
 
+// The same by pairs of neighbouring columns: row j of `out` holds columns 2 j and 2 j + 1.
+template <class Load>
+inline void transpose_pairs(int64_t rows, int64_t columns, simd::Pair* out, int64_t ldout, Load&& load) {
+  constexpr int n = simd::kFloats;
+  for (int64_t i = 0; i < rows; i += n)
+    for (int64_t j = 0; j < columns; j += 2 * n) {
+      simd::VecU x[n];
+      load(i, j, x);
+      simd::transpose(x);
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) simd::store(out + (j / 2 + l) * ldout + i, x[l]);
+    }
+}
+inline void transpose(int64_t rows, int64_t columns, const float* in, int64_t ldin, simd::Pair* out, int64_t ldout) {
+  constexpr int n = simd::kFloats;
+  transpose_pairs(
+      rows, columns, out, ldout, [=](int64_t i, int64_t j, simd::VecU(&x)[n]) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int l = 0; l < n; ++l) {
+          const float* row = in + (i + l) * ldin + j;
+          x[l] = simd::pair_neighbours(simd::load(row), simd::load(row + n));
+        }
+      });
+}
+// Of rows of pairs, each of two of the rows.
+inline void transpose(
+    int64_t rows, int64_t columns, const simd::Pair* in, int64_t ldin, simd::Pair* out, int64_t ldout) {
+  constexpr int n = simd::kFloats;
+  transpose_pairs(
+      rows, columns, out, ldout, [=](int64_t i, int64_t j, simd::VecU(&x)[n]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int l = 0; l < n; l += 2) {
+          const simd::Pair* row = in + (i + l) / 2 * ldin + j;
+          simd::unpair(simd::load(row), simd::load(row + n), x[l], x[l + 1]);
+        }
+      });
+}
+
 }  // namespace gemm

@@ -335,10 +335,8 @@ struct Keep {
 // The sums over the pixels of images like `x`, (B, C), as an operator returns them: empty where they were not asked
 // for.
 inline tensor::Tensor plane_sums(const tensor::Tensor& x, bool needed, const std::vector<double>& sums) {
-  using tensor::ScalarType;
   const auto size = needed ? std::vector<int64_t>{x.size(0), x.size(1)} : std::vector<int64_t>{0};
-  return tensor::write(
-      x, size, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, sums.data());
+  return tensor::write(x, size, tensor::dtype_of_sums(x.scalar_type()), sums.data());
 }
 
 // Their gradient: zero where there is none.

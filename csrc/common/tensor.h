@@ -50,6 +50,9 @@ inline size_t size_of(ScalarType dtype) {
   }
 }
 
+// Of sums of this dtype's numbers.
+inline ScalarType dtype_of_sums(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
 // By the shims, not by the dispatcher: its boxed calls take microseconds.
 inline Tensor empty(
     const Tensor& like, const std::vector<int64_t>& size, bool channels_last = false,

@@ -61,7 +61,7 @@ Moments run_moments(const T* x, int64_t count) {
 std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   const Tensor dense = tensor::as_contiguous(x);
-  const auto dtype = x.scalar_type() == tensor::ScalarType::Double ? x.scalar_type() : tensor::ScalarType::Float;
+  const auto dtype = tensor::dtype_of_sums(x.scalar_type());
   Tensor statistics = tensor::empty(x, {2, channels}, false, dtype),
          means = tensor::empty(x, {channels}, false, tensor::ScalarType::Double);
   tensor::dispatch(x.scalar_type(), [&](auto* tag) {

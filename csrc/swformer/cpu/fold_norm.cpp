@@ -167,9 +167,8 @@ Tensor swformer::fold_norm(
     for (int64_t d = 0; d < f.inputs; ++d) values[r * f.inputs + d] = f.scale[r] * folded.weight[r][d];
     values[f.outputs * f.inputs + r] = f.scale[r] * folded.bias[r];
   }
-  const auto dtype =
-      weight.scalar_type() == tensor::ScalarType::Double ? weight.scalar_type() : tensor::ScalarType::Float;
-  return tensor::write(weight, {static_cast<int64_t>(values.size())}, dtype, values.data());
+  const std::vector<int64_t> size{static_cast<int64_t>(values.size())};
+  return tensor::write(weight, size, tensor::dtype_of_sums(weight.scalar_type()), values.data());
 }
 
 namespace {

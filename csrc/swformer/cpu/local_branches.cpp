@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::local_branches(
         Kernels());
   });
   const double* values = sums.data();
-  const auto dtype = x.scalar_type() == tensor::ScalarType::Double ? x.scalar_type() : tensor::ScalarType::Float;
+  const auto dtype = tensor::dtype_of_sums(x.scalar_type());
   auto result = [&](const double* of) { return tensor::write(x, {batch, channels}, dtype, of); };
   return {spatial, wavelet, result(values), result(values + batch * channels)};
 }

@@ -219,7 +219,8 @@ Tensor swformer::pointwise(
   if (out.numel() == 0) return out;
   tensor::dispatch(x0.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    pairs::choose<T>(maps.channels, [&](auto element) { forward<T, decltype(element)>(maps, weight, bias, residual, out); });
+    pairs::choose<T>(
+        maps.channels, [&](auto element) { forward<T, decltype(element)>(maps, weight, bias, residual, out); });
   });
   return out;
 }

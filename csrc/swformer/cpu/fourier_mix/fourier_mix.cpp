@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swformer::fourier_mix(
     for (int64_t i = 0; i < images.batch * outputs; ++i)
       sum[i] = static_cast<float>(of_zero[i] * images.side + bias[i % outputs] * images.side * images.side);
   }
-  const ScalarType dtype = gate_scale.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = tensor::dtype_of_sums(gate_scale.scalar_type());
   return {
       y, sums, moments,
       batch_statistics ? tensor::write(x, {4, 2 * channels}, dtype, table.data())

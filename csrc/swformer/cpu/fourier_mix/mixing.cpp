@@ -193,33 +193,13 @@ struct Gated {
   double product() const { return gate * value; }
 };
 
-// Rows of a tile by frequency, or by pairs of neighbouring frequencies: element (i, c) is at out[i * ld + c], c in
-// whole vectors. What lies in rows and frequencies up to whole vectors is read.
-inline void by_frequency(int64_t count, int64_t channels, const float* rows, float* out, int64_t ld) {
-  gemm::transpose(channels, count, rows, kTile, out, ld);
-}
-inline void by_frequency(int64_t count, int64_t channels, const float* rows, Pair* out, int64_t ld) {
-  for (int64_t c = 0; c < channels; c += kFloats)
-    for (int64_t i = 0; i < count; i += 2 * kFloats) {
-      simd::VecU x[kFloats];
-#pragma GCC unroll 16
-      for (int l = 0; l < kFloats; ++l) {
-        const float* row = rows + (c + l) * kTile + i;
-        x[l] = simd::pair_neighbours(simd::load(row), simd::load(row + kFloats));
-      }
-      simd::transpose(x);
-#pragma GCC unroll 16
-      for (int l = 0; l < kFloats; ++l) simd::store(out + (i / 2 + l) * ld + c, x[l]);
-    }
-}
-
-// sum += left right^T over the tile's columns; `right` comes by frequency.
+// sum += left right^T over the tile's columns; `right` comes transposed.
 template <class A>
 void accumulate_product(
     int64_t count, int64_t m, const float* left, int64_t n, const A* right, int64_t ldright, A* group, float* sum,
     int64_t ldsum) {
   for (int64_t i = 0; i < m; i += kGroup) {
-    by_frequency(count, kGroup, left + i * kTile, group, kGroup);
+    gemm::transpose(kGroup, count, left + i * kTile, kTile, group, kGroup);
     const int64_t left_over = std::min(kGroup, m - i);
     gemm::multiply(
         left_over, n, gemm::depth<A>(count), group, kRows, kGroup, right, ldright,
@@ -251,8 +231,9 @@ void flush_rows(int64_t rows, VecF* sums, double* totals, int64_t step) {
 // The tile's channels, both parts side by side, by frequency. Whole vectors are written, the second part's over the
 // first's excess.
 template <class A>
-void by_frequency_parts(int64_t count, int64_t channels, const float* tile, A* out, int64_t ld) {
-  for (int r = 0; r < 2; ++r) by_frequency(count, channels, tile + r * (channels + 1) * kTile, out + r * channels, ld);
+void transpose_parts(int64_t count, int64_t channels, const float* tile, A* out, int64_t ld) {
+  for (int r = 0; r < 2; ++r)
+    gemm::transpose(channels, count, tile + r * (channels + 1) * kTile, kTile, out + r * channels, ld);
 }
 
 // Rows i and `second + i` as row i of pairs, i < count.
@@ -433,7 +414,7 @@ class MixBackward {
   // out_weight.
   void add(const Tile& t, double* total) const {
     const int64_t d = f_.d, c = f_.c, e = f_.e, n = f_.n();
-    by_frequency_parts(t.count, d, in, in_t, ld_in());
+    transpose_parts(t.count, d, in, in_t, ld_in());
     for (int64_t row = 0; t.zero_frequency() && row < 4 * c; ++row) {
       const double of_zero = std::exchange(grad_pre[row * kTile], 0.0f);
       for (int64_t j = 0; j < d; ++j) total[row * n + j] += of_zero * in[j * kTile];
@@ -443,7 +424,7 @@ class MixBackward {
     accumulate_product(t.count, 4 * c, grad_pre, 2 * d, in_t, ld_in(), group, matrix, ld());
     accumulate::add_rows(4 * c, t.count, grad_pre, kTile, constants);
     for (int r = 0; f_.has_last && r < 2; ++r) {
-      by_frequency(t.count, c, y + r * c * kTile, y_t, vectors(c));
+      gemm::transpose(c, t.count, y + r * c * kTile, kTile, y_t, vectors(c));
       accumulate_product(t.count, e, grad + r * e * kTile, c, y_t, vectors(c), group, out_weight, vectors(c));
     }
   }
@@ -523,7 +504,7 @@ Tensor spectrum_moments(const Tensor& spectrum, int64_t height, int64_t width) {
     for (int64_t index = begin; index < end; ++index) {
       const Tile t(g, index);
       load_centred(g, t, data(spectrum), d, in);
-      by_frequency_parts(t.count, d, in, in_t, ld_in);
+      transpose_parts(t.count, d, in, in_t, ld_in);
       for (int r = 0; r < 2; ++r) {
         const float* part = in + r * n * kTile;
         accumulate_product(t.count, d, part, d, in_t + r * d, ld_in, group, products + r * d * ld, ld);

@@ -306,8 +306,8 @@ Gradients multiscale_ffn_backward(
   dispatch(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     pairs::choose<T>(x.size(1), [&](auto element) {
-      const NetOf<decltype(element)> net(x, in_weight, in_bias, dw, out_weight, out_bias, true);
-      backward<T>(net, layout, grad, x, need_images ? &grad_x : nullptr, need_parameters, totals.data());
+      const NetOf<decltype(element)> with_weights(net, in_weight, out_weight, true);
+      backward<T>(with_weights, layout, grad, x, need_images ? &grad_x : nullptr, need_parameters, totals.data());
     });
   });
   if (need_parameters)

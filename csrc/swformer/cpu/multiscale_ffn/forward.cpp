@@ -56,8 +56,9 @@ Tensor swformer::multiscale_ffn(
     using T = std::remove_pointer_t<decltype(tag)>;
     pairs::choose<T>(x.size(1), [&](auto element) {
       const NetOf<decltype(element)> net(
-          x, in_weight, in_bias, {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4}, out_weight,
-          out_bias, false);
+          Net(x, in_weight, in_bias, {dw_weight1, dw_bias1, dw_weight2, dw_bias2, dw_weight4, dw_bias4}, out_weight,
+              out_bias),
+          in_weight, out_weight, false);
       const int64_t strips = net.strips(), rows = net.rows_per_strip();
       tasks::parallel(net.batch * strips, 1, [&](int64_t first, int64_t last) {
         for (int64_t task = first; task < last; ++task) {

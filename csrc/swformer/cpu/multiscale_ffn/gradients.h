@@ -39,41 +39,10 @@ struct PixelMajor {
       : channels(channels_), pitch(gemm::round_up(channels_, kLanes) + kLanes),  // no power of two
         data(frame.take<M>(grid.blocks * kRows * pitch)) {}
 
-  // `block` is read up to a whole vector of channels.
-  void set(int64_t b, const float* block) const {
-    if constexpr (kPairs)
-      transpose(b, [=](int64_t c, VecU(&x)[kLanes]) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-        for (int64_t l = 0; l < kLanes; ++l) {
-          const float* row = block + (c + l) * kBlock;
-          x[l] = simd::pair_neighbours(simd::load(row), simd::load(row + kLanes));
-        }
-      });
-    else
-      gemm::transpose(channels, kBlock, block, kBlock, data + b * kBlock * pitch, pitch);
-  }
-  // The same of rows of pairs of channels.
-  void set(int64_t b, const simd::Pair* block) const {
-    transpose(b, [=](int64_t c, VecU(&x)[kLanes]) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int64_t l = 0; l < kLanes; l += 2) {
-        const simd::Pair* row = block + (c + l) / 2 * kBlock;
-        simd::unpair(simd::load(row), simd::load(row + kLanes), x[l], x[l + 1]);
-      }
-    });
-  }
-
- private:
-  // take(c, x): the pairs of channels c, c + 1, ...
-  template <class Take>
-  void transpose(int64_t b, Take&& take) const {
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      VecU x[kLanes];
-      take(c, x);
-      simd::transpose(x);
-#pragma GCC unroll 16
-      for (int64_t l = 0; l < kLanes; ++l) simd::store(data + (b * kRows + l) * pitch + c, x[l]);
-    }
+  // `block`, of rows of floats or as products take them, is read up to a whole vector of channels.
+  template <class B>
+  void set(int64_t b, const B* block) const {
+    gemm::transpose(channels, kBlock, block, kBlock, data + b * kRows * pitch, pitch);
   }
 };
 

@@ -168,10 +168,7 @@ template <class M>
 struct NetOf : Net {
   gemm::Matrix<M> in_weight[kScales], out_weight, in_transposed[kScales], out_transposed[kScales];
 
-  NetOf(
-      const Tensor& x, const Tensor& in_w, const Tensor& in_b, const std::array<Tensor, 2 * kScales>& dw,
-      const Tensor& out_w, const Tensor& out_b, bool backward)
-      : Net(x, in_w, in_b, dw, out_w, out_b) {
+  NetOf(Net net, const Tensor& in_w, const Tensor& out_w, bool backward) : Net(std::move(net)) {
     using Matrix = gemm::Matrix<M>;
     const auto first = tensor::read<float>(in_w), last = tensor::read<float>(out_w);
     const int64_t hidden = kScales * mid;
