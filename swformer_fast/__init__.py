@@ -19,11 +19,12 @@ from .modules import (
     SWFormerBlock,
     WaveletBranch,
 )
-from .network import PRESETS, SWFormer
+from .network import EXITS, PRESETS, SWFormer
 from .replace import accelerate
 from .tiling import restore_tiled
 
 __all__ = [
+    "EXITS",
     "PRESETS",
     "ChannelAttention",
     "FourierBranch",

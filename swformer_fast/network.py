@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import functional, fusion, reference
 from ._layout import as_output, channels_last
-from .modules import HaarDWT2d, SWFormerBlock
+from .modules import HaarDWT2d, HaarIDWT2d, SWFormerBlock
 from .parameters import Convolution
-from .reference import PRESETS
+from .reference import EXITS, PRESETS
 from .reference import network as reference_network
 from .reference.common import conv_parameters, plain
 
-__all__ = ["PRESETS", "SWFormer"]
+__all__ = ["EXITS", "PRESETS", "SWFormer"]
 
 
 class ImageConv2d(reference_network.ImageConv2d):
@@ -64,18 +66,22 @@ class SWFormer(reference.SWFormer):
     block_type = SWFormerBlock
     conv_type = ImageConv2d
     dwt_type = HaarDWT2d
+    idwt_type = HaarIDWT2d
     merge_type = Merge
     resample_type = Resample
     stage_type = Stage
 
-    def forward(self, image: Tensor, all_scales: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        outputs = super().forward(image, all_scales)
+    def forward(
+        self,
+        image: Tensor,
+        exit: str | None = None,
+        exits: Sequence[str] | None = None,
+        all_scales: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        outputs = super().forward(image, exit, exits, all_scales)
         if not channels_last(image):
             return outputs
-        if isinstance(outputs, Tensor):
-            return as_output(image, outputs)
-        full, half, quarter = (as_output(image, y) for y in outputs)
-        return full, half, quarter
+        return as_output(image, outputs) if isinstance(outputs, Tensor) else tuple(as_output(image, y) for y in outputs)
 
     forward.__doc__ = reference.SWFormer.forward.__doc__
 
