@@ -335,7 +335,7 @@ def test_flops_of_a_network(first: str) -> None:
         "counts = []\n"
         "for kind in (sf, sf.reference):\n"
         "    with torch.device('meta'):\n"
-        "        model = kind.SWFormer.from_preset('derain-s').eval()\n"
+        "        model = kind.SWFormer.from_preset('derain', exit='small').eval()\n"
         "        with FlopCounterMode(display=False) as counter, torch.no_grad():\n"
         "            model(torch.empty(1, 3, 64, 64))\n"
         "    counts.append(counter.get_total_flops())\n"

@@ -242,12 +242,12 @@ def _model_cases(block: tuple[int, ...], image: tuple[int, ...], preset: str) ->
         return package.SWFormerBlock(block[1])
 
     def build_network(package: Any) -> nn.Module:
-        return package.SWFormer.from_preset(preset)
+        return package.SWFormer.from_preset(preset, exit="small")
 
     yield Case("block eval", partial(make, build_block, block, False))
     yield Case("block training step", partial(make, build_block, block, True))
-    yield Case(f"{preset} eval", partial(make, build_network, image, False))
-    yield Case(f"{preset} training step", partial(make, build_network, image, True))
+    yield Case(f"{preset}, small eval", partial(make, build_network, image, False))
+    yield Case(f"{preset}, small training step", partial(make, build_network, image, True))
 
 
 def _sdo_cases(shape: tuple[int, ...]) -> Iterator[Case]:
@@ -272,7 +272,7 @@ def _sdo_cases(shape: tuple[int, ...]) -> Iterator[Case]:
 
 def cases(quick: bool) -> list[Case]:
     shape, image, preset = (
-        ((1, 4, 16, 16), (1, 3, 32, 32), "tiny") if quick else ((1, 40, 256, 256), (1, 3, 256, 256), "derain-s")
+        ((1, 4, 16, 16), (1, 3, 32, 32), "tiny") if quick else ((1, 40, 256, 256), (1, 3, 256, 256), "derain")
     )
     return [*_op_cases(shape), *_sdo_cases((4, 4, 128, 128)), *_model_cases(shape, image, preset)]
 
