@@ -114,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("image", type=Path, help="picture to restore (PNG, JPEG, whatever Pillow reads)")
     parser.add_argument("--task", choices=DEGRADATIONS, required=True, help="what is wrong with it")
     parser.add_argument("--weights", type=Path, help="safetensors file (that of the task in examples/assets)")
+    parser.add_argument(
+        "--exit", choices=sf.EXITS, default="large", help="of the network: less is faster (%(default)s)"
+    )
     parser.add_argument("--tile", type=int, default=512, help="side of the tiles of larger pictures (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="what the network computes in (%(default)s)")
     truth = parser.add_mutually_exclusive_group()
@@ -139,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before, clean = degrade(before, args.task, args.degrade), before
 
     try:
-        after = sf.restore_tiled(model, before, args.tile, min(32, args.tile // 4)).clamp(0, 1)
+        after = sf.restore_tiled(model, before, args.tile, min(32, args.tile // 4), args.exit).clamp(0, 1)
     except ValueError as error:
         parser.error(str(error))
     comparison = out.with_name(f"{out.stem}_comparison.png")

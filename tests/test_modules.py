@@ -153,6 +153,84 @@ def test_every_exit_equals_reference(exit: str, size: tuple[int, int], training:
     assert_gradients_close(["image", *dict(model.named_parameters())], *grads)
 
 
+CALLS: list[dict[str, Any]] = [*({"exit": exit} for exit in sf.EXITS), {"exits": sf.EXITS}, {"all_scales": True}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", CALLS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_exits_keep_dtype_and_layout(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    actual, expected = (model.eval() for model in networks())
+    actual.to(dtype)
+    expected.load_state_dict(actual.state_dict())
+    image = torch.rand(2, 3, 33, 50).to(dtype)
+    outputs = tree_leaves(actual(image, **options))
+    assert {y.dtype for y in outputs} == {dtype}
+    assert_close(outputs, tree_leaves(expected(image.double(), **options)))
+    others = tree_leaves(actual(image.contiguous(memory_format=torch.channels_last), **options))
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in others)
+    assert_close(others, tree_leaves(expected(image.double(), **options)))
+
+
+@pytest.mark.parametrize("options", CALLS, ids=str)
+def test_exits_under_autocast(options: dict[str, Any]) -> None:
+    """The dtypes of the reference, and errors like its own."""
+    actual, expected = (model.eval() for model in networks())
+    image = torch.rand(2, 3, 33, 50)
+    like = copy.deepcopy(expected).float()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ours, theirs = (tree_leaves(model(image, **options)) for model in (actual, like))
+    exact = tree_leaves(expected(image.double(), **options))
+    for a, t, e in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == t.dtype
+        assert (a - e).norm() <= 2 * (t - e).norm()
+
+
+@pytest.mark.parametrize("options", CALLS, ids=str)
+def test_exits_of_an_empty_batch(options: dict[str, Any]) -> None:
+    models = networks()
+    outputs = [tree_leaves(m(torch.rand(0, 3, 33, 50, dtype=next(m.parameters()).dtype), **options)) for m in models]
+    assert [y.shape for y in outputs[0]] == [y.shape for y in outputs[1]]
+    torch.stack([y.sum() for y in outputs[0]]).sum().backward()
+    assert not any(p.grad.any() for p in models[0].parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("last", ["small", "medium"])
+def test_a_smaller_network_is_a_part_of_the_larger_one(last: str) -> None:
+    large, _ = networks()
+    small, _ = networks(exit=last)
+    state = large.state_dict()
+    small.load_state_dict({name: state[name] for name in small.state_dict()})
+    image = torch.rand(2, 3, 17, 30)
+    for training in (False, True):
+        assert torch.equal(small.train(training)(image), large.train(training)(image, exit=last))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["compile", "export", "trace"])
+@pytest.mark.parametrize("exit", sf.EXITS)
+def test_an_exit_is_captured(how: str, exit: str) -> None:
+    class Fixed(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Any:
+            return self.model(x, exit=exit)
+
+    model, image = Fixed(networks()[0]).eval(), torch.rand(1, 3, 20, 33)
+    with torch.no_grad():
+        expected = model(image)
+        if how == "compile":
+            captured: Any = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+            assert_close(captured(image, exit=exit), expected)
+            return
+        captured = (
+            torch.export.export(model, (image,)).module() if how == "export" else torch.jit.trace(model, (image,))
+        )
+        assert_close(captured(image), expected)
+
+
 @pytest.mark.parametrize("name", sf.PRESETS)
 def test_every_preset_is_made_of_fast_modules(name: str) -> None:
     with torch.device("meta"):
@@ -194,7 +272,7 @@ def results(model: nn.Module, x: Tensor, record: bool) -> list[Tensor]:
     with torch.set_grad_enabled(record):
         y = model(x)
         weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)
-        tensors = [x, *(p for name, p in model.named_parameters() if not name.startswith(("heads.1", "heads.2")))]
+        tensors = [x, *(p for name, p in model.named_parameters() if not name.startswith(("heads.0", "heads.1")))]
         return [y, *(torch.autograd.grad((y * weights).sum(), tensors) if record else ())]
 
 
@@ -324,6 +402,19 @@ def test_accelerate_refuses_what_it_cannot_keep() -> None:
 def test_accelerated_weights_load_into_the_reference() -> None:
     model = sf.accelerate(reference.SWFormer.from_preset("tiny"))
     reference.SWFormer.from_preset("tiny").load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("last", sf.EXITS)
+@torch.no_grad()
+def test_accelerate_keeps_the_exits(last: str) -> None:
+    model, image = reference.SWFormer.from_preset("tiny", exit=last).eval(), torch.rand(1, 3, 17, 30)
+    perturb(model)
+    exits = sf.EXITS[: 1 + sf.EXITS.index(last)]
+    expected = copy.deepcopy(model).double()(image.double(), exits=exits)
+    assert sf.accelerate(model).exit == last
+    assert not {type(m) for m in model.modules()} & {getattr(reference, name) for name in MODULES}
+    assert_close(model(image, exits=exits), expected)
+    assert torch.equal(model(image), model(image, exit=last))
 
 
 @pytest.mark.parametrize("first", ["swformer_fast", "torch.utils.flop_counter"])

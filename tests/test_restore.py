@@ -298,6 +298,20 @@ def test_restore_against_a_clean_picture_in_tiles(
     assert not torch.allclose(tiles, at_once, atol=0.01)
 
 
+def test_restore_by_each_exit(photograph: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = sf.SWFormer.from_preset(restore.PRESET).eval().requires_grad_(False)
+    train_restore.export(model, tmp_path / "weights.safetensors")
+    model = restore.load_model(tmp_path / "weights.safetensors")
+    for exit in sf.EXITS:
+        out = tmp_path / f"{exit}.png"
+        argv = [str(photograph), "--task", "haze", "--weights", str(tmp_path / "weights.safetensors"), "--exit", exit]
+        assert restore.main([*argv, "--out", str(out)]) == 0
+        expected = model(restore.read_image(photograph)[None], exit=exit)[0].clamp(0, 1)
+        assert (restore.read_image(out) - expected).abs().max() <= 0.5 / 255 + 1e-6
+    assert not torch.equal(*(restore.read_image(tmp_path / f"{exit}.png") for exit in ("small", "large")))
+
+
 def test_pictures_of_every_kind_are_read_upright(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     colour = torch.from_numpy(pixels).permute(2, 0, 1) / 255
