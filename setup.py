@@ -203,7 +203,11 @@ wheel = {"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {}
 setup(
     packages=PACKAGES,
     package_dir={"swformer_kernels": "kernels/swformer_kernels"},
-    package_data={"sdo_fast": ["py.typed"], "swformer_fast": ["py.typed"], "swformer_kernels": ["py.typed"]},
+    package_data={
+        "sdo_fast": ["py.typed"],
+        "swformer_fast": ["py.typed", "weights/*.safetensors"],
+        "swformer_kernels": ["py.typed"],
+    },
     ext_modules=extensions,
     options=wheel,
     cmdclass={"build_ext": NinjaBuild},
