@@ -194,7 +194,7 @@ class NinjaBuild(build_ext):
 
 
 PACKAGES = ["sdo_fast", "sdo_fast.reference", "swformer_kernels"]
-PACKAGES += ["swformer_fast", "swformer_fast.ops", "swformer_fast.reference"]
+PACKAGES += ["swformer_fast", "swformer_fast.ops", "swformer_fast.reference", "swformer_fast.tools"]
 
 extensions = find_extensions()
 # They link no Python: one wheel serves every Python that torch's stable ABI does.
