@@ -67,6 +67,18 @@ def test_every_module_is_in_the_wheel(pure_wheel: Path) -> None:
     assert modules == {name for name in zipfile.ZipFile(pure_wheel).namelist() if name.endswith(".py")}
 
 
+def test_console_tools_are_in_the_wheel(pure_wheel: Path) -> None:
+    with zipfile.ZipFile(pure_wheel) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+        lines = wheel.read(name).decode().splitlines()
+    for tool, module in (("swformer-restore", "restore"), ("swformer-eval", "evaluate")):
+        assert f"{tool} = swformer_fast.tools.{module}:main" in lines
+
+
+def test_nothing_imports_the_console_tools() -> None:
+    python("import sys, swformer_fast; assert not {'swformer_fast.tools', 'PIL', 'av'} & set(sys.modules)")
+
+
 def test_weights_are_in_the_wheel(pure_wheel: Path) -> None:
     weights = {f"swformer_fast/weights/{f.name}" for f in (ROOT / "swformer_fast" / "weights").glob("*.safetensors")}
     files = {name for name in zipfile.ZipFile(pure_wheel).namelist() if "/weights/" in name}

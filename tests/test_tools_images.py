@@ -143,7 +143,10 @@ def test_tiff_of_numbers_without_a_white(stored: np.ndarray, words: str, tmp_pat
 
 
 def test_twelve_bits_have_their_own_white(tmp_path: Path) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", WORDS[..., 0] >> 4, bitspersample=12, photometric="minisblack")
+    try:
+        tifffile.imwrite(tmp_path / "a.tif", WORDS[..., 0] >> 4, bitspersample=12, photometric="minisblack")
+    except NotImplementedError:
+        pytest.skip("this imagecodecs packs no 12 bits")
     expected = np.rint((WORDS[..., 0] >> 4) / 4095 * 65535)
     assert np.array_equal(tifffile.imread(through(tmp_path / "a.tif")), expected)
 

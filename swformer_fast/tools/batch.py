@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import pictures
-from .files import PICTURES, VIDEOS, Found, expand, is_video, replacing
+from .files import PICTURES, VIDEOS, Found, check_writable, expand, is_video, replacing
 
 
 class Job(NamedTuple):
@@ -75,8 +75,6 @@ def _check(jobs: list[Job], args: argparse.Namespace) -> None:
         other = sources.setdefault(target.resolve(), source)
         if other != source:
             raise ValueError(f"{other} and {source} would both become {target}")
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder")
     inputs = {source.resolve() for source, _ in jobs}
     for target in sources:
         if target in inputs:
@@ -86,15 +84,17 @@ def _check(jobs: list[Job], args: argparse.Namespace) -> None:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise ValueError(f"{existing[0]}{more} exist: --overwrite replaces them, --skip-existing leaves them")
     for _, target in jobs:
+        check_writable(target)
         if is_video(target):
             from .video import codec_for
 
             codec_for(target, args.codec)
 
 
-def run(jobs: Iterable[Job], restore: Callable[[Tensor], Tensor], args: argparse.Namespace) -> dict[Path, str]:
-    """Why inputs could not be restored; one that cannot keeps none from its turn."""
-    failures = {}
+def run(
+    jobs: Iterable[Job], restore: Callable[[Tensor], Tensor], args: argparse.Namespace, outcomes: dict[Path, str | None]
+) -> None:
+    """Restore one after another, and say of each input why it could not be; None: it is done."""
     bar = tqdm(jobs, unit="file", disable=None)
     for source, target in bar:
         bar.set_postfix_str(source.name)
@@ -107,9 +107,9 @@ def run(jobs: Iterable[Job], restore: Callable[[Tensor], Tensor], args: argparse
                 else:
                     picture = pictures.read(source, args.max_pixels or pictures.MAX_PIXELS)
                     pictures.write(picture.restored(restore(picture.rgb())), partial, args.quality)
+            outcomes[source] = None
         except Exception as error:  # whatever a library says of a damaged file
-            failures[source] = _sentence(error)
-    return failures
+            outcomes[source] = _sentence(error)
 
 
 def _sentence(error: Exception) -> str:

@@ -81,10 +81,18 @@ def _within(folder: Path, recursive: bool) -> list[Found]:
     ]
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file to write; raises ValueError or OSError where the file cannot be."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} is not writable")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, in the folder of `path`, whose place the file takes at the end; after an error it is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{os.getpid()}{path.suffix}")
     try:
         yield partial

@@ -60,6 +60,8 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line()
     args = parser.parse_args(argv)
+    outcomes: dict[Path, str | None] = {}
+    status = 0
     try:
         from . import batch
 
@@ -67,19 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not jobs:
             print("nothing to do: every result exists")
             return 0
-        restorer = networks.load(args, args.exit)
-        failures = batch.run(jobs, restorer, args)
+        batch.run(jobs, networks.load(args, args.exit), args, outcomes)
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is missing: {EXTRA}")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted: what is done is kept", file=sys.stderr)
-        return 130
-    print(f"restored {len(jobs) - len(failures)} of {len(jobs)}")
+        status = 130
+    failures = {path: reason for path, reason in outcomes.items() if reason is not None}
+    print(f"restored {len(outcomes) - len(failures)}, failed {len(failures)}")
     for path, reason in failures.items():
         print(f"{path} {reason}", file=sys.stderr)
-    return 1 if failures else 0
+    return status or min(1, len(failures))
 
 
 if __name__ == "__main__":

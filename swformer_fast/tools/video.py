@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,8 +25,10 @@ QUALITY = {
 }
 """Encoders' options whose losses hardly show."""
 COLOUR = ("color_range", "color_primaries", "color_trc", "colorspace")
-SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
-SCALING |= Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP  # without them grey of 128 becomes 126
+# libswscale's bicubic, accurate_rnd, full_chroma_int and full_chroma_inp, which PyAV names since version 18. With less
+# of them grey of 128 becomes 126.
+SCALING = 0x4 | 0x40000 | 0x2000 | 0x4000
+TO_RGB: Any = {"interpolation": SCALING, "dst_color_range": ColorRange.JPEG}
 
 
 def codec_for(path: Path, codec: str | None) -> str:
@@ -87,7 +89,7 @@ def _depth(video_format: av.VideoFormat) -> int:
 def _restored(restore: Callable[[Tensor], Tensor], frame: av.VideoFrame) -> np.ndarray:
     """(H, W, 3), upright; of 16 bits where the frame has more than 8."""
     kind, white = ("rgb48le", 65535) if _depth(frame.format) > 8 else ("rgb24", 255)
-    rgb = frame.reformat(format=kind, interpolation=SCALING, dst_color_range=ColorRange.JPEG).to_ndarray()
+    rgb = frame.reformat(format=kind, **TO_RGB).to_ndarray()
     upright = np.rot90(rgb, frame.rotation // 90).astype(np.float32) / np.float32(white)
     restored = restore(torch.from_numpy(upright).permute(2, 0, 1).contiguous())
     return np.ascontiguousarray(np.rint(restored.permute(1, 2, 0).numpy() * white).astype(rgb.dtype))
@@ -126,13 +128,17 @@ def _pixel_format(codec: str, frame: av.VideoFrame, pixels: np.ndarray) -> str:
 
 def _stored(pixels: np.ndarray, frame: av.VideoFrame, stream: Any) -> av.VideoFrame:
     """A frame to encode, with the time and the colours of another."""
-    rgb = av.VideoFrame.from_ndarray(pixels, format="rgb48le" if pixels.dtype == np.uint16 else "rgb24")
-    rgb.color_range = ColorRange.JPEG
-    known = frame.colorspace in list(Colorspace)
+    height, width = pixels.shape[:2]
+    # What a new frame would not have goes with a converted one: where its chroma samples lie.
+    rgb = frame.reformat(width, height, "rgb48le" if pixels.dtype == np.uint16 else "rgb24", **TO_RGB)
+    rgb.make_writable()  # it may be the decoder's own
+    plane: Any = rgb.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+    rows[:, : 3 * width * pixels.itemsize] = pixels.view(np.uint8).reshape(height, -1)
     stored = rgb.reformat(
         format=stream.pix_fmt,
         interpolation=SCALING,
-        dst_colorspace=frame.colorspace if known else Colorspace.ITU601,
+        dst_colorspace=frame.colorspace if frame.colorspace in list(Colorspace) else Colorspace.ITU601,
         dst_color_range=frame.color_range or ColorRange.MPEG,
     )
     for name in COLOUR:
