@@ -5,7 +5,7 @@ PyTorch, with the same state_dicts. Importing loads no compiler, no Triton and n
 first call.
 """
 
-from . import functional, parameters, reference
+from . import functional, parameters, pretrained, reference
 from .backend import backends, empty_cache, use_backend, why_not
 from .graphed import graphed
 from .modules import (
@@ -42,6 +42,7 @@ __all__ = [
     "functional",
     "graphed",
     "parameters",
+    "pretrained",
     "reference",
     "restore_tiled",
     "use_backend",

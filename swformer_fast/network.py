@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import functional, fusion, reference
+from . import functional, fusion, pretrained, reference
 from ._layout import as_output, channels_last
 from .modules import HaarDWT2d, HaarIDWT2d, SWFormerBlock
 from .parameters import Convolution
 from .reference import EXITS, PRESETS
 from .reference import network as reference_network
 from .reference.common import conv_parameters, plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["EXITS", "PRESETS", "SWFormer"]
 
@@ -70,6 +75,66 @@ class SWFormer(reference.SWFormer):
     merge_type = Merge
     resample_type = Resample
     stage_type = Stage
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        exit: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> Self:
+        """A trained network, in eval mode and fp32.
+
+        Args:
+            name_or_path: the first that there is of: a name that comes with the package (`pretrained.names()`,
+                "tiny-haze" for instance), which needs no network; a file (.safetensors, or .pth, .pt, .ckpt with a
+                state_dict as trainers write it); a folder that `save_pretrained` wrote; a repository of the Hugging
+                Face Hub, "user/repository" (package huggingface_hub).
+            exit: the last exit to build, no larger than what the file holds; None: all that it holds.
+            revision, token, cache_dir, force_download, local_files_only: of the Hub, as huggingface_hub takes them.
+            options: of the constructor, before those of the file. A file without options, a trainer's .pth, has them
+                inferred from names and shapes, which do not tell all: say `pyramid="pixel_unshuffle"`, for instance.
+
+        Raises:
+            ValueError: there is no such name or file; the file is damaged, not safe to load or no SWFormer's; exit is
+                larger than what it holds.
+            OSError: a file or the Hub cannot be read.
+            ImportError: safetensors or huggingface_hub is missing.
+        """
+        hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub_options |= {"force_download": force_download, "local_files_only": local_files_only}
+        path, config = pretrained.find(name_or_path, **hub_options)
+        return pretrained.load(cls, path, exit, {**(config or {}), **options})
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, **metadata: Any
+    ) -> None:
+        """Write config.json, model.safetensors and, where there is none, README.md, a model card, to a folder.
+
+        `from_pretrained` reads it, and so does huggingface_hub's PyTorchModelHubMixin. Each file is whole or as before.
+
+        Args:
+            folder: made where there is none.
+            dtype: of the floating weights; None: their own.
+            metadata: what else to say about them ("task", "psnr"), in model.safetensors and in the card.
+        """
+        pretrained.save(self, folder, dtype, metadata)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **options: Any
+    ) -> Any:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub's repository "user/name", made where missing.
+
+        `options` are those of huggingface_hub.upload_folder (`commit_message`, `revision`, `create_pr`), whose result,
+        the commit, is returned.
+        """
+        return pretrained.push(self, repo_id, private, token, options)
 
     def forward(
         self,

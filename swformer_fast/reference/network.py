@@ -112,8 +112,8 @@ class SWFormer(nn.Module):
         exit: the last exit that is built, one of `EXITS`.
         block_options: of every `SWFormerBlock`.
 
-    Subclasses choose other parts by the class attributes `block_type`, `conv_type`, `dwt_type`, `idwt_type`,
-    `merge_type`, `resample_type` and `stage_type`.
+    `options` holds these arguments again. Subclasses choose other parts by the class attributes `block_type`,
+    `conv_type`, `dwt_type`, `idwt_type`, `merge_type`, `resample_type` and `stage_type`.
 
     Source: architecture figure of arXiv 2505.05504, panel "Lossless Multi-Input Multi-Output", whose authors published
     no code: a reconstruction of matching size and cost. The figure settles the exits and the widths C, 2C, 4C; the
@@ -155,6 +155,16 @@ class SWFormer(nn.Module):
         check_choice("exit", exit, EXITS)
 
         self.in_channels, self.exit = in_channels, exit
+        self.options = {
+            "in_channels": in_channels,
+            "widths": widths,
+            "depths": depths,
+            "pyramid": pyramid,
+            "fusion": fusion,
+            "skip": skip,
+            "exit": exit,
+            **block_options,
+        }
         d1, d2, d3 = widths
         image_channels = (in_channels, 4 * in_channels, 16 * in_channels)
         ups = EXITS.index(exit)
