@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +15,7 @@ def _box(x: Tensor, radius: int) -> Tensor:
 
 
 def _guided_filter(guide: Tensor, x: Tensor, radius: int, eps: float) -> Tensor:
-    """x (H, W) smoothed along the edges of a grey guide: He et al., Guided Image Filtering (2010), equations 5, 6, 8."""
+    """x (H, W) smoothed along the edges of a guide: He et al., Guided Image Filtering (2010), equations 5, 6, 8."""
     mean, of_x = _box(guide, radius), _box(x, radius)
     slope = (_box(guide * x, radius) - mean * of_x) / (_box(guide * guide, radius) - mean * mean + eps)
     return _box(slope, radius) * guide + _box(of_x - slope * mean, radius)
@@ -28,7 +27,7 @@ def _dark_channel(image: Tensor, radius: int) -> Tensor:
 
 
 def dark_channel_prior(image: Tensor, radius: int = 7, omega: float = 0.95, least: float = 0.1) -> Tensor:
-    """Haze removed from an image (3, H, W) in [0, 1]: He et al., Single Image Haze Removal (2009), with a guided filter.
+    """An image (3, H, W) in [0, 1] without haze: He et al., Single Image Haze Removal (2009), with a guided filter.
 
     Args:
         radius: of the windows of the dark channel.

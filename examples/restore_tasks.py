@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import swformer_fast as sf
-from swformer_fast.tools.evaluate import psnr, ssim
+from swformer_fast.tools.metrics import psnr, ssim
 
 COLUMNS = ("degraded", "classical", *sf.EXITS)
 SHOWN = "coffee"

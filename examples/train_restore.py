@@ -27,16 +27,16 @@ from accelerate import Accelerator
 from degradations import DEGRADATIONS, degrade
 from photographs import HELD_OUT_SEEDS, photographs, random_crop, scenes
 from runs import OUTPUT, delayed_interrupt, write_atomically
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import swformer_fast as sf
 from swformer_fast.pretrained import save_weights
-from swformer_fast.tools.datasets import LAYOUTS, pairs
-from swformer_fast.tools.evaluate import psnr, ssim
-from swformer_fast.tools.images import read_rgb
+from swformer_fast.tools.datasets import LAYOUTS, aligned, pairs
+from swformer_fast.tools.metrics import psnr, ssim
+from swformer_fast.tools.pictures import read
 
 EPOCH = 100
 """Steps after which the state is saved, and every synthetic scene drawn anew."""
@@ -81,27 +81,28 @@ def synthetic(task: str, seed: int, batch: int) -> Callable[[int, Generator], Pa
     return draw
 
 
-def from_files(files: Sequence[tuple[Path, Path]]) -> Callable[[int, Generator], Pair]:
+def read_pair(files: tuple[Path, Path], layout: str) -> Pair:
+    degraded, clean = (read(path).rgb() for path in files)
+    try:
+        return degraded, aligned(clean, degraded, layout)
+    except ValueError as error:
+        raise ValueError(f"{files[0]} {error}") from None
+
+
+def from_files(files: Sequence[tuple[Path, Path]], layout: str) -> Callable[[int, Generator], Pair]:
     """Pictures of a data set, the last few kept decoded."""
-
-    @lru_cache(maxsize=64)
-    def read(i: int) -> Pair:
-        degraded, clean = (read_rgb(path) for path in files[i])
-        if degraded.shape != clean.shape:
-            raise ValueError(f"{files[i][0]} and {files[i][1]} must have one size")
-        return degraded, clean
-
-    return lambda n, generator: read(int(torch.randint(len(files), (), generator=generator)))
+    kept = lru_cache(maxsize=64)(lambda i: read_pair(files[i], layout))
+    return lambda n, generator: kept(int(torch.randint(len(files), (), generator=generator)))
 
 
-def held_out(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, degraded and clean of the pictures that measure: those of a data set's test split, or photographs."""
+def held_out(args: argparse.Namespace) -> Iterator[Pair]:
+    """The pictures that measure: photographs, or the first ones of a data set's test split."""
     if args.task:
-        for name, clean in photographs("test").items():
-            yield name, degrade(clean, args.task, HELD_OUT_SEEDS[0]), clean
+        for clean in photographs("test").values():
+            yield degrade(clean, args.task, HELD_OUT_SEEDS[0]), clean
         return
-    for degraded, clean in pairs(args.data, args.layout, "test")[: args.validate_images]:
-        yield clean.stem, read_rgb(degraded), read_rgb(clean)
+    for files in pairs(args.data, args.layout, "test")[: args.validate_images]:
+        yield read_pair(files, args.layout)
 
 
 def loss_fn(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -119,7 +120,7 @@ def measure(model: sf.SWFormer, args: argparse.Namespace) -> dict[str, list[tupl
     exits = sf.EXITS[: len(model.heads)]
     device = next(model.parameters()).device
     table: dict[str, list[tuple[float, float]]] = {name: [] for name in ("degraded", *exits)}
-    for _, degraded, clean in held_out(args):
+    for degraded, clean in held_out(args):
         restored = model(degraded[None].to(device), exits=exits)
         for name, image in zip(table, (degraded, *(y[0].cpu() for y in restored)), strict=True):
             table[name].append((psnr(image, clean), ssim(image, clean)))
@@ -218,12 +219,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path) 
     if args.task:
         crops = Crops(synthetic(args.task, args.seed, args.batch), args.seed, False)
     else:
-        crops = Crops(from_files(pairs(args.data, args.layout, "train")), args.seed, True)
+        crops = Crops(from_files(pairs(args.data, args.layout, "train"), args.layout), args.seed, True)
     run = Training(args, accelerator)
     if args.resume:
         run.load(checkpoint)
     begin = time.perf_counter() - run.seconds
-    bar = tqdm(total=args.steps, initial=run.step, desc=args.name, mininterval=1, disable=not accelerator.is_main_process)
+    bar = tqdm(
+        total=args.steps, initial=run.step, desc=args.name, mininterval=1, disable=not accelerator.is_main_process
+    )
     batches = run.batches(crops)
     with delayed_interrupt() as interrupted, bar:
         while run.step < args.steps:
@@ -274,12 +277,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="crops a step, of all processes together (%(default)s)")
     parser.add_argument("--crop", type=int, default=64, help="side of the crops (%(default)s)")
     parser.add_argument(
-        "--progressive", action="store_true", help="in the last quarter of the steps crops twice as large, a quarter of them"
+        "--progressive",
+        action="store_true",
+        help="in the last quarter a quarter of the crops, twice as large",
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate at the start of the cosine (%(default)s)")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
     parser.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, 0 for none (%(default)s)")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (%(default)s)")
+    parser.add_argument(
+        "--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and degradations (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
     parser.add_argument("--validate", type=int, default=0, metavar="STEPS", help="measure every so many (at the end)")
@@ -298,7 +305,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = "exists: --resume goes on from it, or remove it" if checkpoint.exists() else "does not exist"
         print(f"{checkpoint} {state}", file=sys.stderr)
         return 2
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.log, project_dir=args.out)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.log,
+        project_dir=args.out,
+        cpu=not torch.accelerator.is_available(),  # it would not take torchrun's processes for its own
+    )
     unit = accelerator.num_processes * (4 if args.progressive else 1)
     if args.batch % unit:
         print(f"--batch must be a multiple of {unit}, got {args.batch}", file=sys.stderr)
