@@ -402,18 +402,25 @@ def update_running(running: Iterable[Tensor | None], batch: Iterable[Tensor], mo
     """Each running statistic takes in the batch's, as nn.BatchNorm2d's does."""
     pairs = [(old, new) for old, new in zip(running, batch, strict=True) if old is not None]
     with torch.no_grad():
-        if not torch.compiler.is_compiling() and all([_alike(*pair) for pair in pairs]) and pairs:
-            olds, news = ([pair[i] for pair in pairs] for i in range(2))
-            torch._foreach_lerp_(olds, news, momentum)  # on a GPU one launch
+        if torch.compiler.is_compiling() or not pairs or not all([_listed(*pair) for pair in pairs]):
+            for old, new in pairs:
+                dtype = torch.promote_types(old.dtype, new.dtype)
+                old.copy_(old.to(dtype).lerp_(new.to(dtype), momentum))
             return
-        for old, new in pairs:
-            dtype = torch.promote_types(old.dtype, new.dtype)  # a batch's may be out of a half type's range
-            old.copy_(old.to(dtype).lerp_(new.to(dtype), momentum))
+        # On a GPU one launch a list.
+        olds, news = ([pair[i] for pair in pairs] for i in range(2))
+        if all([old.dtype == new.dtype for old, new in pairs]):
+            torch._foreach_lerp_(olds, news, momentum)
+            return
+        wide = [torch.empty_like(new) for new in news]  # a batch's may be out of a half type's range
+        torch._foreach_copy_(wide, olds)
+        torch._foreach_lerp_(wide, news, momentum)
+        torch._foreach_copy_(olds, wide)
 
 
-def _alike(old: Tensor, new: Tensor) -> bool:
-    """Whether PyTorch takes the pair in a list."""
-    return old.dtype == new.dtype and not old.is_neg() and not new.is_neg()
+def _listed(old: Tensor, new: Tensor) -> bool:
+    """Whether PyTorch takes the pair in a list, and the new one has room for the old."""
+    return torch.promote_types(old.dtype, new.dtype) == new.dtype and not old.is_neg() and not new.is_neg()
 
 
 def _check_fourier(x: Tensor, parameters: FourierParameters, training: bool) -> bool:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import functional, fusion, reference
 from .parameters import BlockParameters, Convolution, MixerParameters
-from .reference.common import as_defined, conv_parameters, norm_parameters, parameters_of, plain, submodules
+from .reference.common import (
+    as_defined,
+    batch_norms,
+    conv_parameters,
+    norm_parameters,
+    parameters_of,
+    plain,
+    submodules,
+)
 
 _BRANCHES = ("spatial", "wavelet", "fourier", "attention")
 _PARTS = ("mixer", "ffn", "norm1", "norm2")
@@ -119,7 +127,7 @@ class SWFormerBlock(reference.SWFormerBlock):
         # What is fusible is canonical.
         defined = as_defined(MultiDomainMixer, mixer) and mixer.fusible and self.norm_position == "pre"
         defined = defined and as_defined(MultiScaleFFN, ffn) and ffn.readable and ffn.canonical
-        defined = defined and as_defined(nn.BatchNorm2d, *norms)
+        defined = defined and batch_norms(*norms)
         return fusion.fused(self._fused, x) if defined and fusion.foldable(x) else super().forward(x)
 
     def _fused(self, x: Tensor) -> Tensor:

@@ -364,6 +364,20 @@ def test_other_normalisations_are_called(convert: type[nn.Module]) -> None:
     assert_close(sf.accelerate(block)(x), expected(x.double()))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_sync_batch_norm_with_nothing_to_synchronise_is_batch_norm(training: bool) -> None:
+    """The same ops, the same numbers, the same statistics."""
+    block = sf.accelerate(randomise(reference.SWFormerBlock(8))).train(training)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block))
+    assert not any(type(module) is nn.BatchNorm2d for module in converted.modules())
+    x = torch.randn(2, 8, 12, 14)
+    with torch.no_grad():
+        assert torch.equal(converted(x), block(x))
+        assert sf.why_not(converted, x) == sf.why_not(block, x)
+    for name, tensor in block.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], tensor), name
+
+
 def test_lora_of_peft_trains_and_merges() -> None:
     peft = pytest.importorskip("peft")
     model = randomise(sf.SWFormer(widths=(8, 8, 8), depths=(1, 1, 1, 1, 1))).eval()

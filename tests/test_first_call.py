@@ -18,7 +18,7 @@ FIRST = {
     "derain, small eval float32": 17,
     "block training float32": 35,
     "derain, small training float32": 49,
-    "derain, small eval bfloat16": 20,
+    "derain, small eval bfloat16": 22,
     "block training bfloat16": 36,
     "derain, small training bfloat16": 52,
 }

@@ -143,7 +143,8 @@ def aten_entry(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result
     name = func._schema.name.split("::")[1]
     if name in FREE or _is_view(func):
         return None
-    outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    of_list = name.startswith("_foreach_") and name.endswith("_")  # which returns nothing
+    outputs = [t for t in tree_leaves(args[0] if of_list else result) if isinstance(t, Tensor)]
     if not any(t.numel() for t in outputs):
         return None
     source, stored = compulsory((args, kwargs), ())[0], compulsory((), outputs)[1]
@@ -235,17 +236,23 @@ def _op_cases(shape: tuple[int, ...]) -> Iterator[Case]:
 
 def _model_cases(block: tuple[int, ...], image: tuple[int, ...], preset: str) -> Iterator[Case]:
     def make(build: Callable[[Any], nn.Module], size: tuple[int, ...], train: bool) -> Work:
-        x = torch.randn(size)
-        return pair(*(module_run(build(package).train(train), x, train) for package in (sf.reference, sf)))
+        models = [build(package).train(train) for package in (sf.reference, sf)]
+        x = torch.randn(size, dtype=next(models[0].parameters()).dtype)
+        return pair(*(module_run(model, x, train) for model in models))
 
     def build_block(package: Any) -> nn.Module:
         return package.SWFormerBlock(block[1])
+
+    def build_bf16(package: Any) -> nn.Module:
+        return build_block(package).bfloat16()
 
     def build_network(package: Any) -> nn.Module:
         return package.SWFormer.from_preset(preset, exit="small")
 
     yield Case("block eval", partial(make, build_block, block, False))
     yield Case("block training step", partial(make, build_block, block, True))
+    yield Case("block eval bf16", partial(make, build_bf16, block, False))
+    yield Case("block training step bf16", partial(make, build_bf16, block, True))
     yield Case(f"{preset}, small eval", partial(make, build_network, image, False))
     yield Case(f"{preset}, small training step", partial(make, build_network, image, True))
 

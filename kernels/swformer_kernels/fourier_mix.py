@@ -34,11 +34,11 @@ def transform(x: Tensor) -> Tensor:
     return torch.view_as_real(torch.fft.rfft2(x.float().contiguous())).contiguous()
 
 
-def inverse_transform(spectrum: Tensor, like: Tensor) -> Tensor:
-    """The unscaled inverse transform, in the dtype and layout of `like`."""
+def inverse_transform(spectrum: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The unscaled inverse transform, in the layout of `like` and in its dtype unless another is given."""
     y = torch.fft.irfft2(torch.view_as_complex(spectrum), s=like.shape[2:], norm="forward")
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
-    return y.to(like.dtype, memory_format=layout)
+    return y.to(dtype or like.dtype, memory_format=layout)
 
 
 def fourier_mix(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

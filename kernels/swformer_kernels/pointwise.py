@@ -50,8 +50,9 @@ def _map_pointers(maps, strides, counts, image, channel, pixel, pixels, ALIGN: t
         first += counts[i]
     rows = start + channel.to(tl.int64) * pixels
     # The choice of a pointer hides from the compiler what divides all of them: ALIGN numbers, as the launcher knows.
-    rows = tl.multiple_of(rows, ALIGN * (maps[0].dtype.element_ty.primitive_bitwidth // 8))
-    return rows[:, None] + pixel[None, :], (channel < first)[:, None] & (pixel < pixels)[None, :]
+    rows = tl.multiple_of(rows, min(16, ALIGN * (maps[0].dtype.element_ty.primitive_bitwidth // 8)))
+    exists = (channel >= 0) & (channel < first)
+    return rows[:, None] + pixel[None, :], exists[:, None] & (pixel < pixels)[None, :]
 
 
 @triton.jit
@@ -61,18 +62,30 @@ def load_maps(maps, strides, counts, image, channel, pixel, pixels, ALIGN: tl.co
     return load(pointers, mask)
 
 
+@triton.jit
+def _load_three(maps, strides, counts, image, channel, pixel, pixels, ALIGN: tl.constexpr):
+    """`load_maps` of three maps, the last of which may have another dtype."""
+    if maps[2].dtype == maps[0].dtype:
+        return load_maps(maps, strides, counts, image, channel, pixel, pixels, ALIGN)
+    same, those = (maps[0], maps[1]), (counts[0], counts[1])
+    first = load_maps(same, (strides[0], strides[1]), those, image, channel, pixel, pixels, ALIGN)
+    channel -= counts[0] + counts[1]
+    return first + load_maps((maps[2],), (strides[2],), (counts[2],), image, channel, pixel, pixels, ALIGN)
+
+
 @jit_for_all_sizes("inputs")
 def pointwise_kernel(
-    maps, weight, bias, residual, outs, inputs, outputs, biases, residuals, weight_image, weight_stride, bias_image,
-    count0, count1, count2, image0, image1, image2,
+    maps, weight, bias, residual, outs, copy, inputs, outputs, biases, residuals, weight_image, weight_stride,
+    bias_image, count0, count1, count2, image0, image1, image2,
     out_count0, out_count1, out_count2, out_image0, out_image1, out_image2, pixels, tiles,
     BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    COPIED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The concatenation of `outs` = weight @ the concatenation of `maps` + bias + residual.
 
     Those two have as many channels as the outputs or none; the residual is contiguous. Rows of the weight are
-    `weight_stride` apart or, if it is TRANSPOSED, columns.
+    `weight_stride` apart or, if it is TRANSPOSED, columns. If COPIED, `copy`, contiguous, is the concatenation of the
+    maps.
     """
     counts, out_counts = (count0, count1, count2), (out_count0, out_count1, out_count2)
     strides, out_strides = (image0, image1, image2), (out_image0, out_image1, out_image2)
@@ -87,7 +100,12 @@ def pointwise_kernel(
             left = load_matrix(weight, e, e < outputs, c, inputs, 1, weight_stride)
         else:
             left = load_matrix(weight, e, e < outputs, c, inputs, weight_stride)
-        right = load_maps(maps, strides, counts, image, c, pixel, pixels, ALIGN)
+        right = _load_three(maps, strides, counts, image, c, pixel, pixels, ALIGN)
+        if COPIED:
+            rest = tl.where(tl.program_id(1) == 0, inputs, 0)
+            whole = inputs.to(tl.int64) * pixels
+            pointers, mask = _map_pointers((copy,), (whole,), (rest,), image, c, pixel, pixels, ALIGN)
+            store(pointers, right, mask)
         total = dot(left, right, total, PRECISION)
     if residuals > 0:
         total += load_maps((residual,), (outputs.to(tl.int64) * pixels,), (residuals,), image, e, pixel, pixels, ALIGN)
@@ -145,11 +163,17 @@ def _outputs(channels: int, most: int) -> int:
 
 
 def prepare(
-    maps: list[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, outs: list[Tensor]
+    maps: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    outs: list[Tensor],
+    copy: Tensor | None = None,
 ) -> Launch:
     """Of `pointwise_kernel` on (B, C, P) maps; weight is (1 or B, outputs, inputs) with neighbours in a row or column.
 
-    It takes the maps in tuples of three and, where a bias or a residual is None, any other tensor.
+    The third map may have another dtype than the others. The launch takes the maps in tuples of three and, where a
+    bias, a residual or a copy is None, any other tensor.
     """
     batch, _, pixels = maps[0].shape
     _, outputs, inputs = weight.shape
@@ -167,8 +191,9 @@ def prepare(
         "BLOCK_K": 16,
         "BLOCK_E": block,
         "N": columns,
-        "ALIGN": _alignment([*maps, *outs] if residual is None else [*maps, *outs, residual]),
+        "ALIGN": _alignment([*maps, *outs, *[t for t in (residual, copy) if t is not None]]),
         "TRANSPOSED": transposed,
+        "COPIED": copy is not None,
         "PRECISION": input_precision(maps[0]),
         **matrix_options(maps[0], registers=64 if block == 16 else 128),
     }
@@ -185,7 +210,7 @@ def _multiply(
     with torch.cuda.device_of(maps[0]):
         launch(
             _three(maps), weight, weight if bias is None else bias, maps[0] if residual is None else residual,
-            _three(outs),
+            _three(outs), maps[0],
         )  # fmt: skip
 
 

@@ -63,16 +63,18 @@ def _plan(
     side, inputs = math.sqrt(area), 2 * dim + channels
     # Launches look at sizes and strides alone. The block itself has more maps at a time.
     x = torch.empty(shape, dtype=dtype, device=device)
-    both, mixed = x.new_empty(batch, 2 * dim, height, width), x.new_empty(batch, channels, height, width)
+    both = x.new_empty(batch, 2 * dim, height, width)
+    mixed = x.new_empty(batch, channels, height, width, dtype=torch.float32)
     spectrum = x.new_empty(batch, dim, height, width // 2 + 1, 2, dtype=torch.float32)
     flat, both_flat, mixed_flat = (t.flatten(2) for t in (x, both, mixed))
+    copy = None if dtype == torch.float32 else torch.empty_like(flat, dtype=torch.float32)
     first, last = x.new_empty(1, 2 * dim, dim), x.new_empty(batch, dim, inputs)
     kernel, net = x.new_empty(dim, 1, 3, 3), multiscale_ffn.Sizes(tuple(shape), of_ffn // 3, dim)
     spatial, spatial_parts = depthwise_gelu.prepare(both[:, :dim], x, kernel)
     wavelet, wavelet_parts = wavelet_mix.prepare(both[:, dim:], x, kernel)
     return _Plan(
         fold_norm.prepare(x, eps[0], (3 * dim, dim, dim, of_first, 0), eps[1], (of_ffn, dim)),
-        pointwise.prepare([flat], first, first[0, :, 0], None, [both_flat]),
+        pointwise.prepare([flat], first, first[0, :, 0], None, [both_flat], copy),
         spatial,
         wavelet,
         _algebra.prepare(x, dim, channels, side, eps[2]),
@@ -101,7 +103,7 @@ def swformer_block(x: Tensor, *arguments: Any) -> Tensor:
     """`reference.swformer_block` with running statistics and depthwise kernels of 3 x 3.
 
     `x` is float32, float16 or bfloat16, the parameters of any of these dtypes; arithmetic and folded parameters are
-    fp32, maps between kernels have the dtype of `x`, spectra fp32.
+    fp32, maps between kernels have the dtype of `x`, spectra and what is transformed fp32.
 
     Raises:
         TypeError: `x` has another dtype.
@@ -130,22 +132,24 @@ def swformer_block(x: Tensor, *arguments: Any) -> Tensor:
             (*second[:2], second[2:], *fourier_in, second[1], ffn_weight),
         )
         both = x.new_empty(batch, 2 * dim, height, width)
-        plan.conv_in((x, x, x), local_weight, local_bias, x, (both, both, both))
+        copy = torch.empty_like(x, dtype=torch.float32) if plan.conv_in.constants["COPIED"] else x
+        plan.conv_in((x, x, x), local_weight, local_bias, x, (both, both, both), copy)
+        spectrum = transform(copy)
+        del copy
         left, right = torch.empty_like(x), torch.empty_like(x)
         plan.spatial(both, left, *spatial, left_sums)
         plan.wavelet(both[:, dim:], None, right, *wavelet, right_sums)
         del both
-        spectrum = transform(x)
         plan.matrix(fourier_weight, fourier_bias, *alike(gate, value), matrix)
         mixed = x.new_empty(batch, widths[0] // 2, height, width // 2 + 1, 2, dtype=torch.float32)
         plan.mixing(spectrum, matrix, None, None, mixed)
         del spectrum
-        frequencies = inverse_transform(mixed, x)
+        frequencies = inverse_transform(mixed, x, torch.float32)
         # In the zero frequency stands the mean.
         plan.attention(left_sums, right_sums, mixed, fourier_out, attention, *conv_out, beta, last_weight)
         del mixed
         y = torch.empty_like(x)
-        plan.conv_out((left, right, frequencies), last_weight, last_bias, x, (y, y, y))
+        plan.conv_out((left, right, frequencies), last_weight, last_bias, x, (y, y, y), y)
         del left, right, frequencies
         hidden, mixed = [x.new_empty(count) for count in plan.pyramids]
         plan.ffn_in(y, ffn_weight, ffn_bias, hidden)

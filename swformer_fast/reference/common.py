@@ -32,6 +32,18 @@ def as_defined(kind: type[nn.Module], *modules: nn.Module) -> bool:
     return True
 
 
+def batch_norms(*norms: nn.Module) -> bool:
+    """Whether these do what nn.BatchNorm2d does: an nn.SyncBatchNorm too where there is nothing to synchronise."""
+    return as_defined(nn.BatchNorm2d, *norms) or all(
+        as_defined(nn.BatchNorm2d, norm) or (as_defined(nn.SyncBatchNorm, norm) and not _synchronises(norm))
+        for norm in norms
+    )
+
+
+def _synchronises(norm: nn.Module) -> bool:
+    return norm.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def plain(*layers: nn.Module) -> bool:
     """Whether convolutions are all that their weights and biases say, so that these may be read and they not called.
 

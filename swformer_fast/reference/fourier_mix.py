@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..parameters import Factor, FourierParameters, Norm
 from .common import (
-    as_defined,
+    batch_norms,
     check_choice,
     check_flag,
     check_number,
@@ -165,7 +165,7 @@ class FourierBranch(nn.Module):
     def readable(self) -> bool:
         """Whether `arguments` says all; else the layers are called."""
         convolutions, (gate, value) = submodules(self, *_CONVOLUTIONS), submodules(self, "gate_bn", "value_bn")
-        normalisations = as_defined(nn.BatchNorm2d, gate, value) and gate.affine and value.affine
+        normalisations = batch_norms(gate, value) and gate.affine and value.affine
         return normalisations and plain(*convolutions)
 
     def arguments(self) -> tuple[FourierParameters, bool, float, float]:
