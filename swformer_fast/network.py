@@ -110,7 +110,7 @@ class SWFormer(reference.SWFormer):
         hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir}
         hub_options |= {"force_download": force_download, "local_files_only": local_files_only}
         path, config = pretrained.find(name_or_path, **hub_options)
-        return pretrained.load(cls, path, exit, {**(config or {}), **options})
+        return pretrained.build(cls, pretrained.load_weights(path), exit, {**(config or {}), **options}, str(path))
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, **metadata: Any

@@ -4,8 +4,6 @@ A file is safetensors whose metadata hold the constructor's options as JSON ("co
 the weights. Importing this loads neither safetensors nor huggingface_hub.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -14,13 +12,15 @@ from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .reference import EXITS, PRESETS, SWFormer
 from .reference.common import check_choice
+
+_NETWORK = TypeVar("_NETWORK", bound=SWFormer)
 
 FOLDER = Path(__file__).parent / "weights"
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
@@ -226,33 +226,36 @@ def find(name_or_path: str | os.PathLike[str], **hub_options: Any) -> tuple[Path
         raise ValueError(f"{config} holds no options of an SWFormer: {error}") from None
 
 
-def load(kind: type[SWFormer], path: Path, exit: str | None, options: dict[str, Any]) -> Any:
-    """An instance of `kind` in eval mode and fp32 with the weights of a file; `options` go before the file's.
+def build(
+    kind: type[_NETWORK], weights: Weights, exit: str | None, options: Mapping[str, Any], source: str
+) -> _NETWORK:
+    """A network in eval mode and fp32 with these weights; `options` go before theirs. `source`: a name for errors.
 
     Raises ValueError where they do not fit.
     """
-    weights = load_weights(path)
     options = {**weights.options, **options}
     held = options.get("exit", EXITS[-1])
     exit = held if exit is None else exit
     check_choice("exit", exit, EXITS)
     if EXITS.index(exit) > EXITS.index(held):
-        raise ValueError(f"exit must be at most {held!r}, where {path} ends, got {exit!r}")
+        raise ValueError(f"exit must be at most {held!r}, where {source} ends, got {exit!r}")
     state = weights.state
     try:
         with torch.device("meta"):  # numbers of a damaged file may ask for any amount of memory
             expected = kind(**{**options, "exit": exit}).state_dict()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has options that no SWFormer has: {error}") from None
+        raise ValueError(f"{source} has options that no SWFormer has: {error}") from None
     for name, tensor in expected.items():
         if name not in state:
-            raise ValueError(f"{path} does not fit its options: there is no {name!r}")
+            raise ValueError(f"{source} does not fit its options: there is no {name!r}")
         if state[name].shape != tensor.shape:
             shapes = tuple(tensor.shape), tuple(state[name].shape)
-            raise ValueError(f"{path} does not fit its options: {name!r} must have shape {shapes[0]}, got {shapes[1]}")
+            raise ValueError(
+                f"{source} does not fit its options: {name!r} must have shape {shapes[0]}, got {shapes[1]}"
+            )
     if exit == held and len(state) > len(expected):
         more = next(name for name in state if name not in expected)
-        raise ValueError(f"{path} does not fit its options: there is no place for {more!r}")
+        raise ValueError(f"{source} does not fit its options: there is no place for {more!r}")
     model = kind(**{**options, "exit": exit}).float()
     model.load_state_dict({name: state[name] for name in expected})
     return model.eval()

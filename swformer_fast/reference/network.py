@@ -78,6 +78,21 @@ class Resample(nn.Sequential):
     """A 1x1 convolution and a rearrangement of pixels to another resolution."""
 
 
+def reflected(image: Tensor, dim: int) -> Tensor:
+    """One side padded to a multiple by reflection, as F.pad does, which asks for the number of pixels."""
+    side = image.shape[dim]
+    padded = (side + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+    return image.index_select(dim, side - 1 - (torch.arange(padded, device=image.device) - (side - 1)).abs())
+
+
+def cropped(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns."""
+    if not torch.compiler.is_exporting():
+        return x[..., :height, :width]
+    rows, columns = (torch.arange(side, device=x.device) for side in (height, width))  # a slice asks whether it is one
+    return x.index_select(2, rows).index_select(3, columns)
+
+
 class SWFormer(nn.Module):
     """Image restoration network with three resolutions and an exit at each: "small", "medium" and "large".
 
@@ -267,10 +282,12 @@ class SWFormer(nn.Module):
         return place
 
     def _pad(self, image: Tensor) -> Tensor:
-        if image.dim() != 4 or image.shape[1] != self.in_channels or min(image.shape[2:]) < MULTIPLE:
+        if image.dim() != 4 or image.shape[1] != self.in_channels or any(side < MULTIPLE for side in image.shape[2:]):
             raise ValueError(
                 f"image must have shape (B, {self.in_channels}, H, W) with H, W >= {MULTIPLE}, got {tuple(image.shape)}"
             )
+        if torch.compiler.is_exporting():
+            return reflected(reflected(image, 2), 3)
         below, right = -image.shape[2] % MULTIPLE, -image.shape[3] % MULTIPLE
         return F.pad(image, (0, right, 0, below), mode="reflect") if below or right else image
 
@@ -282,10 +299,10 @@ class SWFormer(nn.Module):
     def _restored(self, place: int, output: Tensor, image: Tensor) -> Tensor:
         for _ in EXITS[place + 1 :]:
             output = self.inverse(output)
-        return output[..., : image.shape[2], : image.shape[3]]
+        return cropped(output, image.shape[2], image.shape[3])
 
     @staticmethod
     def _crop(place: int, output: Tensor, image: Tensor) -> Tensor:
         scale = 2 ** len(EXITS[place + 1 :])
         height, width = ((side + scale - 1) // scale for side in image.shape[2:])
-        return output[..., :height, :width]
+        return cropped(output, height, width)
