@@ -1,7 +1,5 @@
 """Which file each input becomes, and the work."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -40,9 +40,11 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gt-mean", action="store_true", help="scale restored pictures to the clean ones' mean grey, as low-light does"
     )
-    parser.add_argument("--metric", nargs="+", default=[], help="others by pyiqa's names: lpips, niqe ...")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
-    parser.add_argument("--markdown", type=Path, help="file for tables")
+    parser.add_argument(
+        "--metric", nargs="+", default=[], metavar="NAME", help="others by pyiqa's names: lpips, niqe ..."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all numbers")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="file for tables")
     return parser
 
 

@@ -1,7 +1,5 @@
 """Which files are pictures and videos, what a command line names, and files that are whole or absent."""
 
-from __future__ import annotations
-
 import glob
 import os
 from collections.abc import Iterable, Iterator

@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help=f"what is wrong with the pictures, for which small weights come with the package: {', '.join(TASKS)}",
     )
-    weights.add_argument("--weights", help="other weights: a name, a folder, a .safetensors or a .pth file")
+    weights.add_argument(
+        "--weights", metavar="NAME|PATH", help="other weights: a name, a folder, a .safetensors or a .pth file"
+    )
     network.add_argument(
         "--tile",
         default="auto",
@@ -71,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the network computes in; auto: bf16 where the processor multiplies it, else fp32 (%(default)s)",
     )
     network.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
-    network.add_argument("--threads", type=positive, help="of the CPU; the result is the same for any number")
+    network.add_argument(
+        "--threads", type=positive, metavar="N", help="of the CPU; the result is the same for any number"
+    )
 
 
 def positive(text: str) -> int:

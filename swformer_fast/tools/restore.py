@@ -39,21 +39,29 @@ def command_line() -> argparse.ArgumentParser:
     networks.add_arguments(parser)
     parser.add_argument("--exit", choices=EXITS, help="where the network stops: speed against quality (its last)")
     results = parser.add_argument_group("results")
-    results.add_argument("--out", type=Path, help="folder, or for one input a file (beside each input)")
-    results.add_argument("--suffix", default="_restored", help="what is added to the names (%(default)s)")
+    results.add_argument("--out", type=Path, metavar="PATH", help="folder, or for one input a file (beside each input)")
+    results.add_argument(
+        "--suffix", default="_restored", metavar="TEXT", help="what is added to the names (%(default)s)"
+    )
     results.add_argument(
         "--format",
         choices=sorted(suffix[1:] for suffix in (*PICTURES, *VIDEOS)),
         metavar="FORMAT",
         help="of pictures or of videos: %(choices)s (the input's; PNG for pictures that are read and not written)",
     )
-    results.add_argument("--quality", type=networks.positive, default=95, help="of JPEG, WebP and AVIF (%(default)s)")
+    results.add_argument(
+        "--quality", type=networks.positive, default=95, metavar="N", help="of JPEG, WebP and AVIF (%(default)s)"
+    )
     existing = results.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace results that exist")
     existing.add_argument("--skip-existing", action="store_true", help="leave out inputs whose results exist")
-    results.add_argument("--codec", help="of videos (libx264; for WebM libvpx-vp9, for AVI mpeg4)")
-    results.add_argument("--crf", type=int, help="constant rate factor of videos: less is better (by codec)")
-    parser.add_argument("--max-pixels", type=networks.positive, help="of a picture; more are refused (178956970)")
+    results.add_argument("--codec", metavar="NAME", help="of videos (libx264; for WebM libvpx-vp9, for AVI mpeg4)")
+    results.add_argument(
+        "--crf", type=int, metavar="N", help="constant rate factor of videos: less is better (by codec)"
+    )
+    parser.add_argument(
+        "--max-pixels", type=networks.positive, metavar="N", help="of a picture; more are refused (178956970)"
+    )
     return parser
 
 
