@@ -39,8 +39,18 @@ def photographs(split: str) -> dict[str, Tensor]:
     }
 
 
+def recoloured(image: Tensor, generator: Generator) -> Tensor:
+    """Another exposure, balance and order of colours: so few photographs would be learnt by heart."""
+    exponent, gains = (
+        2 ** (0.8 * torch.rand((), generator=generator) - 0.4),
+        1 - 0.2 * torch.rand(3, generator=generator),
+    )
+    return (image**exponent * gains[:, None, None])[torch.randperm(3, generator=generator)]
+
+
 def window(image: Tensor, generator: Generator) -> Tensor:
-    """A random view: scaled by 0.5 to 1, at most WINDOW pixels a side."""
+    """A random view: recoloured, turned, scaled by 0.5 to 1, at most WINDOW pixels a side."""
+    image = recoloured(image, generator).rot90(int(torch.randint(4, (), generator=generator)), (1, 2))
     scale = 0.5 + 0.5 * torch.rand((), generator=generator).item()
     sides = [max(1, round(side * scale)) for side in image.shape[1:]]
     image = F.interpolate(image[None], sides, mode="bicubic", antialias=True)[0].clamp(0, 1)
