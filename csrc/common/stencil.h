@@ -240,10 +240,11 @@ inline void convolve(
 
 // Adds to sums[tap] the products of `grad` with the rows shifted by that tap, and to sums[k * k] `grad` itself; with
 // kConvolve, `emit` gets what it gets from `convolve`. Only the first `last_lanes` lanes of the last vector count in
-// the sums: the products of padding would turn infinities into NaN.
+// the sums: the products of padding would turn infinities into NaN. Not inlined: in larger functions GCC keeps the sums
+// in memory.
 template <bool kConvolve, int k, int kRows, int64_t kStep, class A, class F>
   requires(k <= 5)
-inline void correlate(
+__attribute__((noinline)) void correlate(
     const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int last_lanes,
     const Vec<A>* weight, Vec<A> bias, F&& emit) {
   constexpr int n = simd::kLanes<A>;
