@@ -108,11 +108,20 @@ inline VecU16 truncate(VecU v) {
 }
 
 inline VecF load(const BFloat16* p) { return reinterpret_cast<VecF>(extend(load_raw<VecU16>(p)) << 16); }
-inline void store(BFloat16* p, VecF v) {
+// v rounded to bf16, in the high halves; rounding must not carry a NaN's payload into infinity.
+inline VecU round_high(VecF v) {
+#if defined(__AVX512F__)
+  const __m512i bits = reinterpret_cast<__m512i>(v);
+  const __mmask16 number = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  const __m512i down = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, bits, _mm512_set1_epi32(0x7fff));
+  return reinterpret_cast<VecU>(_mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000)));
+#else
   const VecU bits = reinterpret_cast<VecU>(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  // Rounding must not carry a NaN's payload into infinity.
-  store_raw(p, truncate((v == v ? rounded : VecU{} + 0x7fc00000u) >> 16));
+  return v == v ? rounded : VecU{} + 0x7fc00000u;
+#endif
 }
+inline void store(BFloat16* p, VecF v) { store_raw(p, truncate(round_high(v) >> 16)); }
 
 // v rounded to bf16, in the low halves: what becomes part of a pair. Denormal numbers become zero.
 inline VecU round_for_pair(VecF v) {
@@ -242,6 +251,13 @@ using Indices = std::make_index_sequence<sizeof(V) / sizeof(std::declval<V>()[0]
 // Elements kFirst, kFirst + 1, ... of (a, b) as one run.
 template <int kFirst, class V>
 inline V window(V a, V b) {
+#if defined(__AVX512F__)
+  // By the instruction: GCC takes a permutation, which occupies more of the processor's units.
+  constexpr int bytes = kFirst * sizeof(a[0]);
+  if constexpr (bytes > 0 && bytes < kBytes && bytes % 4 == 0)
+    return reinterpret_cast<V>(
+        _mm512_maskz_alignr_epi32(0xffff, reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(a), bytes / 4));
+#endif
   return detail::window<kFirst>(a, b, detail::Indices<V>{});
 }
 // (a, b) as one run of elements -> those at even places and those at odd places.
@@ -256,6 +272,27 @@ inline V reverse(V v) {
 template <class V>
 inline void interleave(V even, V odd, V& a, V& b) {
   detail::interleave(even, odd, a, b, detail::Indices<V>{});
+}
+
+// The elements at even and at odd places of two vectors in memory.
+template <class T>
+inline void load_alternating(const T* p, Vec<Acc<T>>& even, Vec<Acc<T>>& odd) {
+  deinterleave(load(p), load(p + kLanes<Acc<T>>), even, odd);
+}
+inline void load_alternating(const BFloat16* p, VecF& even, VecF& odd) {
+  const VecU pairs = load_raw<VecU>(p);
+  even = first_of(pairs);
+  odd = second_of(pairs);
+}
+template <class T>
+inline void store_alternating(T* p, Vec<Acc<T>> even, Vec<Acc<T>> odd) {
+  Vec<Acc<T>> a, b;
+  interleave(even, odd, a, b);
+  store(p, a);
+  store(p + kLanes<Acc<T>>, b);
+}
+inline void store_alternating(BFloat16* p, VecF even, VecF odd) {
+  store_raw(p, round_high(even) >> 16 | (round_high(odd) & 0xffff0000u));
 }
 
 // A square of vectors in place.

@@ -212,9 +212,14 @@ __attribute__((always_inline)) inline void all_beside(const A* p, Vec<A> (&x)[k]
   all_beside<k, kStep>(p, x, std::make_integer_sequence<int, k>{});
 }
 
+// Whether a convolution shifts sums of columns: of neighbouring pixels in a vector, with registers enough.
+template <int64_t kStep>
+constexpr bool kShiftsSums = kStep == 1 && simd::kBytes == 64;
+
 // emit(v, sums, full) gets vector v of kRows output rows, bias + weight * rows; in: the kRows + k - 1 rows around
 // them.
 template <int k, int kRows, int64_t kStep, class A, class F>
+  requires(!kShiftsSums<kStep>)
 inline void convolve(
     const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t full, int64_t vectors, F&& emit) {
   constexpr int n = simd::kLanes<A>;
@@ -238,12 +243,74 @@ inline void convolve(
   });
 }
 
+// The same by shifting not the pixels but the sums over each column of the kernel, which are fewer; each vector is
+// loaded once. A vector is emitted when the sums of the second after it are made: neither has to wait for the other.
+// All vectors but the last are full.
+template <int k, int kRows, int64_t kStep, class A, class F>
+  requires(kShiftsSums<kStep>)
+__attribute__((always_inline)) inline void convolve(
+    const A* const (&in)[kRows + k - 1], const Vec<A>* weight, Vec<A> bias, int64_t full, int64_t vectors, F emit) {
+  constexpr int n = simd::kLanes<A>, kMiddle = k / 2;
+  using Columns = Vec<A>[kRows][k];
+  Vec<A> w[k * k], begun[kRows] = {}, ready[kRows];
+#pragma GCC unroll 32
+  for (int t = 0; t < k * k; ++t) w[t] = weight[t];
+  Columns before = {};
+  const A* rows[kRows + k - 1];  // a local copy, as that of `emit`, that no store can alias stays in registers
+  std::copy(std::begin(in), std::end(in), rows);
+
+  // Makes vector v - 1 of the output ready; beyond the last vector all is zero.
+  auto advance = [&](int64_t v, auto is_inside) __attribute__((always_inline)) {
+    Columns now = {};
+#pragma GCC unroll 8
+    for (int r = 0; is_inside && r < kRows + k - 1; ++r) {
+      const Vec<A> x = simd::load(rows[r] + v * n);
+#pragma GCC unroll 2
+      for (int o = 0; o < kRows; ++o)
+#pragma GCC unroll 8
+        for (int d = 0; d < k; ++d) {
+          if (r == o) now[o][d] = d == kMiddle ? bias + w[d] * x : w[d] * x;
+          if (r > o && r - o < k) now[o][d] += w[(r - o) * k + d] * x;
+        }
+    }
+    const auto shift = [&]<int... d>(std::integer_sequence<int, d...>) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int o = 0; o < kRows; ++o) {
+        ready[o] = begun[o];
+        ((ready[o] += simd::window<d + 1>(before[o][kMiddle + 1 + d], now[o][kMiddle + 1 + d])), ...);
+        begun[o] = now[o][kMiddle];
+        ((begun[o] += simd::window<n - 1 - d>(before[o][kMiddle - 1 - d], now[o][kMiddle - 1 - d])), ...);
+      }
+    };
+    shift(std::make_integer_sequence<int, kMiddle>{});
+#pragma GCC unroll 2
+    for (int o = 0; o < kRows; ++o)
+#pragma GCC unroll 8
+      for (int d = 0; d < k; ++d) before[o][d] = now[o][d];
+  };
+
+  advance(0, std::true_type{});
+  for (int64_t v = 1; v < vectors; ++v) {
+    Vec<A> sums[kRows];
+    for (int o = 0; o < kRows; ++o) sums[o] = ready[o];
+    advance(v, std::true_type{});
+    if (v > 1) emit(v - 2, sums, std::true_type{});
+  }
+  if (vectors > 1) emit(vectors - 2, ready, std::true_type{});
+  advance(vectors, std::false_type{});
+  if (full == vectors)
+    emit(vectors - 1, ready, std::true_type{});
+  else
+    emit(vectors - 1, ready, std::false_type{});
+}
+
 // Adds to sums[tap] the products of `grad` with the rows shifted by that tap, and to sums[k * k] `grad` itself; with
 // kConvolve, `emit` gets what it gets from `convolve`. Only the first `last_lanes` lanes of the last vector count in
-// the sums: the products of padding would turn infinities into NaN.
+// the sums: the products of padding would turn infinities into NaN. Not inlined: in larger functions GCC keeps the sums
+// in memory.
 template <bool kConvolve, int k, int kRows, int64_t kStep, class A, class F>
   requires(k <= 5)
-inline void correlate(
+__attribute__((noinline)) void correlate(
     const A* const (&in)[kRows + k - 1], const A* const (&grad)[kRows], Vec<A>* sums, int64_t vectors, int last_lanes,
     const Vec<A>* weight, Vec<A> bias, F&& emit) {
   constexpr int n = simd::kLanes<A>;

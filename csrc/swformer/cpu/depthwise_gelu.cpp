@@ -111,14 +111,16 @@ class Backward {
     x_next_ = next;
     const A* around[kRows + k - 1];
     x_rows.rows_from(i - k / 2, around);
+    A* to[kRows];
+    for (int o = 0; o < kRows; ++o) to[o] = z_rows.slot(i + o);
     stencil::convolve<k, kRows, kStep>(
         around, weight_, bias_, line.full(), line.vectors(),
-        [&](int64_t v, auto& z, auto full) __attribute__((always_inline)) {
+        [=](int64_t v, auto& z, auto full) __attribute__((always_inline)) {
           for (int o = 0; o < kRows; ++o) {
             const Vec<A> upstream = line.load(grad + o * stride, v, full) + grad_sums;
             Vec<A> grad_z = simd::gelu_derivative(z[o]) * upstream;
             if (!full) grad_z = stencil::first_lanes<A>(grad_z, line.count(v));
-            simd::store(z_rows.slot(i + o) + v * simd::kLanes<A>, grad_z);
+            simd::store(to[o] + v * simd::kLanes<A>, grad_z);
           }
         });
   }
@@ -133,7 +135,7 @@ class Backward {
     z_rows_.rows_from(i - k / 2, around);
     stencil::convolve<k, kRows, kStep>(
         around, flipped_, Vec<A>{}, line.full(), line.vectors(),
-        [&](int64_t v, auto& value, auto full) __attribute__((always_inline)) {
+        [=](int64_t v, auto& value, auto full) __attribute__((always_inline)) {
           for (int o = 0; o < kRows; ++o) line.store(out + o * stride, v, value[o], full);
         });
   }

@@ -48,6 +48,7 @@ class Forward {
     const Lines out{g.width, g.out_strides.w, task.lanes};
     const X* x = stencil::start(g.x, g.x_strides, task);
     T* y = stencil::start(g.out, g.out_strides, task);
+    const int64_t stride = g.out_strides.h;
     Vec<A> w[k * k];
     for (int t = 0; t < k * k; ++t) w[t] = stencil::per_channel<kChannelsLast>(p.weight, task, k * k, t);
     const Vec<A> b = stencil::per_channel<kChannelsLast>(p.bias, task, 1, 0);
@@ -64,11 +65,13 @@ class Forward {
       const A* around[kRows + k - 1];
       rows.rows_from(i - k / 2, around);
       Vec<A> run = sums.run[0];
+      T* const row = y + i * stride;
       stencil::convolve<k, kRows, kStep>(
-          around, w, b, out.full(), out.vectors(), [&](int64_t v, auto& z, auto full) __attribute__((always_inline)) {
+          around, w, b, out.full(), out.vectors(),
+          [=, &run](int64_t v, auto& z, auto full) __attribute__((always_inline)) {
             for (int o = 0; o < kRows; ++o) {
               const Vec<A> value = simd::gelu_of<T>(z[o]);
-              out.store(y + (i + o) * g.out_strides.h, v, value, full);
+              out.store(row + o * stride, v, value, full);
               if (kSums) run += full ? value : stencil::first_lanes<A>(value, out.count(v));
             }
           });

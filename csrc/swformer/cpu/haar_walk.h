@@ -40,8 +40,7 @@ inline void store(T* p, V v) {
 template <bool kChannelsLast, class V, class T>
 inline void load_pair(const T* p, int64_t stride, V& even, V& odd) {
   if constexpr (!kChannelsLast && IsVector<V>::value) {
-    constexpr int n = simd::kLanes<Acc<T>>;
-    simd::deinterleave(load<V>(p), load<V>(p + n), even, odd);
+    simd::load_alternating(p, even, odd);
   } else {
     even = load<V>(p);
     odd = load<V>(p + stride);
@@ -50,11 +49,7 @@ inline void load_pair(const T* p, int64_t stride, V& even, V& odd) {
 template <bool kChannelsLast, class V, class T>
 inline void store_pair(T* p, int64_t stride, V even, V odd) {
   if constexpr (!kChannelsLast && IsVector<V>::value) {
-    constexpr int n = simd::kLanes<Acc<T>>;
-    V a, b;
-    simd::interleave(even, odd, a, b);
-    store(p, a);
-    store(p + n, b);
+    simd::store_alternating(p, even, odd);
   } else {
     store(p, even);
     store(p + stride, odd);

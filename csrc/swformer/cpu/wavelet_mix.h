@@ -72,6 +72,11 @@ struct Blocks {
   }
   template <bool kReplicate, class B>
   void load_pair(const T* p, int64_t v, B full, V& even, V& odd) const {
+    if (!kChannelsLast && full) {
+      simd::load_alternating(p + at(2 * v), even, odd);
+      if constexpr (kOffset) even += offset, odd += offset;
+      return;
+    }
     const V a = load_half(p, 2 * v, full), b = load_half(p, 2 * v + 1, full);
     if (kChannelsLast)
       even = a, odd = b;
@@ -101,6 +106,7 @@ struct Blocks {
       else
         even[last_block()] += odd[last_block()];
     }
+    if (!kChannelsLast && full) return simd::store_alternating(p + at(2 * v), even, odd);
     V a = even, b = odd;
     if (!kChannelsLast) simd::interleave(even, odd, a, b);
     store_half(p, 2 * v, a, full);
