@@ -50,7 +50,8 @@ def export(model: sf.SWFormer) -> torch.export.ExportedProgram:
 
 def compile_package(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
     """Write the package and load it again."""
-    write_atomically(path, lambda partial: torch._inductor.aoti_compile_and_package(program, package_path=partial))
+    write = torch._inductor.aoti_compile_and_package
+    write_atomically(path, lambda partial: write(program, package_path=os.fspath(partial)))
     return torch._inductor.aoti_load_package(os.fspath(path))
 
 
