@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -80,6 +83,22 @@ print(status("VmHWM") - before)
     return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
 
 
+def runtimes(model: nn.Module, call: Callable[[Callable[[Tensor], Tensor]], Any]) -> dict[str, Variant]:
+    """Those that are installed, on the file of examples/export_onnx.py, where Fourier transforms are matrix products."""
+    folder = str(Path(__file__).parent.parent / "examples")
+    sys.path.append(folder)  # whose scripts import one another
+    try:
+        onnx = importlib.import_module("export_onnx")
+    except ImportError as error:
+        return {"ONNX": Variant(None, note=str(error))}
+    finally:
+        sys.path.remove(folder)
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / "network.onnx"
+        onnx.export(model, path)
+        return {name: Variant(partial(call, run)) for name, run in onnx.runtimes(path)}
+
+
 def network(exit: str, side: int, options: Options) -> Work:
     same = same_weights(PRESET, exit, options, train=False)
     image = image_as_asked(photograph(side), options)
@@ -109,6 +128,8 @@ def network(exit: str, side: int, options: Options) -> Work:
         variants["compile"] = Variant(None, note=note)
     ours = on_device(options.device)
     variants["ours"] = Variant(ours(partial(call, same.ours)), ours=True, metrics=metrics(same.ours))
+    if options.full and exit == "small" and side == 256 and options.device == "cpu" and not options.words:
+        variants |= runtimes(same.ours, call)
     variants |= beside(same, plain, options)
     return Work(variants, plain(same.exact, torch.float64), {} if options.words else TARGETS)
 
