@@ -84,7 +84,7 @@ print(status("VmHWM") - before)
 
 
 def runtimes(model: nn.Module, call: Callable[[Callable[[Tensor], Tensor]], Any]) -> dict[str, Variant]:
-    """Those that are installed, on the file of examples/export_onnx.py, where Fourier transforms are matrix products."""
+    """Those that are installed, on examples/export_onnx.py's file, where Fourier transforms are matrix products."""
     folder = str(Path(__file__).parent.parent / "examples")
     sys.path.append(folder)  # whose scripts import one another
     try:
