@@ -40,17 +40,17 @@ def photographs(split: str) -> dict[str, Tensor]:
 
 
 def recoloured(image: Tensor, generator: Generator) -> Tensor:
-    """Another exposure, balance and order of colours: so few photographs would be learnt by heart."""
+    """Another exposure, balance and order of colours, turned by quarters: few photographs are learnt by heart."""
     exponent, gains = (
         2 ** (0.8 * torch.rand((), generator=generator) - 0.4),
         1 - 0.2 * torch.rand(3, generator=generator),
     )
-    return (image**exponent * gains[:, None, None])[torch.randperm(3, generator=generator)]
+    image = (image**exponent * gains[:, None, None])[torch.randperm(3, generator=generator)]
+    return image.rot90(int(torch.randint(4, (), generator=generator)), (1, 2))
 
 
 def window(image: Tensor, generator: Generator) -> Tensor:
-    """A random view: recoloured, turned, scaled by 0.5 to 1, at most WINDOW pixels a side."""
-    image = recoloured(image, generator).rot90(int(torch.randint(4, (), generator=generator)), (1, 2))
+    """A random view: scaled by 0.5 to 1, at most WINDOW pixels a side."""
     scale = 0.5 + 0.5 * torch.rand((), generator=generator).item()
     sides = [max(1, round(side * scale)) for side in image.shape[1:]]
     image = F.interpolate(image[None], sides, mode="bicubic", antialias=True)[0].clamp(0, 1)
@@ -68,8 +68,11 @@ def random_crop(image: Tensor, generator: Generator, height: int, width: int) ->
 
 
 @lru_cache(maxsize=1)
-def scenes(task: str, seed: int) -> list[Tensor]:
+def scenes(task: str, seed: int, recolour: bool = False) -> list[Tensor]:
     """A random view of every training photograph and its degradation, (6, H, W) each: degraded, then clean."""
     generator = Generator().manual_seed(seed)
-    views = [window(photograph, generator) for photograph in photographs("train").values()]
+    views = [
+        window(recoloured(photograph, generator) if recolour else photograph, generator)
+        for photograph in photographs("train").values()
+    ]
     return [torch.cat((degrade(view, task, seed * 1009 + i), view)) for i, view in enumerate(views)]

@@ -70,11 +70,11 @@ class Crops(Dataset[Pair]):
         return both[:3].contiguous(), both[3:].contiguous()
 
 
-def synthetic(task: str, seed: int, batch: int) -> Callable[[int, Generator], Pair]:
+def synthetic(args: argparse.Namespace) -> Callable[[int, Generator], Pair]:
     """Photographs, degraded anew every epoch."""
 
     def draw(n: int, generator: Generator) -> Pair:
-        views = scenes(task, seed * STRIDE + n // (EPOCH * batch))
+        views = scenes(args.task, args.seed * STRIDE + n // (EPOCH * args.batch), args.recolour)
         view = views[int(torch.randint(len(views), (), generator=generator))]
         return view[:3], view[3:]
 
@@ -210,14 +210,14 @@ class Training:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
 
-SETTINGS = ("task", "layout", "preset", "exit", "steps", "batch", "crop", "lr", "seed", "progressive")
+SETTINGS = ("task", "layout", "preset", "exit", "steps", "batch", "crop", "lr", "seed", "progressive", "recolour")
 SETTINGS += ("ema", "clip", "mixed_precision")
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path) -> sf.SWFormer | None:
     """The trained model in eval mode, or None if interrupted (and saved)."""
     if args.task:
-        crops = Crops(synthetic(args.task, args.seed, args.batch), args.seed, False)
+        crops = Crops(synthetic(args), args.seed, False)
     else:
         crops = Crops(from_files(pairs(args.data, args.layout, "train"), args.layout), args.seed, True)
     run = Training(args, accelerator)
@@ -281,6 +281,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="in the last quarter a quarter of the crops, twice as large",
     )
+    parser.add_argument("--recolour", action="store_true", help="photographs in other colours and turned (for --task)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate at the start of the cosine (%(default)s)")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
     parser.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, 0 for none (%(default)s)")
