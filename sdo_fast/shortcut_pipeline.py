@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import update_wrapper, wraps
@@ -74,6 +75,8 @@ class ShortcutPipeline:
             requires a gradient and cannot get one, for the pipeline cuts its graph or the path leaves it out.
         RuntimeError: the pipeline or one of its denoisers already runs in such a call; fewer or more steps ran than the
             pipeline announced and the path asks for; a denoiser gave something else when its call was repeated.
+
+    A step whose output has no weight in the result (the first stage of DPM2, the last step of PNDM) warns in backward.
 
     Deterministic where the pipeline is. Source of the method: arXiv 2505.07477.
     """
@@ -225,7 +228,7 @@ class ShortcutPipeline:
                 outputs = repeated(count, *args, **kwargs)
             else:
                 outputs = count(*args, **kwargs)
-            run.outputs.extend(_requiring_gradients(outputs))
+            run.keep(_requiring_gradients(outputs))
             return outputs
 
         return denoise
@@ -247,6 +250,12 @@ class _Run:
             self.count = getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
             self.owner.grad_steps = steps_of(self.owner.path, self.count, self.owner.generator)
         return self.owner.grad_steps
+
+    def keep(self, outputs: list[Tensor]) -> None:
+        self.outputs.extend(outputs)
+        if len(self.owner.grad_steps) == 1:
+            for output in outputs:
+                output.register_hook(_warn_of_zero)
 
     def check_thread(self) -> None:
         if threading.get_ident() != self.thread:
@@ -335,6 +344,15 @@ def _moves_weights(module: nn.Module) -> bool:
     return False
 
 
+def _warn_of_zero(grad: Tensor) -> None:
+    if not grad.any():
+        warnings.warn(
+            "the gradient of the path's step is exactly zero: its output has no weight in the result (sample "
+            "prediction before the last step, the last step of PNDM, the first stage of KDPM2), or the loss has none",
+            stacklevel=2,
+        )
+
+
 def _requiring_gradients(values: Any) -> list[Tensor]:
     return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
 
@@ -398,7 +416,7 @@ def _check_reached(pipe: str, result: Any, given: dict[str, Any], outputs: list[
     if steps and not found & {*steps}:
         raise ValueError(
             f"path must reach the result, and in {pipe} it does not: the pipeline cuts the graph, or its scheduler "
-            "leaves this step's output aside (the first stage of KDPM2): take the next step"
+            "leaves this step's output aside"
         )
     for name, some in nodes.items():
         if not found.issuperset(some):
