@@ -88,7 +88,14 @@ class PipelineSampler(ShortcutSampler):
         assert self.vae is not None
         if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
             return getattr(self.vae, method)(x.to(self.vae.dtype))
+        if hasattr(self.vae, "_hf_hook"):
+            self.vae._hf_hook.pre_forward(self.vae)  # brings weights that are offloaded as a whole
         call = _Calling(self.vae, method)
+        if any(t.is_meta for t in call.state_dict().values()):
+            raise ValueError(
+                "vae must have its weights at hand to run in float32, got one that is offloaded layer by layer; "
+                f"{_ELSE}"
+            )
         in_fp32 = {
             name: t.float() if t.is_floating_point() else t for name, t in call.state_dict(keep_vars=True).items()
         }
@@ -129,8 +136,7 @@ def from_pipeline(
 
     Raises:
         TypeError: another kind of pipeline, or one with parts that this sampler would leave out (ControlNet,
-            inpainting, instructions, refiner, ...). For those, give their network to `ShortcutSampler`, with a function
-            that calls it as `model(x, t, **kwargs)`.
+            inpainting, instructions, refiner, a `__call__` of its own, ...). `ShortcutPipeline` runs those.
         ValueError: height or width are no multiple of what the autoencoder takes.
     """
     network = getattr(pipe, "unet", None)
@@ -176,7 +182,14 @@ def execution_device(module: nn.Module, default: torch.device) -> torch.device:
     return torch.device(next((device for device in devices if device is not None), default))
 
 
-_ELSE = "give its network to ShortcutSampler in a function model(x, t, **kwargs)"
+_ELSE = (
+    "ShortcutPipeline runs any pipeline by its own code; or give its network to ShortcutSampler in a function "
+    "model(x, t, **kwargs)"
+)
+_REPRODUCED = [
+    f"{name}Pipeline.__call__"
+    for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "DDPM", "DDIM", "PNDM")
+]
 
 
 def _refuse(pipe: Any, network: Any) -> None:
@@ -194,9 +207,11 @@ def _refuse(pipe: Any, network: Any) -> None:
             getattr(of_vae, name, None) is not None for name in ("latents_mean", "latents_std")
         ),
         "a network with time_cond_proj_dim": getattr(config, "time_cond_proj_dim", None) is not None,
+        "an image prompt": getattr(config, "encoder_hid_dim_type", None) is not None,
         "aesthetic scores": bool(getattr(getattr(pipe, "config", None), "requires_aesthetics_score", False)),
         f"a network of {config.in_channels} channels on an autoencoder of {channels}": channels is not None
         and config.in_channels != channels,
+        "a call of its own": type(pipe).__call__.__qualname__ not in _REPRODUCED,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -17,7 +17,7 @@ CACHES = (
 )
 
 
-def repeated(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def repeated(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """call(*args, **kwargs), checkpointed; what the repeated call gives is compared with what the first one gave.
 
     Raises:
@@ -25,7 +25,7 @@ def repeated(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     first: list[list[Tensor]] = []
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outputs = call(*args, **kwargs)
         tensors = [t.detach() for t in tree_leaves(outputs) if isinstance(t, Tensor)]
         if first:
@@ -35,7 +35,8 @@ def repeated(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return outputs
 
     with set_checkpoint_early_stop(False):  # the output too is computed again
-        return run_checkpointed(run, *args, use_reentrant=False, **kwargs)
+        # Keywords too among the positions: of tensors there the devices' generators are kept.
+        return run_checkpointed(run, args, kwargs, use_reentrant=False)
 
 
 def _check_repetition(first: list[Tensor], again: list[Tensor]) -> None:

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 from sdo_models import tiny_stable_diffusion
-from test_sdo_shortcut_families import flux, flux_true_guidance, latent_diffusion, noise, tiny_wan, wan
+from test_sdo_shortcut_families import (
+    flux,
+    flux_true_guidance,
+    latent_diffusion,
+    noise,
+    stable_diffusion_xl,
+    tiny_wan,
+    wan,
+)
 from torch import Tensor, nn
 
 from sdo_fast import ShortcutPipeline, from_pipeline
@@ -475,8 +483,6 @@ def test_a_safety_checker_and_a_watermark_are_constants(pipe):
     assert not grad[1].any()
     assert "safety checker" in ShortcutPipeline(pipe).why_not()
     pipe.safety_checker = before
-
-    from test_sdo_shortcut_families import stable_diffusion_xl
 
     xl, arguments, _ = stable_diffusion_xl()
     xl.set_progress_bar_config(disable=True)
