@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,30 @@ from .sampler import ShortcutSampler, check_latents
 class _Calling(nn.Module):
     """A method of a module as a module, for functional_call."""
 
-    def __init__(self, module: nn.Module, method: str) -> None:
+    def __init__(self, module: nn.Module, method: Callable[..., Any]) -> None:
         super().__init__()
         self.module, self.method = module, method
 
-    def forward(self, x: Tensor) -> Any:
-        return getattr(self.module, self.method)(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.method(*args, **kwargs)
+
+
+def with_weights(
+    module: nn.Module, method: Callable[..., Any], convert: Callable[[Tensor], Tensor]
+) -> Callable[..., Any]:
+    """A method of the module with its weights as `convert` makes them of the present ones, which stay as they are."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)  # brings weights that are offloaded as a whole
+    calling = _Calling(module, method)
+    weights = calling.state_dict(keep_vars=True)
+    if any(t.is_meta for t in weights.values()):
+        raise ValueError(
+            "vae must be float32 or have its weights at hand, got one that is offloaded layer by layer and runs in "
+            "another dtype than its own: vae.to(torch.float32) before offloading"
+        )
+    weights = {name: convert(t) for name, t in weights.items()}
+    return lambda *args, **kwargs: torch.func.functional_call(calling, weights, args, kwargs)
 
 
 class PipelineSampler(ShortcutSampler):
@@ -88,18 +106,8 @@ class PipelineSampler(ShortcutSampler):
         assert self.vae is not None
         if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
             return getattr(self.vae, method)(x.to(self.vae.dtype))
-        if hasattr(self.vae, "_hf_hook"):
-            self.vae._hf_hook.pre_forward(self.vae)  # brings weights that are offloaded as a whole
-        call = _Calling(self.vae, method)
-        if any(t.is_meta for t in call.state_dict().values()):
-            raise ValueError(
-                "vae must have its weights at hand to run in float32, got one that is offloaded layer by layer; "
-                f"{_ELSE}"
-            )
-        in_fp32 = {
-            name: t.float() if t.is_floating_point() else t for name, t in call.state_dict(keep_vars=True).items()
-        }
-        return torch.func.functional_call(call, in_fp32, (x.float(),))
+        in_fp32 = with_weights(self.vae, getattr(self.vae, method), lambda t: t.float() if t.is_floating_point() else t)
+        return in_fp32(x.float())
 
     def guided(
         self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None

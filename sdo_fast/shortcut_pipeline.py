@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .arguments import check_flag
 from .gradients import Slopes
 from .paths import check_path, steps_of
+from .pipelines import with_weights
 from .repetition import repeated
 from .sampler import out_of_inference_mode
 
@@ -191,10 +192,11 @@ class ShortcutPipeline:
         for name, module in _modules(pipe).items():
             if name in self.denoisers:
                 continue
-            repeat = self.checkpoint_decoder or _moves_weights(module)
+            moved = _moves_weights(module)
             for method in ("forward", "encode", "decode"):
                 if callable(getattr(module, method, None)):
-                    lean = _without_needless_graph(getattr(module, method), repeat and method == "decode")
+                    repeat = moved or (self.checkpoint_decoder and method == "decode")
+                    lean = _without_needless_graph(module, method, repeat)
                     swaps.enter_context(_swapped(module, method, lean))
         for name in call.__code__.co_names:
             method = inspect.getattr_static(type(pipe), name, None)
@@ -357,18 +359,24 @@ def _requiring_gradients(values: Any) -> list[Tensor]:
     return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
 
 
-def _without_needless_graph(call: Callable[..., Any], repeat: bool) -> Callable[..., Any]:
+def _without_needless_graph(module: nn.Module, method: str, repeat: bool) -> Callable[..., Any]:
     """Keeps a graph where an input requires a gradient, and not for the sake of parameters alone."""
+    call, dtype = getattr(module, method), _dtype(module)
 
     @wraps(call)
     def lean(*args: Any, **kwargs: Any) -> Any:
-        needed = torch.is_grad_enabled() and bool(_requiring_gradients((args, kwargs)))
-        if needed and repeat:
-            return repeated(call, *args, **kwargs)
-        with torch.set_grad_enabled(needed):
-            return call(*args, **kwargs)
+        if not torch.is_grad_enabled() or not _requiring_gradients((args, kwargs)):
+            with torch.no_grad():
+                return call(*args, **kwargs)
+        # Pipelines cast an autoencoder to float32 for this call and back: the graph keeps the weights of now.
+        run = call if _dtype(module) == dtype else with_weights(module, call, Tensor.detach)
+        return repeated(run, *args, **kwargs) if repeat else run(*args, **kwargs)
 
     return lean
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters()), None)
 
 
 def _as_constants(check: Callable[..., Any]) -> Callable[..., Any]:

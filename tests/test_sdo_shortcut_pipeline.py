@@ -401,20 +401,34 @@ def test_hooks_that_the_pipeline_renews_stay(pipe, monkeypatch):
     vars(pipe.unet).pop("forward")
 
 
+class Small(nn.Module):
+    """A denoiser that compiles in no time."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = network.config, network.dtype, network.device
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+        return (torch.tanh(self.convolution(sample)) + encoder_hidden_states.mean(),)
+
+
 @pytest.mark.parametrize("how", ["module", "in place"])
 def test_compiled_denoisers(pipe, how):
+    before, pipe.unet = pipe.unet, Small(pipe.unet)
     z = noise(1, 4, 8, 8).requires_grad_()
     (wanted,) = gradient(ShortcutPipeline(pipe)(latents=z, **TEXT), z)
-    unet = copy.deepcopy(pipe.unet)
     if how == "module":
-        unet = torch.compile(unet, backend="eager")
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
     else:
-        unet.compile(backend="eager")
-    pipe.unet = unet
-    assert torch.equal(gradient(ShortcutPipeline(pipe)(latents=z, **TEXT), z)[0], wanted)
-    result = pipe(latents=z.detach(), output_type="pt", **TEXT).images
-    assert not result.requires_grad
-    pipe.unet = getattr(unet, "_orig_mod", unet)
+        pipe.unet.compile(backend="eager")
+    sampler = ShortcutPipeline(pipe)
+    result = sampler(latents=z, **TEXT)
+    assert sampler.graph_calls == 1
+    assert torch.equal(gradient(result, z)[0], wanted)
+    assert torch.equal(pipe(latents=z.detach(), output_type="pt", **TEXT).images, result.images)
+    pipe.unet = before
 
 
 def test_the_decoder_is_checkpointed(pipe):
@@ -427,6 +441,31 @@ def test_the_decoder_is_checkpointed(pipe):
         kept.append((sum(saved), gradient(result, z)[0]))
     assert kept[1][0] < 0.2 * kept[0][0]
     assert torch.equal(kept[0][1], kept[1][1])
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.filterwarnings("ignore:.*upcast_vae:FutureWarning")
+def test_an_autoencoder_that_is_cast_and_cast_back(decoder):
+    """Stable Diffusion XL in fp16 decodes in fp32."""
+    pipe, arguments, _ = stable_diffusion_xl()
+    pipe.set_progress_bar_config(disable=True)
+    hooks = pytest.importorskip("accelerate.hooks")
+    for moved in (False, True):
+        if moved:  # the cast and a hook that brings the weights
+            hooks.add_hook_to_module(pipe.vae, hooks.ModelHook())
+        pipe.vae.half()
+        pipe.unet.half()
+        half = {k: v.detach().half() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        half["num_inference_steps"] = 2
+        expected = pipe(**half, output_type="pt").images
+        half["latents"].requires_grad_()
+        result = ShortcutPipeline(pipe, checkpoint_decoder=decoder)(**half)
+        assert pipe.vae.dtype == torch.float16
+        assert result.images.isfinite().all()
+        assert torch.equal(result.images, expected)
+        (grad,) = gradient(result, half["latents"])
+        assert grad.isfinite().all()
+        assert grad.any()
 
 
 def test_memory_does_not_grow_with_the_steps(pipe):
