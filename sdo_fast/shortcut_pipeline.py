@@ -51,7 +51,7 @@ class ShortcutPipeline:
     requires a gradient; a safety checker's and a watermark's changes are constants. Under `torch.no_grad()` the call is
     the pipeline's.
 
-    `output_type` is "pt" unless given, where the pipeline has one; "latent" has gradients too, "pil" and "np" none.
+    `output_type` is "pt" unless given; "latent" has gradients too, "pil" and "np" none: they need `torch.no_grad()`.
     Pipelines that return an array whatever is asked (LDM) give a tensor of its shape in its place.
 
     Args:
@@ -61,8 +61,8 @@ class ShortcutPipeline:
         checkpoint: call the denoiser again in backward instead of keeping its activations. Where accelerate or
             diffusers move a module's weights (offloading, layerwise casting) it is always so.
         checkpoint_decoder: the same for the autoencoder's `decode`.
-        denoisers: names of the components that run at each step; None takes those of `unet`, `transformer`,
-            `transformer_2`, `prior`, `decoder`, `model` and `controlnet` that the pipeline has.
+        denoisers: names of the components that run at each step; None takes what the pipeline has of `unet`,
+            `transformer`, `transformer_2`, `unconditional_transformer`, `prior`, `decoder`, `model`, `controlnet`.
         generator: draws the step of "random". The `generator` of the call is the pipeline's alone, as is torch's own.
 
     Attributes:
@@ -116,21 +116,20 @@ class ShortcutPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `pipe(*args, **kwargs)` returns, with the graph of the path."""
         call = _undecorated(type(self.pipe).__call__)
+        signature = inspect.signature(call)
+        asked = signature.bind_partial(self.pipe, *args, **kwargs).arguments.get("output_type")
+        if asked is None and "output_type" in signature.parameters:
+            kwargs["output_type"] = "pt"
         if not torch.is_grad_enabled():
             with self._claimed(), ExitStack() as swaps:
                 self._swap_denoisers(swaps, _Run(self))
                 return self.pipe(*args, **kwargs)
-        parameters = inspect.signature(call).parameters
-        given = inspect.signature(call).bind_partial(self.pipe, *args, **kwargs).arguments
-        if "output_type" in parameters and "output_type" not in given:
-            kwargs["output_type"] = "pt"
-        elif given.get("output_type") in ("pil", "np"):
+        if asked in ("pil", "np"):
             raise ValueError(
-                f'output_type must be "pt" or "latent", for {given["output_type"]!r} has no gradient; '
-                "torch.no_grad() gives it without"
+                f'output_type must be "pt" or "latent", for {asked!r} has no gradient; torch.no_grad() gives it without'
             )
         args, kwargs = _lent((args, kwargs))
-        given = inspect.signature(call).bind_partial(self.pipe, *args, **kwargs).arguments
+        given = signature.bind_partial(self.pipe, *args, **kwargs).arguments
         run = _Run(self)
         with self._claimed(), ExitStack() as swaps:
             self._swap_denoisers(swaps, run)
@@ -142,15 +141,13 @@ class ShortcutPipeline:
             swaps.enter_context(_TensorsForArrays() if "numpy" in call.__code__.co_names else nullcontext())
             result = call(self.pipe, *args, **kwargs)
             run.check_steps()
-        given.pop("self", None)
         _check_reached(type(self.pipe).__name__, result, given, run.outputs)
         return result
 
     def why_not(self) -> str:
         """What keeps its graph in a call and, in words, what does not and why."""
         pipe, words = self.pipe, []
-        kept = [name for name in self.denoisers if not _moves_weights(getattr(pipe, name))]
-        if not self.checkpoint and len(kept) < len(self.denoisers):
+        if not self.checkpoint and any(_moves_weights(getattr(pipe, name)) for name in self.denoisers):
             words.append("their weights are moved between calls, so calls with a graph are repeated in backward")
         modules = [name for name, module in _modules(pipe).items() if name not in self.denoisers]
         constant = [name for name in modules if not hasattr(getattr(pipe, name), "decode")]

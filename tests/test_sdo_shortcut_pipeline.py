@@ -148,8 +148,9 @@ def test_calls_are_counted(pipe):
         assert len(sampler.grad_steps) == graphs
     with torch.no_grad():
         image = sampler(latents=z, output_type="np", **TEXT).images
-    assert image.shape == (1, 16, 16, 3)
-    assert sampler.model_calls == 3 * STEPS
+        assert image.shape == (1, 16, 16, 3)
+        assert torch.equal(sampler(latents=z, **TEXT).images, result.images)
+    assert sampler.model_calls == 4 * STEPS
 
 
 def test_two_calls_of_the_denoiser_are_one_step():
@@ -271,6 +272,26 @@ def test_callbacks_and_the_progress_bar(pipe, capsys):
     assert seen == 2 * [(i, True) for i in range(STEPS)]
     assert gradient(result, z)[0].any()
     assert "4/4" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_scheduler_is_not_counted(pipe):
+    """Pipelines of pictures with sound step a second scheduler, a copy of the first."""
+    copies = []
+
+    def callback(owner: Any, i: int, t: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        scheduler = copy.deepcopy(owner.scheduler)
+        scheduler.set_timesteps(7)
+        before = owner.scheduler.num_inference_steps
+        copies.append(scheduler.step(values["latents"], scheduler.timesteps[0], values["latents"]).prev_sample)
+        assert before == owner.scheduler.num_inference_steps == STEPS
+        return values
+
+    z = noise(1, 4, 8, 8).requires_grad_()
+    sampler = ShortcutPipeline(pipe, "last")
+    result = sampler(latents=z, callback_on_step_end=callback, **TEXT)
+    assert len(copies) == STEPS
+    assert sampler.grad_steps == {STEPS - 1}
+    assert torch.equal(result.images, pipe(latents=z.detach(), output_type="pt", **TEXT).images)
 
 
 def test_an_interrupted_call_names_what_is_missing(pipe):
