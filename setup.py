@@ -194,7 +194,7 @@ class NinjaBuild(build_ext):
 
 
 PACKAGES = ["sdo_fast", "sdo_fast.reference", "swformer_kernels"]
-PACKAGES += ["swformer_fast", "swformer_fast.ops", "swformer_fast.reference"]
+PACKAGES += ["swformer_fast", "swformer_fast.ops", "swformer_fast.reference", "swformer_fast.tools"]
 
 extensions = find_extensions()
 # They link no Python: one wheel serves every Python that torch's stable ABI does.
@@ -203,7 +203,11 @@ wheel = {"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {}
 setup(
     packages=PACKAGES,
     package_dir={"swformer_kernels": "kernels/swformer_kernels"},
-    package_data={"sdo_fast": ["py.typed"], "swformer_fast": ["py.typed"], "swformer_kernels": ["py.typed"]},
+    package_data={
+        "sdo_fast": ["py.typed"],
+        "swformer_fast": ["py.typed", "weights/*.safetensors"],
+        "swformer_kernels": ["py.typed"],
+    },
     ext_modules=extensions,
     options=wheel,
     cmdclass={"build_ext": NinjaBuild},

@@ -1,5 +1,6 @@
 """
 .. include:: ../README.md
+.. include:: restore.md
 .. include:: support.md
 .. include:: sdo.md
 .. include:: gpu.md

@@ -2,6 +2,8 @@
 
     degraded = degrade(photograph, "rain_streaks", seed=3)
 
+    python examples/degradations.py clean.png --task haze --seed 3 --out hazy.png
+
 Each follows a published formation model, named in its docstring; strengths and shapes are drawn from the generator. An
 image is a floating tensor (3, H, W) in [0, 1] of any H, W >= 1. Where light is blurred or dimmed the model holds for
 linear intensities, so those steps work on `J**GAMMA` and undo the power afterwards.
@@ -11,8 +13,11 @@ They are stand-ins: real weather and real cameras are more various than these.
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -311,3 +316,29 @@ DEGRADATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
         low_light,
     )
 }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from swformer_fast.tools.files import PICTURES, check_writable, replacing
+    from swformer_fast.tools.pictures import read, write
+
+    parser = argparse.ArgumentParser(description="Degrade a picture.")
+    parser.add_argument("image", type=Path, help="clean picture")
+    parser.add_argument("--task", choices=DEGRADATIONS, required=True, help="degradation")
+    parser.add_argument("--seed", type=int, default=0, help="of its random numbers (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="degraded picture to write")
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() not in PICTURES:
+        parser.error(f"--out {args.out} must end in one of {', '.join(PICTURES)}")
+    try:
+        check_writable(args.out)
+        picture = read(args.image)
+        with replacing(args.out) as partial:
+            write(picture.restored(degrade(picture.rgb(), args.task, args.seed)), partial)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ from .pipelines import from_pipeline
 from .reuse import TrajectoryCache
 from .sampler import SamplerConfig, ShortcutSampler
 from .schedulers import coefficients
+from .shortcut_pipeline import ShortcutPipeline
 from .solver import NotAffineError
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NonFiniteLossError",
     "NotAffineError",
     "SamplerConfig",
+    "ShortcutPipeline",
     "ShortcutSampler",
     "TrajectoryCache",
     "backends",

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import CheckpointError
 from ._progress import bar
 from .arguments import check_flag, is_integer, number, number_list
 from .noise import each
-from .sampler import CACHES, ShortcutSampler, check_latents, check_sampler
+from .repetition import CACHES
+from .sampler import ShortcutSampler, check_latents, check_sampler
 
 # Coarse to fine as it was measured: the last fifth of the updates on the full schedule.
 COARSE_SHARE = 0.8

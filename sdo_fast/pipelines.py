@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,30 @@ from .sampler import ShortcutSampler, check_latents
 class _Calling(nn.Module):
     """A method of a module as a module, for functional_call."""
 
-    def __init__(self, module: nn.Module, method: str) -> None:
+    def __init__(self, module: nn.Module, method: Callable[..., Any]) -> None:
         super().__init__()
         self.module, self.method = module, method
 
-    def forward(self, x: Tensor) -> Any:
-        return getattr(self.module, self.method)(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.method(*args, **kwargs)
+
+
+def with_weights(
+    module: nn.Module, method: Callable[..., Any], convert: Callable[[Tensor], Tensor]
+) -> Callable[..., Any]:
+    """A method of the module with its weights as `convert` makes them of the present ones, which stay as they are."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)  # brings weights that are offloaded as a whole
+    calling = _Calling(module, method)
+    weights = calling.state_dict(keep_vars=True)
+    if any(t.is_meta for t in weights.values()):
+        raise ValueError(
+            "vae must be float32 or have its weights at hand, got one that is offloaded layer by layer and runs in "
+            "another dtype than its own: vae.to(torch.float32) before offloading"
+        )
+    weights = {name: convert(t) for name, t in weights.items()}
+    return lambda *args, **kwargs: torch.func.functional_call(calling, weights, args, kwargs)
 
 
 class PipelineSampler(ShortcutSampler):
@@ -88,11 +106,8 @@ class PipelineSampler(ShortcutSampler):
         assert self.vae is not None
         if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
             return getattr(self.vae, method)(x.to(self.vae.dtype))
-        call = _Calling(self.vae, method)
-        in_fp32 = {
-            name: t.float() if t.is_floating_point() else t for name, t in call.state_dict(keep_vars=True).items()
-        }
-        return torch.func.functional_call(call, in_fp32, (x.float(),))
+        in_fp32 = with_weights(self.vae, getattr(self.vae, method), lambda t: t.float() if t.is_floating_point() else t)
+        return in_fp32(x.float())
 
     def guided(
         self, latents: Tensor, model_kwargs: Mapping[str, Any] | None, uncond_kwargs: Mapping[str, Any] | None
@@ -129,8 +144,7 @@ def from_pipeline(
 
     Raises:
         TypeError: another kind of pipeline, or one with parts that this sampler would leave out (ControlNet,
-            inpainting, instructions, refiner, ...). For those, give their network to `ShortcutSampler`, with a function
-            that calls it as `model(x, t, **kwargs)`.
+            inpainting, instructions, refiner, a `__call__` of its own, ...). `ShortcutPipeline` runs those.
         ValueError: height or width are no multiple of what the autoencoder takes.
     """
     network = getattr(pipe, "unet", None)
@@ -176,7 +190,14 @@ def execution_device(module: nn.Module, default: torch.device) -> torch.device:
     return torch.device(next((device for device in devices if device is not None), default))
 
 
-_ELSE = "give its network to ShortcutSampler in a function model(x, t, **kwargs)"
+_ELSE = (
+    "ShortcutPipeline runs any pipeline by its own code; or give its network to ShortcutSampler in a function "
+    "model(x, t, **kwargs)"
+)
+_REPRODUCED = [
+    f"{name}Pipeline.__call__"
+    for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "DDPM", "DDIM", "PNDM")
+]
 
 
 def _refuse(pipe: Any, network: Any) -> None:
@@ -194,9 +215,11 @@ def _refuse(pipe: Any, network: Any) -> None:
             getattr(of_vae, name, None) is not None for name in ("latents_mean", "latents_std")
         ),
         "a network with time_cond_proj_dim": getattr(config, "time_cond_proj_dim", None) is not None,
+        "an image prompt": getattr(config, "encoder_hid_dim_type", None) is not None,
         "aesthetic scores": bool(getattr(getattr(pipe, "config", None), "requires_aesthetics_score", False)),
         f"a network of {config.in_channels} channels on an autoencoder of {channels}": channels is not None
         and config.in_channels != channels,
+        "a call of its own": type(pipe).__call__.__qualname__ not in _REPRODUCED,
     }
     for reason, holds in reasons.items():
         if holds:

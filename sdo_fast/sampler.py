@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint as run_checkpointed
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ._progress import bar
 from .arguments import check_batch, check_flag, check_floating, check_generator, check_guidance, is_integer, number
@@ -22,16 +20,13 @@ from .model import GuidedModel
 from .noise import Generators, each
 from .ops import transformed
 from .paths import draw_step, grad_step_choices
+from .repetition import repeated
 from .reuse import TrajectoryCache
 from .schedulers import affine_sensitivities, refuse_stochastic, refuse_vanishing
 from .solver import Solver
 from .steppers import Stepper, stepper_for
 
 Sampler = TypeVar("Sampler", bound="ShortcutSampler")
-CACHES = (
-    "model must do the same when its call is repeated for the backward pass, got something else: one that keeps "
-    "activations between calls (DeepCache and its like) takes a sampler with checkpoint=False"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +246,7 @@ class ShortcutSampler:
         check_latents(latents, generator)
         if grad_step is not None and not (is_integer(grad_step) and grad_step in self.solver.steps):
             raise ValueError(f"grad_step must be None or one of the steps {self.solver.steps}, got {grad_step!r}")
-        latents, model_kwargs, uncond_kwargs = _out_of_inference_mode((latents, model_kwargs, uncond_kwargs))
+        latents, model_kwargs, uncond_kwargs = out_of_inference_mode((latents, model_kwargs, uncond_kwargs))
         eps = self.guided(latents, model_kwargs, uncond_kwargs)
         steps = bar(self.solver.steps, "sampling", progress)
         if self.config.reuse is None:
@@ -374,39 +369,14 @@ class ShortcutSampler:
             return tuple(output.clone() for output in outputs)
         # torch 2.10 would take the weights as autocast cast them for the calls without gradients.
         torch.clear_autocast_cache()
-        return self._repeated(eps, x, t) if self.config.checkpoint else self._counted(eps, x, t)
-
-    def _repeated(self, eps: GuidedModel, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Checkpointed; what the repeated call gives is compared with what the first one gave."""
-        first: list[tuple[Tensor, ...]] = []
-
-        def call(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-            outputs = self._counted(eps, x, t)
-            if first:
-                _check_repetition(first[0], outputs)
-            else:
-                first.append(tuple(output.detach() for output in outputs))
-            return outputs
-
-        with set_checkpoint_early_stop(False):  # the output too is computed again
-            return run_checkpointed(call, x, t, use_reentrant=False)
+        return repeated(self._counted, eps, x, t) if self.config.checkpoint else self._counted(eps, x, t)
 
     def _counted(self, eps: GuidedModel, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         self.model_calls += eps.evaluations
         return eps.evaluate(x, t)
 
 
-def _check_repetition(first: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> None:
-    """Raise where a model gave other outputs, beyond what kernels that sum in any order do, for the same inputs."""
-    if first[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    for one, other in zip(first, again, strict=True):
-        tolerance = 5e-2 if one.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if (other.detach() - one).norm() > tolerance * one.norm():
-            raise RuntimeError(CACHES)
-
-
-def _out_of_inference_mode(values: Any) -> Any:
+def out_of_inference_mode(values: Any) -> Any:
     """The same values; tensors made under torch.inference_mode, which autograd cannot save, as normal ones."""
     if torch.is_inference_mode_enabled():
         return values

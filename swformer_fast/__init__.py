@@ -5,7 +5,7 @@ PyTorch, with the same state_dicts. Importing loads no compiler, no Triton and n
 first call.
 """
 
-from . import functional, parameters, reference
+from . import functional, parameters, pretrained, reference
 from .backend import backends, empty_cache, use_backend, why_not
 from .graphed import graphed
 from .modules import (
@@ -19,11 +19,12 @@ from .modules import (
     SWFormerBlock,
     WaveletBranch,
 )
-from .network import PRESETS, SWFormer
+from .network import EXITS, PRESETS, SWFormer
 from .replace import accelerate
 from .tiling import restore_tiled
 
 __all__ = [
+    "EXITS",
     "PRESETS",
     "ChannelAttention",
     "FourierBranch",
@@ -41,6 +42,7 @@ __all__ = [
     "functional",
     "graphed",
     "parameters",
+    "pretrained",
     "reference",
     "restore_tiled",
     "use_backend",

@@ -354,10 +354,11 @@ def why_not(function: Callable[..., Any] | nn.Module | str, *args: Any, **kwargs
     >>> why_not(F.haar_dwt2d, x, dec_lo, dec_hi)
     'cpp runs'
     >>> with torch.no_grad():
-    ...     print(why_not(model, image))
+    ...     print(why_not(model, image, exit="small"))
     2 x haar_dwt2d: cpp runs
-    12 x swformer_block: cpp runs
-    6 x pointwise: cpp runs
+    25 x swformer_block: cpp runs
+    2 x pointwise: cpp runs
+    2 x haar_idwt2d: cpp runs
     """
     from . import functional
 

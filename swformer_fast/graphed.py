@@ -310,7 +310,7 @@ def graphed(model: nn.Module, max_graphs: int = 8, max_bytes: int | None = None)
         y = a copy of y'             # never overwritten by a later call
 
     A kind of call is: shape, dtype and device of `x`; whether it is channels_last (an input of any other strides is
-    copied into a contiguous one); the other arguments (`all_scales=True`), which are numbers, strings and the like;
+    copied into a contiguous one); the other arguments (`exit="small"`), which are numbers, strings and the like;
     autocast and its dtype; the precision of fp32 products and convolutions; deterministic settings; `use_backend`. All
     graphs are captured anew once a parameter, a buffer, a submodule, its class or its training flag is another than
     before: moved, cast, quantised, replaced, accelerated, loaded with `assign=True`. Weights that change in place (an

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from .functional import check_floating
-from .reference.common import check_flag, check_integer, check_positive
+from .reference import EXITS
+from .reference.common import check_choice, check_flag, check_integer, check_positive
 
 MULTIPLE = 16
 
 
 def restore_tiled(
-    model: nn.Module | Callable[[Tensor], Tensor],
+    model: nn.Module | Callable[..., Tensor],
     image: Tensor,
     tile: int = 512,
     overlap: int = 32,
+    exit: str | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """`model(image)` computed on overlapping tiles that are blended linearly where they overlap.
+    """`model(image)`, or `model(image, exit=exit)`, on overlapping tiles, blended linearly where they overlap.
 
     Memory beside the image and the result is that of one tile, whatever the image's size. The result differs from
     `model(image)`: each tile sees its own pixels only (the Fourier branch mixes over the whole tile). An image that
@@ -33,6 +35,7 @@ def restore_tiled(
         image: (C, H, W) or (B, C, H, W) on any device; it stays there.
         tile: side of a tile, a multiple of 16.
         overlap: least number of pixels that neighbouring tiles share, below tile / 2.
+        exit: that of an `SWFormer` to take; None: the model is called with the tile alone.
         progress: show a progress bar (tqdm, where installed).
 
     Returns:
@@ -40,7 +43,8 @@ def restore_tiled(
 
     Raises:
         TypeError, ValueError: image is no dense floating tensor of rank 3 or 4, or is empty; tile or overlap is no int
-            or out of range; the model cannot be called, or returns something else for the first tile.
+            or out of range; the model cannot be called, or returns something else for the first tile;
+            exit is none of `EXITS`, or the model has none such.
     """
     if not callable(model):
         raise TypeError(f"model must be an nn.Module or a function of a tile, got {type(model).__name__}")
@@ -48,12 +52,15 @@ def restore_tiled(
     if image.dim() not in (3, 4) or 0 in image.shape[-3:]:
         raise ValueError(f"image must have shape (C, H, W) or (B, C, H, W), got {tuple(image.shape)}")
     tile, overlap = check_positive("tile", tile), check_integer("overlap", overlap)
+    if exit is not None:
+        check_choice("exit", exit, EXITS)
     check_flag("progress", progress)
     if tile < MULTIPLE or tile % MULTIPLE:
         raise ValueError(f"tile must be a positive multiple of {MULTIPLE}, got {tile}")
     if not 0 <= overlap < tile / 2:
         raise ValueError(f"overlap must be at least 0 and less than tile / 2 = {tile / 2:g}, got {overlap}")
     device, dtype = _where_it_runs(model, image) if isinstance(model, nn.Module) else (image.device, image.dtype)
+    options = {} if exit is None else {"exit": exit}
     batch = image if image.dim() == 4 else image[None]
     rows, columns = (_windows(size, tile, overlap) for size in batch.shape[2:])
     places = list(itertools.product(range(len(batch)), rows, columns))
@@ -61,7 +68,7 @@ def restore_tiled(
     with torch.no_grad():
         for i, (top, bottom, down), (left, right, across) in _bar(places, progress):
             crop = batch[i : i + 1, :, top:bottom, left:right]
-            patch = _checked(model(crop.to(device, dtype)), crop).to(image)
+            patch = _checked(model(crop.to(device, dtype), **options), crop).to(image)
             weights = down.to(patch)[:, None] * across.to(patch)
             restored[i, :, top:bottom, left:right].addcmul_(patch[0], weights)
     return restored if image.dim() == 4 else restored[0]

@@ -602,9 +602,9 @@ def test_compiles_in_a_larger_model() -> None:
         assert_close(torch.compile(model, backend="eager", fullgraph=True)(image), model(image), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["tiny", "lowlight-s"])
-def test_weights_load_both_ways_from_files(name: str, tmp_path: Path) -> None:
-    plain, fast = (network.from_preset(name).eval() for network in (reference.SWFormer, sf.SWFormer))
+@pytest.mark.parametrize("exit", sf.EXITS)
+def test_weights_load_both_ways_from_files(exit: str, tmp_path: Path) -> None:
+    plain, fast = (network.from_preset("tiny", exit=exit).eval() for network in (reference.SWFormer, sf.SWFormer))
     image = torch.rand(1, 3, 32, 48)
     for source, target in ((plain, fast), (fast, plain)):
         for tensor in source.parameters():

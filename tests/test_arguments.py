@@ -45,7 +45,7 @@ def of_constructor(kind: type[nn.Module]) -> Call:
     parameters = {name: p for k in kinds for name, p in inspect.signature(k).parameters.items()}
     inputs = {name: p.default for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
     return kind, inputs | ({"dim": 8} if "dim" in inputs else {}) | (
-        {"widths": [4, 4, 4]} if "widths" in inputs else {}
+        {"widths": [4, 4, 4], "depths": [1, 1, 1, 1, 1]} if "widths" in inputs else {}
     )
 
 
@@ -138,12 +138,21 @@ def set_guidance(guidance_scale: float | Tensor | None) -> None:
 
 
 CALLS |= {
-    "SWFormer.from_preset": lambda: (sf.SWFormer.from_preset, {"name": "tiny"}),
+    "SWFormer.from_preset": lambda: (sf.SWFormer.from_preset, {"name": "tiny", "exit": "small"}),
     "accelerate": lambda: (sf.accelerate, {"model": nn.Identity()}),
     "graphed": lambda: (sf.graphed, {"model": nn.Identity(), "max_graphs": 3, "max_bytes": 10**9}),
     "restore_tiled": lambda: (
         sf.restore_tiled,
         {"model": nn.Identity(), "image": torch.rand(3, 20, 40), "tile": 16, "overlap": 4, "progress": False},
+    ),
+    "restore_tiled, an exit": lambda: (
+        sf.restore_tiled,
+        {"model": sf.SWFormer.from_preset("tiny"), "image": torch.rand(3, 20, 16), "tile": 16, "overlap": 4}
+        | {"exit": "small", "progress": False},
+    ),
+    "SWFormer.forward, an exit": lambda: (
+        sf.SWFormer.from_preset("tiny").forward,
+        {"image": torch.rand(1, 3, 16, 20), "exit": "small"},
     ),
     "use_backend": lambda: (entering(sf), {"name": "auto"}),
     "why_not": lambda: (lambda function: sf.why_not(function, torch.ones(1, 4, 4, 4)), {"function": "haar_dwt2d"}),

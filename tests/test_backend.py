@@ -228,15 +228,21 @@ def test_why_not_of_a_model(nothing_runs: None) -> None:
         with torch.no_grad():
             assert sf.why_not(network, image).splitlines() == [
                 "2 x haar_dwt2d: cpp runs",
-                "7 x swformer_block: cpp runs",
+                "6 x swformer_block: cpp runs",
                 "6 x pointwise: cpp runs",
             ]
-            assert "7 x swformer_block: cpp runs" in sf.why_not(network.half(), image.half())
+            assert sf.why_not(network, image, exit="small").splitlines() == [
+                "2 x haar_dwt2d: cpp runs",
+                "4 x swformer_block: cpp runs",
+                "2 x pointwise: cpp runs",
+                "2 x haar_idwt2d: cpp runs",
+            ]
+            assert "6 x swformer_block: cpp runs" in sf.why_not(network.half(), image.half())
         network.float().train()
         before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
         answer = sf.why_not(network, image, all_scales=True)
         assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
-        assert "7 x fold_attention: cpp runs" in answer
+        assert "6 x fold_attention: cpp runs" in answer
         assert "swformer_block" not in answer
         assert sf.why_not(torch.nn.Linear(3, 3), torch.ones(3)) == "Linear calls no op of swformer_fast here"
 

@@ -1,8 +1,10 @@
 """The synthetic degradations: repeatable, in range, harmful, and true to their formation models."""
 
 import math
+from pathlib import Path
 
 import degradations
+import numpy as np
 import pytest
 import torch
 from degradations import DEGRADATIONS, GAMMA, degrade
@@ -213,3 +215,20 @@ def test_low_light_is_dark_with_noise_of_the_stated_variance(seed: int) -> None:
 def test_errors(image: Tensor, task: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         degrade(image, task)
+
+
+def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("imagecodecs")
+    pytest.importorskip("tifffile")
+    from PIL import Image
+
+    pixels = (torch.rand(20, 30, 3) * 255).byte().numpy()
+    Image.fromarray(pixels).save(tmp_path / "clean.png")
+    argv = [str(tmp_path / "clean.png"), "--task", "haze", "--seed", "3", "--out"]
+    assert degradations.main([*argv, str(tmp_path / "hazy.png")]) == 0
+    written = torch.from_numpy(np.array(Image.open(tmp_path / "hazy.png"))).permute(2, 0, 1) / 255
+    expected = degrade(torch.from_numpy(pixels).permute(2, 0, 1) / 255, "haze", 3)
+    assert (written - expected).abs().max() <= 0.5 / 255 + 1e-6
+    with pytest.raises(SystemExit):
+        degradations.main([*argv, str(tmp_path / "hazy.docx")])
+    assert "hazy.docx" in capsys.readouterr().err

@@ -116,9 +116,9 @@ def test_graph_of_a_training_step() -> None:
 
 @pytest.mark.parametrize("train", [False, True])
 def test_graph_of_the_network(train: bool) -> None:
-    """derain-s, evaluation and a training step with the losses of every scale: nothing in them needs the host."""
+    """derain, evaluation and a training step with the losses of every scale: nothing in them needs the host."""
     size = (1, 3, 16, 18) if REHEARSAL else (2, 3, 64, 70)
-    model = randomise(sf.SWFormer.from_preset("tiny" if REHEARSAL else "derain-s")).to(GPU.device).train(train)
+    model = randomise(sf.SWFormer.from_preset("tiny" if REHEARSAL else "derain")).to(GPU.device).train(train)
     image = _make(*size)
 
     def run() -> tuple[Tensor, ...]:

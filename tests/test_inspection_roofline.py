@@ -122,10 +122,10 @@ def test_launches(name: str) -> None:
 
 
 def test_launches_of_a_network() -> None:
-    network, image = sf.SWFormer.from_preset("derain-s").eval(), torch.randn(1, 3, 32, 32)
+    network, image = sf.SWFormer.from_preset("derain", exit="small").eval(), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         entries = ledger_of(lambda: network(image))
-    assert sum(e.launches for e in entries) <= 219
+    assert sum(e.launches for e in entries) <= 427
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -37,6 +38,23 @@ def pair(name: str, *arguments: object) -> tuple[nn.Module, nn.Module]:
     return actual, expected.double()
 
 
+def assert_gradients_close(
+    labels: list[str], actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]
+) -> None:
+    """To 5e-6 of each gradient, or of a hundredth of the largest: some are zero up to rounding.
+
+    That of a bias before a normalisation by batch statistics, for instance.
+    """
+    scale = max(g.norm().item() / g.numel() ** 0.5 for g in expected if g is not None)
+    for label, a, e in zip(labels, actual, expected, strict=True):
+        if a is None or e is None:
+            assert a is e, label
+            continue
+        error = (a.double() - e).norm().item() / e.numel() ** 0.5
+        size = e.norm().item() / e.numel() ** 0.5
+        assert error <= 5e-6 * max(size, 1e-2 * scale), label
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", MODULES)
 def test_module_equals_reference(name: str, training: bool) -> None:
@@ -46,12 +64,7 @@ def test_module_equals_reference(name: str, training: bool) -> None:
     output = value_and_grads(lambda x, *_: actual(x), (x, *actual.parameters()))
     target = value_and_grads(lambda x, *_: expected(x), (fp64(x), *expected.parameters()))
     assert_close(output[0], target[0], torch.float32)
-    # A bias before a normalisation by batch statistics has gradient zero, up to rounding: compare with its neighbours.
-    scale = max(g.norm().item() / g.numel() ** 0.5 for g in target[1] if g is not None)
-    for (label, _), a, e in zip([("x", x), *actual.named_parameters()], output[1], target[1], strict=True):
-        error = (a.double() - e).norm().item() / e.numel() ** 0.5
-        size = e.norm().item() / e.numel() ** 0.5
-        assert error <= 5e-6 * max(size, 1e-2 * scale), label
+    assert_gradients_close(["x", *dict(actual.named_parameters())], output[1], target[1])
     for (label, a), (_, e) in zip(actual.named_buffers(), expected.named_buffers(), strict=True):
         assert_close(a, e.to(a.dtype) if not a.is_floating_point() else e, torch.float32, label)
 
@@ -102,15 +115,120 @@ def test_fused_forward_counts_a_batch_once(name: str, momentum: float | None) ->
         assert_close((mine.running_mean, mine.running_var), (theirs.running_mean, theirs.running_var), torch.float32)
 
 
+@pytest.mark.parametrize("options", [{"exits": sf.EXITS}, {"all_scales": True}])
 @pytest.mark.parametrize("size", [(64, 64), (50, 70)])
-def test_derain_s_equals_reference(size: tuple[int, int]) -> None:
-    expected = reference.SWFormer.from_preset("derain-s").eval()
+def test_derain_equals_reference(size: tuple[int, int], options: dict[str, Any]) -> None:
+    expected = reference.SWFormer.from_preset("derain").eval()
     perturb(expected)
-    actual = sf.SWFormer.from_preset("derain-s").eval()
+    actual = sf.SWFormer.from_preset("derain").eval()
     actual.load_state_dict(expected.state_dict())
     image = torch.rand(1, 3, *size)
     with torch.no_grad():
-        assert_close(actual(image, all_scales=True), expected.double()(image.double(), all_scales=True), torch.float32)
+        assert_close(actual(image, **options), expected.double()(image.double(), **options), torch.float32)
+
+
+def networks(**options: Any) -> tuple[nn.Module, nn.Module]:
+    """A small fast network and its reference in fp64, with the same random parameters."""
+    options = {"widths": (8, 16, 32), "depths": (1, 1, 1, 1, 1), **options}
+    actual, expected = sf.SWFormer(**options), reference.SWFormer(**options).double()
+    perturb(actual)
+    expected.load_state_dict(actual.state_dict())
+    return actual, expected
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", [(32, 48), (17, 30), (33, 50)])
+@pytest.mark.parametrize("exit", sf.EXITS)
+def test_every_exit_equals_reference(exit: str, size: tuple[int, int], training: bool) -> None:
+    """Output and the gradients of the image and of all parameters."""
+    image = torch.rand(2, 3, *size)
+    grad = torch.randn_like(image)
+    outputs, grads = [], []
+    for model, x in zip(networks(), (image, image.double()), strict=True):
+        x = x.requires_grad_()
+        outputs.append(model.train(training)(x, exit=exit))
+        inputs = [x, *model.parameters()]
+        grads.append(torch.autograd.grad(outputs[-1], inputs, grad.to(x.dtype), allow_unused=True))
+    assert_close(*outputs)
+    assert_gradients_close(["image", *dict(model.named_parameters())], *grads)
+
+
+CALLS: list[dict[str, Any]] = [*({"exit": exit} for exit in sf.EXITS), {"exits": sf.EXITS}, {"all_scales": True}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", CALLS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_exits_keep_dtype_and_layout(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    actual, expected = (model.eval() for model in networks())
+    actual.to(dtype)
+    expected.load_state_dict(actual.state_dict())
+    image = torch.rand(2, 3, 33, 50).to(dtype)
+    outputs = tree_leaves(actual(image, **options))
+    assert {y.dtype for y in outputs} == {dtype}
+    assert_close(outputs, tree_leaves(expected(image.double(), **options)))
+    others = tree_leaves(actual(image.contiguous(memory_format=torch.channels_last), **options))
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in others)
+    assert_close(others, tree_leaves(expected(image.double(), **options)))
+
+
+@pytest.mark.parametrize("options", CALLS, ids=str)
+def test_exits_under_autocast(options: dict[str, Any]) -> None:
+    """The dtypes of the reference, and errors like its own."""
+    actual, expected = (model.eval() for model in networks())
+    image = torch.rand(2, 3, 33, 50)
+    like = copy.deepcopy(expected).float()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ours, theirs = (tree_leaves(model(image, **options)) for model in (actual, like))
+    exact = tree_leaves(expected(image.double(), **options))
+    for a, t, e in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == t.dtype
+        assert (a - e).norm() <= 2 * (t - e).norm()
+
+
+@pytest.mark.parametrize("options", CALLS, ids=str)
+def test_exits_of_an_empty_batch(options: dict[str, Any]) -> None:
+    models = networks()
+    outputs = [tree_leaves(m(torch.rand(0, 3, 33, 50, dtype=next(m.parameters()).dtype), **options)) for m in models]
+    assert [y.shape for y in outputs[0]] == [y.shape for y in outputs[1]]
+    torch.stack([y.sum() for y in outputs[0]]).sum().backward()
+    assert not any(p.grad.any() for p in models[0].parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("last", ["small", "medium"])
+def test_a_smaller_network_is_a_part_of_the_larger_one(last: str) -> None:
+    large, _ = networks()
+    small, _ = networks(exit=last)
+    state = large.state_dict()
+    small.load_state_dict({name: state[name] for name in small.state_dict()})
+    image = torch.rand(2, 3, 17, 30)
+    for training in (False, True):
+        assert torch.equal(small.train(training)(image), large.train(training)(image, exit=last))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["compile", "export", "trace"])
+@pytest.mark.parametrize("exit", sf.EXITS)
+def test_an_exit_is_captured(how: str, exit: str) -> None:
+    class Fixed(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Any:
+            return self.model(x, exit=exit)
+
+    model, image = Fixed(networks()[0]).eval(), torch.rand(1, 3, 20, 33)
+    with torch.no_grad():
+        expected = model(image)
+        if how == "compile":
+            captured: Any = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+            assert_close(captured(image, exit=exit), expected)
+            return
+        captured = (
+            torch.export.export(model, (image,)).module() if how == "export" else torch.jit.trace(model, (image,))
+        )
+        assert_close(captured(image), expected)
 
 
 @pytest.mark.parametrize("name", sf.PRESETS)
@@ -154,7 +272,7 @@ def results(model: nn.Module, x: Tensor, record: bool) -> list[Tensor]:
     with torch.set_grad_enabled(record):
         y = model(x)
         weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)
-        tensors = [x, *(p for name, p in model.named_parameters() if not name.startswith(("heads.1", "heads.2")))]
+        tensors = [x, *(p for name, p in model.named_parameters() if not name.startswith(("heads.0", "heads.1")))]
         return [y, *(torch.autograd.grad((y * weights).sum(), tensors) if record else ())]
 
 
@@ -286,6 +404,19 @@ def test_accelerated_weights_load_into_the_reference() -> None:
     reference.SWFormer.from_preset("tiny").load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("last", sf.EXITS)
+@torch.no_grad()
+def test_accelerate_keeps_the_exits(last: str) -> None:
+    model, image = reference.SWFormer.from_preset("tiny", exit=last).eval(), torch.rand(1, 3, 17, 30)
+    perturb(model)
+    exits = sf.EXITS[: 1 + sf.EXITS.index(last)]
+    expected = copy.deepcopy(model).double()(image.double(), exits=exits)
+    assert sf.accelerate(model).exit == last
+    assert not {type(m) for m in model.modules()} & {getattr(reference, name) for name in MODULES}
+    assert_close(model(image, exits=exits), expected)
+    assert torch.equal(model(image), model(image, exit=last))
+
+
 @pytest.mark.parametrize("first", ["swformer_fast", "torch.utils.flop_counter"])
 def test_flops_of_a_network(first: str) -> None:
     """Whichever is imported first. The fused block takes fewer: two 1x1 convolutions in a row are one."""
@@ -295,7 +426,7 @@ def test_flops_of_a_network(first: str) -> None:
         "counts = []\n"
         "for kind in (sf, sf.reference):\n"
         "    with torch.device('meta'):\n"
-        "        model = kind.SWFormer.from_preset('derain-s').eval()\n"
+        "        model = kind.SWFormer.from_preset('derain', exit='small').eval()\n"
         "        with FlopCounterMode(display=False) as counter, torch.no_grad():\n"
         "            model(torch.empty(1, 3, 64, 64))\n"
         "    counts.append(counter.get_total_flops())\n"

@@ -28,6 +28,8 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     source = folder / "source"
     ignore = shutil.ignore_patterns(".venv*", ".git", "build", "*.so", "*.egg-info", "__pycache__", "results")
     shutil.copytree(ROOT, source, ignore=ignore)
+    (source / "swformer_fast" / "weights").mkdir(exist_ok=True)
+    (source / "swformer_fast" / "weights" / "tiny-test.safetensors").touch()
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
     run = subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -63,6 +65,24 @@ def test_every_module_is_in_the_wheel(pure_wheel: Path) -> None:
     roots = {package: ROOT for package in PACKAGES} | {"swformer_kernels": ROOT / "kernels"}
     modules = {str(f.relative_to(root)) for package, root in roots.items() for f in (root / package).rglob("*.py")}
     assert modules == {name for name in zipfile.ZipFile(pure_wheel).namelist() if name.endswith(".py")}
+
+
+def test_console_tools_are_in_the_wheel(pure_wheel: Path) -> None:
+    with zipfile.ZipFile(pure_wheel) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+        lines = wheel.read(name).decode().splitlines()
+    for tool, module in (("swformer-restore", "restore"), ("swformer-eval", "evaluate")):
+        assert f"{tool} = swformer_fast.tools.{module}:main" in lines
+
+
+def test_nothing_imports_the_console_tools() -> None:
+    python("import sys, swformer_fast; assert not {'swformer_fast.tools', 'PIL', 'av'} & set(sys.modules)")
+
+
+def test_weights_are_in_the_wheel(pure_wheel: Path) -> None:
+    weights = {f"swformer_fast/weights/{f.name}" for f in (ROOT / "swformer_fast" / "weights").glob("*.safetensors")}
+    files = {name for name in zipfile.ZipFile(pure_wheel).namelist() if "/weights/" in name}
+    assert files == weights | {"swformer_fast/weights/tiny-test.safetensors"}
 
 
 def test_kernels_is_a_source_root_and_no_package() -> None:
@@ -120,7 +140,8 @@ def test_forcing_cuda_without_nvcc_fails(tmp_path: Path) -> None:
 def test_import_loads_nothing_heavy(package: str) -> None:
     code = (
         f"import sys, {package}, torch\n"
-        "heavy = {'triton', 'diffusers', 'transformers', 'swformer_kernels'} & set(sys.modules)\n"
+        "heavy = {'triton', 'diffusers', 'transformers', 'safetensors', 'huggingface_hub', 'swformer_kernels'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
         "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"

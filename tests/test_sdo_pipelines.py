@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from sdo_models import gradients, tiny_conditional_unet, tiny_stable_diffusion, tiny_unet, tiny_vae
+from test_sdo_shortcut_families import latent_diffusion
 
 from sdo_fast import ShortcutSampler, from_pipeline, invert, optimize_latents
 from sdo_fast.reference import sdo_loop
@@ -181,7 +184,7 @@ def test_coarse_steps_of_a_pipeline(stable_diffusion):
 
 
 def test_other_pipelines_are_refused():
-    with pytest.raises(TypeError, match="ShortcutSampler"):
+    with pytest.raises(TypeError, match="ShortcutPipeline"):
         from_pipeline(object(), "a cat")
 
 
@@ -205,13 +208,37 @@ REFUSED = {
         ),
         "an autoencoder with latents_mean or latents_std",
     ),
+    "ControlNet": (
+        lambda pipe: diffusers.StableDiffusionControlNetPipeline(
+            **pipe.components,
+            controlnet=diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8)),
+        ),
+        "a controlnet",
+    ),
+    "an image to begin with": (
+        lambda pipe: diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False),
+        "a call of its own",
+    ),
+    "another call": (lambda pipe: OtherCall(**pipe.components, requires_safety_checker=False), "a call of its own"),
+    "LDM": (lambda pipe: latent_diffusion()[0], "an autoencoder that is not called vae"),
+    "video": (
+        lambda pipe: diffusers.TextToVideoSDPipeline(
+            **{k: pipe.components[k] for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+        ),
+        "a call of its own",
+    ),
 }
+
+
+class OtherCall(diffusers.StableDiffusionPipeline):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_pipelines_with_more_parts_are_refused(stable_diffusion, name):
     make, reason = REFUSED[name]
-    with pytest.raises(TypeError, match=f"{reason}; give its network"):
+    with pytest.raises(TypeError, match=f"{reason}; ShortcutPipeline runs any"):
         from_pipeline(make(stable_diffusion), "a cat")
 
 
@@ -239,3 +266,22 @@ def test_an_autoencoder_that_overflows_in_half_precision_runs_in_single(stable_d
     assert (grad - wanted).norm() < 2e-2 * wanted.norm()
     assert vae.dtype == torch.float16
     assert sampler.encode(torch.rand(1, 3, 16, 16)).isfinite().all()
+
+
+def test_an_offloaded_pipeline_samples_as_itself(stable_diffusion):
+    """Weights on no device of their own (meta), brought by accelerate's hooks layer by layer."""
+    accelerate = pytest.importorskip("accelerate")
+    modules = {k: copy.deepcopy(part) for k, part in stable_diffusion.components.items() if hasattr(part, "parameters")}
+    for module in modules.values():
+        accelerate.cpu_offload(module, execution_device="cpu")
+    pipe = diffusers.StableDiffusionPipeline(**{**stable_diffusion.components, **modules})
+    pipe.set_progress_bar_config(disable=True)
+    sampler = from_pipeline(pipe, "a cat", 4, guidance_scale=5.0)
+    z = sampler.prepare_latents(torch.Generator().manual_seed(1)).requires_grad_()
+    arguments = {"guidance_scale": 5.0, "num_inference_steps": 4, "latents": z.detach(), "output_type": "pt"}
+    image = sampler.decode(sampler(z))
+    torch.testing.assert_close(image, pipe("a cat", **arguments).images, rtol=1e-4, atol=1e-5)
+    assert torch.autograd.grad(image.sum(), z)[0].any()
+    pipe.vae.half()
+    with pytest.raises(ValueError, match="offloaded layer by layer"):
+        sampler.decode(z)

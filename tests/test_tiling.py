@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import randomise
 from torch import Tensor, nn
 
 import swformer_fast as sf
@@ -55,6 +56,23 @@ def test_one_tile_is_the_model_itself() -> None:
     image = torch.rand(1, 3, 40, 50)
     with torch.no_grad():
         assert torch.equal(sf.restore_tiled(model, image, tile=64, overlap=8, progress=False), model(image))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exit", [None, *sf.EXITS])
+def test_exits(exit: str | None) -> None:
+    model, image = randomise(sf.SWFormer.from_preset("tiny")).eval(), torch.rand(1, 3, 40, 50)
+    actual = sf.restore_tiled(model, image, tile=32, overlap=8, exit=exit, progress=False)
+    whole = sf.restore_tiled(lambda x: model(x, exit=exit), image, tile=32, overlap=8, progress=False)
+    assert torch.equal(actual, whole)
+
+
+def test_an_exit_that_is_not_built() -> None:
+    model = sf.SWFormer.from_preset("tiny", exit="small").eval()
+    with pytest.raises(ValueError, match="exit must be built, got 'large'"):
+        sf.restore_tiled(model, torch.rand(3, 16, 16), exit="large")
+    with pytest.raises(ValueError, match="exit must be one of 'small', 'medium', 'large', got 'huge'"):
+        sf.restore_tiled(model, torch.rand(3, 16, 16), exit="huge")
 
 
 def test_memory_does_not_grow_with_the_image() -> None:
@@ -131,5 +149,5 @@ def test_an_offloaded_model_gets_tiles_where_it_runs() -> None:
 def test_what_the_model_returns_is_checked_at_once(error: type[Exception], message: str, model: Any) -> None:
     calls: list[Tensor] = []
     with pytest.raises(error, match=message):
-        sf.restore_tiled(lambda x: calls.append(x) or model(x), torch.rand(3, 40, 50), 32, 8, False)
+        sf.restore_tiled(lambda x: calls.append(x) or model(x), torch.rand(3, 40, 50), 32, 8, progress=False)
     assert len(calls) == 1

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,14 +26,15 @@ from .launching import launches
 CASES = {
     "block eval": ("block", (1, 40, 8, 8), False),
     "block training step": ("block", (1, 40, 8, 8), True),
-    "derain-s eval": ("derain-s", (1, 3, 16, 16), False),
+    "derain, small eval": ("network", (1, 3, 16, 16), False),
 }
 """Model, image, whether it trains."""
 
 
 def run_of(case: str) -> Callable[[], Any]:
     kind, shape, train = CASES[case]
-    model: nn.Module = sf.SWFormerBlock(shape[1]) if kind == "block" else sf.SWFormer.from_preset(kind)
+    block, network = sf.SWFormerBlock, partial(sf.SWFormer.from_preset, "derain", exit="small")
+    model: nn.Module = block(shape[1]) if kind == "block" else network()
     model.train(train)
     return module_run(model, torch.randn(shape), train)
 

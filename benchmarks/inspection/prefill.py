@@ -1,6 +1,6 @@
 """`python -m benchmarks.inspection.prefill TARGET`: fills Triton's cache for a GPU that need not be there.
 
-Compiles what the block, derain-s, their training steps, the suites of the ops and the main launches of every family
+Compiles what the block, the network, their training steps, the suites of the ops and the main launches of every family
 start, in fp32, tf32 and autocast to bf16, so that a GPU's first minutes are not spent on it. The cache, in
 TRITON_CACHE_DIR, serves the same version of Triton, the same sources of the kernels and the same path of the cache.
 """
@@ -49,15 +49,18 @@ def models() -> Iterator[Compilation]:
 
     from .. import bench_block, bench_network
 
-    networks = ((False, [(1, 3, 256, 256)]), (True, [(4, 3, 128, 128)]))
+    networks = (
+        (False, bench_network.PRESET, [(1, 3, 256, 256)]),
+        (True, bench_network.TRAINED, [(4, 3, 128, 128)]),
+    )
     blocks = ((False, bench_block.EVAL), (True, bench_block.TRAIN))
     with torch.device("meta"):
-        for (train, shapes), (_, images) in zip(blocks, networks, strict=True):
+        for (train, shapes), (_, preset, images) in zip(blocks, networks, strict=True):
             kind = "training" if train else "eval"
             for shape in shapes:
                 yield f"block {kind} {shape}", step(sf.SWFormerBlock(shape[1]).train(train), shape, train)
-            network = sf.SWFormer.from_preset(bench_network.PRESET).train(train)
-            yield from ((f"{bench_network.PRESET} {kind} {image}", step(network, image, train)) for image in images)
+            network = sf.SWFormer.from_preset(preset).train(train)
+            yield from ((f"{preset} {kind} {image}", step(network, image, train)) for image in images)
 
 
 def ops() -> Iterator[Compilation]:

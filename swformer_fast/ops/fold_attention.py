@@ -31,7 +31,7 @@ OPERATOR = register(
         (
             *map(Parameter, (*_SUMS, *_PARAMETERS)),
             Parameter("scale", optional=True),
-            Number("area", "int"),
+            Number("area", "SymInt"),
         ),
         reference.fold_attention,
         _fake,

@@ -15,7 +15,7 @@ def _definition(y: Tensor, rec_lo: Tensor, rec_hi: Tensor, height: int, width: i
 OPERATOR = register(
     Operator(
         "haar_idwt2d",
-        (Image("y"), Parameter("rec_lo"), Parameter("rec_hi"), Number("height", "int"), Number("width", "int")),
+        (Image("y"), Parameter("rec_lo"), Parameter("rec_hi"), Number("height", "SymInt"), Number("width", "SymInt")),
         _definition,
         lambda y, rec_lo, rec_hi, height, width: empty(y, y.shape[0], y.shape[1] // 4, height, width),
         no_triton_fp64,

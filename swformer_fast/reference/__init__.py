@@ -11,12 +11,13 @@ from .haar_dwt2d import HaarDWT2d, haar_dwt2d
 from .haar_idwt2d import HaarIDWT2d, haar_idwt2d
 from .local_branches import local_branches
 from .multiscale_ffn import MultiScaleFFN, multiscale_ffn
-from .network import PRESETS, SWFormer
+from .network import EXITS, PRESETS, SWFormer
 from .pointwise import pointwise
 from .swformer_block import swformer_block
 from .wavelet_mix import WaveletBranch, wavelet_mix
 
 __all__ = [
+    "EXITS",
     "PRESETS",
     "ChannelAttention",
     "FourierBranch",

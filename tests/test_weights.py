@@ -1,0 +1,74 @@
+"""The weights that come with the package: small, whole, and worth what the examples' page says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import swformer_fast as sf
+
+for package in ("safetensors", "skimage", "sklearn"):
+    pytest.importorskip(package)
+
+from degradations import DEGRADATIONS, degrade
+from photographs import photographs
+from safetensors import safe_open
+
+from swformer_fast import pretrained
+from swformer_fast.tools.metrics import psnr
+
+GAINS = dict.fromkeys(DEGRADATIONS, 4.0) | {"raindrops": 0.0, "motion_blur": 0.0, "defocus_blur": 0.3}
+"""The least mean gain in dB at exit large on views of the held-out photographs."""
+TASKS = pytest.mark.parametrize("task", DEGRADATIONS)
+
+
+def name_of(task: str) -> str:
+    return f"tiny-{task.replace('_', '-')}"
+
+
+def views() -> list[Tensor]:
+    return [photograph[:, 50:274, 60:284] for photograph in photographs("test").values()]
+
+
+def means(task: str, dtype: torch.dtype) -> dict[str, float]:
+    """PSNR of views as they are degraded ("degraded") and of what each exit restores."""
+    model = sf.SWFormer.from_pretrained(name_of(task)).to(dtype)
+    totals: dict[str, float] = {}
+    for clean in views():
+        degraded = degrade(clean, task, 77)
+        with torch.no_grad():
+            restored = model(degraded[None].to(dtype), exits=sf.EXITS)
+        for name, image in zip(("degraded", *sf.EXITS), (degraded, *(y[0].float() for y in restored)), strict=True):
+            totals[name] = totals.get(name, 0.0) + psnr(image.clamp(0, 1), clean) / len(views())
+    return totals
+
+
+def test_every_task_has_weights() -> None:
+    assert pretrained.names() == sorted(map(name_of, DEGRADATIONS))
+
+
+@TASKS
+def test_files_are_small_and_say_what_they_are(task: str) -> None:
+    path = pretrained.FOLDER / f"{name_of(task)}.safetensors"
+    assert path.stat().st_size < 1e6
+    with safe_open(path, "pt") as stored:
+        assert {stored.get_slice(name).get_dtype() for name in stored.keys()} == {"F16", "I64"}  # noqa: SIM118
+        assert stored.metadata()["task"] == task
+    model = sf.SWFormer.from_pretrained(name_of(task))
+    assert not model.training
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    small = sf.SWFormer.from_pretrained(name_of(task), exit="small")
+    image = torch.rand(1, 3, 32, 48)
+    with torch.no_grad():
+        assert torch.equal(small(image), model(image, exit="small"))
+
+
+@TASKS
+def test_gain_and_half_precision(task: str) -> None:
+    """Each exit gains; bf16 and fp16 lose less than a twentieth of a dB."""
+    values = means(task, torch.float32)
+    assert values["large"] - values["degraded"] >= GAINS[task]
+    for dtype in (torch.bfloat16, torch.float16):
+        others = means(task, dtype)
+        assert max(abs(others[exit] - values[exit]) for exit in sf.EXITS) < 0.05
