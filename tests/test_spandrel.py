@@ -16,13 +16,13 @@ pytest.importorskip("safetensors")
 
 # Two of spandrel's architectures, which are not used here, import torchvision, of which PyPI has no build for CPUs.
 STAND_INS = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-if importlib.util.find_spec("torchvision") is None:
-    sys.modules |= {name: MagicMock() for name in STAND_INS}
+missing = () if importlib.util.find_spec("torchvision") else STAND_INS
+sys.modules |= {name: MagicMock() for name in missing}
+try:
     spandrel = pytest.importorskip("spandrel")
-    for name in STAND_INS:
+finally:
+    for name in missing:
         del sys.modules[name]
-else:
-    spandrel = pytest.importorskip("spandrel")
 
 import swformer_fast as sf
 from swformer_fast import pretrained
