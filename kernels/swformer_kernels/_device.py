@@ -1,7 +1,5 @@
 """What launchers ask of the device and their tensors: architecture, precision, options; dtypes, layouts, alignment."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable
