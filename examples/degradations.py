@@ -319,7 +319,9 @@ DEGRADATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from swformer_fast.tools.files import PICTURES, check_writable, replacing
+    from runs import write_atomically
+
+    from swformer_fast.tools.files import PICTURES, check_writable
     from swformer_fast.tools.pictures import read, write
 
     parser = argparse.ArgumentParser(description="Degrade a picture.")
@@ -333,8 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_writable(args.out)
         picture = read(args.image)
-        with replacing(args.out) as partial:
-            write(picture.restored(degrade(picture.rgb(), args.task, args.seed)), partial)
+        degraded = picture.restored(degrade(picture.rgb(), args.task, args.seed))
+        write_atomically(args.out, lambda partial: write(degraded, partial))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0

@@ -184,10 +184,7 @@ def runtimes(path: Path) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = export_parser(__doc__, ".onnx")
     args = parser.parse_args(argv)
-    try:
-        model = network(args)
-    except (ImportError, OSError, ValueError) as error:
-        parser.error(str(error))
+    model = network(parser, args)
     print(f"exporting to {args.out}", flush=True)
     export(model, args.out)
     exact = sf.reference.SWFormer(**model.options).eval()

@@ -27,8 +27,8 @@ from runs import write_atomically
 from torch import Tensor
 
 import swformer_fast as sf
+from swformer_fast.tools.networks import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 6e-3}
 """Both sides of the comparison round: twice what each may err."""
 
@@ -60,10 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (%(default)s)")
     args = parser.parse_args(argv)
     dtype = DTYPES[args.dtype]
-    try:
-        model = network(args).to(dtype)
-    except (ImportError, OSError, ValueError) as error:
-        parser.error(str(error))
+    model = network(parser, args).to(dtype)
     with told("exporting"):
         program = export(model)
     with told("compiling"):

@@ -35,12 +35,15 @@ def export_parser(description: str, suffix: str) -> argparse.ArgumentParser:
     return parser
 
 
-def network(args: argparse.Namespace) -> sf.SWFormer:
-    """What the options ask for, in eval mode; ValueError, OSError or ImportError where there is none."""
-    if args.weights:
+def network(parser: argparse.ArgumentParser, args: argparse.Namespace) -> sf.SWFormer:
+    """What the options ask for, in eval mode; ends the program in words where there is none."""
+    if not args.weights:
+        model = sf.SWFormer.from_preset(args.preset, exit=args.exit or sf.EXITS[-1], scale_init=0.1)
+        return model.eval().requires_grad_(False)
+    try:
         return sf.SWFormer.from_pretrained(args.weights, exit=args.exit).requires_grad_(False)
-    model = sf.SWFormer.from_preset(args.preset, exit=args.exit or sf.EXITS[-1], scale_init=0.1)
-    return model.eval().requires_grad_(False)
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def example(model: sf.SWFormer, least: int = 16) -> tuple[Tensor, dict[str, dict[int, Dim]]]:

@@ -7,7 +7,7 @@ the weights. Importing this loads neither safetensors nor huggingface_hub.
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._files import replacing
 from .reference import EXITS, PRESETS, SWFormer
 from .reference.common import check_choice
 
@@ -133,7 +134,9 @@ def save_weights(
     words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     header = {**words, "format": "pt", "config": json.dumps(model.options)}
     save = _package("safetensors.torch").save_file
-    _write(path, lambda partial: save(state, partial, header))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        save(state, partial, header)
 
 
 def unwrapped(content: Any) -> dict[str, Tensor]:
@@ -265,9 +268,11 @@ def save(model: SWFormer, folder: str | os.PathLike[str], dtype: torch.dtype | N
     """Write the folder that `SWFormer.save_pretrained` describes."""
     folder = Path(folder)
     save_weights(model, folder / WEIGHTS_FILE, dtype, **metadata)
-    _write(folder / CONFIG_FILE, lambda partial: partial.write_text(json.dumps(model.options, indent=2) + "\n"))
+    with replacing(folder / CONFIG_FILE) as partial:
+        partial.write_text(json.dumps(model.options, indent=2) + "\n")
     if not (folder / CARD_FILE).exists():
-        _write(folder / CARD_FILE, lambda partial: partial.write_text(_card(model, folder, metadata)))
+        with replacing(folder / CARD_FILE) as partial:
+            partial.write_text(_card(model, folder, metadata))
 
 
 def push(model: SWFormer, repo_id: str, private: bool | None, token: Any, options: dict[str, Any]) -> Any:
@@ -344,17 +349,6 @@ def _number(channels: float, dim: int) -> float:
     """channels / dim, an int where it is one."""
     ratio = channels / dim
     return int(ratio) if ratio == int(ratio) else ratio
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Under a temporary name, which is then renamed: an interrupted write leaves the old file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _card(model: SWFormer, folder: Path, metadata: dict[str, Any]) -> str:

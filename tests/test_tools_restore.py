@@ -24,7 +24,8 @@ for package in ("PIL", "tifffile", "imagecodecs", "safetensors", "tqdm"):
 
 from PIL import Image
 
-from swformer_fast.tools import batch, files, networks, pictures
+from swformer_fast._files import replacing
+from swformer_fast.tools import batch, networks, pictures
 from swformer_fast.tools.restore import command_line, main
 
 ROOT = Path(__file__).parent.parent
@@ -303,7 +304,7 @@ def test_memory_that_does_not_suffice_is_told_in_words() -> None:
 
 
 def test_a_result_is_whole_or_as_it_was(folder: Path) -> None:
-    with contextlib.suppress(RuntimeError), files.replacing(folder / "b.png") as partial:
+    with contextlib.suppress(RuntimeError), replacing(folder / "b.png") as partial:
         partial.write_bytes(b"half")
         assert (partial.parent, partial.suffix) == (folder, ".png")
         raise RuntimeError

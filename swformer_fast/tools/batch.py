@@ -9,8 +9,9 @@ from PIL import features
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._files import replacing
 from . import pictures
-from .files import PICTURES, VIDEOS, Found, check_writable, expand, is_video, replacing
+from .files import PICTURES, VIDEOS, Found, check_writable, expand, is_video
 
 
 class Job(NamedTuple):

@@ -1,9 +1,8 @@
-"""Which files are pictures and videos, what a command line names, and files that are whole or absent."""
+"""Which files are pictures and videos, and what a command line names."""
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,14 +85,3 @@ def check_writable(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path.parent} is not writable")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, in the folder of `path`, whose place the file takes at the end; after an error it is gone."""
-    partial = path.with_name(f".partial-{os.getpid()}{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._files import replacing
 from . import datasets, metrics, networks
-from .files import replacing
 from .pictures import read
 
 Scores = dict[str, float]

@@ -12,23 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backend
+from .. import backend, pretrained
 from ..network import SWFormer
 from ..reference.network import MULTIPLE
 from ..tiling import restore_tiled
 
-TASKS = (
-    "rain-streaks",
-    "raindrops",
-    "haze",
-    "snow",
-    "motion-blur",
-    "defocus-blur",
-    "cloud",
-    "shadow",
-    "underwater",
-    "low-light",
-)
+TASKS = tuple(name.removeprefix("tiny-") for name in pretrained.names())
+"""Those that weights come along for."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OVERLAP = 32
 TILES = (4096, 2048, 1024, 512, 256, 128)

@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
 from .files import PICTURES, Format
+from .metrics import GREY
 
 MAX_PIXELS = 178_956_970
 """Above which Pillow suspects a decompression bomb."""
@@ -27,7 +28,6 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_HEADER = 33
 """Bytes of PNG's signature and its first chunk, after which metadata may stand."""
-LUMA = (0.299, 0.587, 0.114)
 WHITE = {"uint8": 255, "uint16": 65535, "float32": 1}
 DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 TEXTS = (
@@ -69,7 +69,7 @@ class Picture:
 
     def restored(self, rgb: Tensor) -> Picture:
         """With other colours, (3, H, W) in [0, 1]: those of a grey picture become grey again, alpha stays."""
-        colour = rgb if self.colours == 3 else (rgb * torch.tensor(LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+        colour = rgb if self.colours == 3 else (rgb * torch.tensor(GREY).view(3, 1, 1)).sum(0, keepdim=True)
         pixels = np.concatenate((colour.permute(1, 2, 0).numpy(), self.pixels[..., self.colours :]), axis=2)
         return replace(self, pixels=np.ascontiguousarray(pixels))
 
