@@ -143,7 +143,7 @@ def latent_space(num_steps: int, guided: bool, device: str, seed: int) -> Object
 def optimise(objective: Objective, thresholds: tuple[float, ...], updates: int, variant: str) -> Optimisation:
     """Run one variant. An estimate below a threshold asks for an exact pass, which alone decides."""
     cache = sdo_fast.TrajectoryCache(**OURS[variant]) if variant in OURS else None
-    sampler = objective.sampler(grad_step="identity", fused=True, reuse=cache)
+    sampler = objective.sampler(path="identity", fused=True, reuse=cache)
     clock = time.process_time if objective.latents.device.type == "cpu" else time.perf_counter
     unmet, gaps, seconds, began = list(thresholds), [], [], clock()
 

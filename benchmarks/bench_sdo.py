@@ -112,14 +112,14 @@ def samplers(task: Task, num_steps: int) -> dict[str, Callable[[Tensor], Tensor]
         return lambda z: sampler(z, task.arguments)
 
     return {
-        "sampling alone (floor)": shortcut(grad_step="identity"),
+        "sampling alone (floor)": shortcut(path="identity"),
         "full backprop": loop(sdo_fast.reference.full_backprop),
         "full, checkpointed": loop(sdo_fast.reference.full_backprop, checkpoint=True),
-        "authors' loop": loop(sdo_fast.reference.sdo_loop),
+        "authors' loop": loop(sdo_fast.reference.path_loop),
         "one step (checkpoint)": shortcut(),
         "one step (no checkpoint)": shortcut(checkpoint=False),
-        "last step only": shortcut(grad_step="last"),
-        "identity": shortcut(grad_step="identity"),
+        "last step only": shortcut(path="last"),
+        "identity": shortcut(path="identity"),
     }
 
 
@@ -163,10 +163,10 @@ class Timed:
     def __init__(self, sample: Callable[[Tensor], Tensor], calls: int) -> None:
         self.function, self.calls, self.model_calls = sample, calls, 0
 
-    def draw_grad_step(self, generator: Any) -> None:
+    def draw_path(self, generator: Any) -> None:
         return None
 
-    def sample(self, latents: Tensor, grad_step: None) -> Tensor:
+    def sample(self, latents: Tensor, path: None) -> Tensor:
         self.model_calls += self.calls
         return self.function(latents)
 

@@ -69,7 +69,7 @@ def run(name: str, args: argparse.Namespace, figure: SubFigure) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     task = TASKS[name](generator)
     latents = torch.randn(BATCH, *IMAGE_SHAPE, generator=generator)
-    sampler = ShortcutSampler(load_digits_unet(), scheduler(), args.sampler_steps, grad_step=args.grad_step)
+    sampler = ShortcutSampler(load_digits_unet(), scheduler(), args.sampler_steps, path=args.path)
     film = optimise(
         sampler,
         latents,

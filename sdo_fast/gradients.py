@@ -9,10 +9,15 @@ from torch import Tensor
 
 
 class Slopes(torch.autograd.Function):
-    """`value`, with the derivative of a x + b eps, where eps is the guided combination of a model's outputs."""
+    """`value`, with the derivative of a x + sum_k b_k eps_k, each eps_k the guided combination of a model's outputs.
+
+    `outputs` are those of one call after the other: (uncond, cond) each with guidance, (output,) without.
+    """
 
     @staticmethod
-    def forward(value: Tensor, x: Tensor, a: float, b: float, guidance: float | None, *outputs: Tensor) -> Tensor:
+    def forward(
+        value: Tensor, x: Tensor, a: float, b: tuple[float, ...], guidance: float | None, *outputs: Tensor
+    ) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
@@ -21,15 +26,19 @@ class Slopes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, guidance = ctx.factors
-        needs = ctx.needs_input_grad[1], *reversed(ctx.needs_input_grad[5:]), False, False
-        # (x, cond, uncond), where the outputs are (uncond, cond) or the one of a model without guidance.
+        a, weights, guidance = ctx.factors
         none = (None, None, None, 0.0, 0.0, 0.0, None)
-        weight = 1.0 if guidance is None else guidance
-        grads = torch.ops.sdo_fast.shortcut_backward(grad, a, b, weight, *none, *needs[:3])
-        by_x, *by_outputs = (g if need else None for g, need in zip(grads, needs, strict=False))
-        count = len(ctx.needs_input_grad) - 5
-        return None, by_x, None, None, None, *reversed(by_outputs[:count])
+        weight, size = (1.0, 1) if guidance is None else (guidance, 2)
+        by_x, by_outputs = None, []
+        for k, b in enumerate(weights or (0.0,)):
+            # (x, cond, uncond), where the outputs are (uncond, cond) or the one of a model without guidance.
+            call = ctx.needs_input_grad[5 + size * k :][:size]
+            needs = (k == 0 and ctx.needs_input_grad[1], *reversed(call), False, False)[:3]
+            grads = torch.ops.sdo_fast.shortcut_backward(grad, a, b, weight, *none, *needs)
+            first, *others = (g if need else None for g, need in zip(grads, needs, strict=True))
+            by_x = first if k == 0 else by_x
+            by_outputs += reversed(others[: len(call)])
+        return None, by_x, None, None, None, *by_outputs
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -48,3 +57,8 @@ class ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.factor * grad, None
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x, with so much of its gradient."""
+    return x if factor == 1 else x.detach() if factor == 0 else ScaleGradient.apply(x, factor)

@@ -138,14 +138,19 @@ def guided_by_tensor(uncond: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
     return (base + weight.to(cond.device, dtype) * (cond.to(dtype) - base)).to(cond.dtype)
 
 
-def _takes_timestep_by_name(model: Callable[..., Any]) -> bool:
-    while True:  # look behind torch.compile, DistributedDataParallel and peft
+def unwrapped(model: Any) -> Any:
+    """What is behind torch.compile, DistributedDataParallel and peft."""
+    while True:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if not callable(inner):
-            break
+            return model
         model = inner
+
+
+def _takes_timestep_by_name(model: Callable[..., Any]) -> bool:
+    model = unwrapped(model)
     try:
         parameters = list(inspect.signature(getattr(model, "forward", model)).parameters)
     except ValueError:  # built-in functions have no signature

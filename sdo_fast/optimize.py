@@ -117,7 +117,7 @@ def optimize_latents(
         callback: called after each evaluation with (iteration, latents, image), both detached; returning True stops.
         progress: show a bar with the loss, where tqdm is installed.
         coarse_steps: run the first 80 % of the updates on a schedule of so many steps instead of the sampler's own, a
-            cheap start (for example a quarter of them). Needs start = 0 and a named grad_step.
+            cheap start (for example a quarter of them). Needs start = 0 and a path by name or recipe.
         keep_norm: optimise on the sphere of each initial latent's norm: the sampler sees z |latents| / |z|. Noise of
             another norm is unknown to a model, and where it leads the loss alone decides (a classifier's loss is then
             met by saturated pixels).
@@ -162,7 +162,7 @@ def optimize_latents(
             with torch.set_grad_enabled(k < steps):
                 seen = z * (norms / _norms(z).clamp_min(torch.finfo(z.dtype).tiny)) if keep_norm else z
                 current = seen.detach().to(latents.dtype, copy=True)
-                image = active.sample(seen.to(latents.dtype), active.draw_grad_step(step_generator), **sampler_kwargs)
+                image = active.sample(seen.to(latents.dtype), active.draw_path(step_generator), **sampler_kwargs)
                 loss = loss_fn(image)
             _check_loss(loss, k, result)
             if k < steps:

@@ -122,7 +122,7 @@ def from_pipeline(
     prompt: str | list[str] | None = None,
     num_inference_steps: int | None = 50,
     start: int = 0,
-    grad_step: str | int = "first",
+    path: str | int = "first",
     guidance_scale: float | None = None,
     *,
     negative_prompt: str | list[str] | None = None,
@@ -140,7 +140,7 @@ def from_pipeline(
         prompt, negative_prompt, images_per_prompt: encoded once, without gradients; `encode_kwargs` are further
             arguments of `pipe.encode_prompt`, for instance ready `prompt_embeds`.
         height, width: of the image, in pixels; the network's own size by default.
-        num_inference_steps, start, grad_step, guidance_scale, **sampler_kwargs: of `ShortcutSampler`.
+        num_inference_steps, start, path, guidance_scale, **sampler_kwargs: of `ShortcutSampler`.
 
     Raises:
         TypeError: another kind of pipeline, or one with parts that this sampler would leave out (ControlNet,
@@ -179,7 +179,7 @@ def from_pipeline(
         )
         batch = len(conditions[0]["encoder_hidden_states"])
     return PipelineSampler(
-        pipe, network, conditions, batch, size, num_inference_steps, start, grad_step, guidance_scale, **sampler_kwargs
+        pipe, network, conditions, batch, size, num_inference_steps, start, path, guidance_scale, **sampler_kwargs
     )
 
 

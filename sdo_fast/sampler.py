@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -13,20 +15,28 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ._progress import bar
-from .arguments import check_batch, check_flag, check_floating, check_generator, check_guidance, is_integer, number
-from .gradients import ScaleGradient, Slopes
+from .arguments import check_batch, check_flag, check_floating, check_generator, check_guidance, number
+from .gradients import ScaleGradient, Slopes, scaled
 from .graphs import CapturedModel
 from .model import GuidedModel
-from .noise import Generators, each
+from .noise import Generators, each, randn
 from .ops import transformed
-from .paths import draw_step, grad_step_choices
+from .paths import AnyPath, Path, Recipe, as_path, draw
 from .repetition import repeated
 from .reuse import TrajectoryCache
-from .schedulers import affine_sensitivities, refuse_stochastic, refuse_vanishing
+from .schedulers import (
+    affine_sensitivities,
+    noise_levels,
+    posterior_means,
+    refuse_stochastic,
+    refuse_vanishing,
+    schedule_of,
+)
 from .solver import Solver
 from .steppers import Stepper, stepper_for
 
 Sampler = TypeVar("Sampler", bound="ShortcutSampler")
+MOST_SHARES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,18 +55,20 @@ class SamplerConfig:
     the input of this step, for instance the result of `warm_up` or of an inversion. (The authors' style transfer,
     "start 45" of 50, optimises the input of step 45, so 5 model calls remain.) Multistep schedulers begin there without
     history."""
-    grad_step: str | int = "first"
-    """s. "first" (= start), "last", an index into `scheduler.timesteps`, "random" (a new one at each call, from the
-    generator), or "identity": no model backward at all, d x_0 / d latents = A_start I."""
+    path: AnyPath = "first"
+    """Which model outputs keep their graph, of `sdo_fast.paths`: a recipe, a `Path`, a name ("first" (= start), "last",
+    "random", "identity", "full" ...), an index into `scheduler.timesteps` or a collection of them. Recipes draw anew at
+    each call, from the generator."""
     guidance_scale: float | Tensor | None = None
     """w of classifier-free guidance, uncond + w (cond - uncond); None for none. A tensor that broadcasts against the
     latents gives each sample its own, or gets gradients: like the scheduler's arithmetic guidance stays differentiable
     at every step (d x_0 / d w = sum_i B_i (cond_i - uncond_i)), at two latents a step for autograd. It is combined in
     float32 (float64 for float64)."""
     checkpoint: bool = True
-    """Recompute the one step in backward instead of keeping its activations, so that they never overlap with those of
-    the loss; costs one more model call and changes no bit of the result. A model that keeps activations between calls
-    (DeepCache and its like) does not repeat itself: it raises RuntimeError in backward and takes False."""
+    """Recompute the path's steps in backward instead of keeping their activations, so that they never overlap with
+    those of the loss nor with one another; costs one more model call a step and changes no bit of the result. A model
+    that keeps activations between calls (DeepCache and its like) does not repeat itself: it raises RuntimeError in
+    backward and takes False."""
     normalize: bool = False
     """Divide the gradient, not the value, by |A_start|. It can be large (157 with epsilon prediction and a linear beta
     schedule begun at t = 999): harmless to Adam, fatal to a plain SGD learning rate or to float16. Affine schedulers
@@ -120,16 +132,18 @@ class ShortcutSampler:
     r"""A diffusion sampler whose result carries the graph of one model call.
 
     Sampling runs x_{i+1} = S_i(x_i, eps(x_i, t_i)) for i = start, ..., n - 1, where n = len(scheduler.timesteps) and
-    x_start is the `latents` argument of the call. At the step s = `grad_step` the model's output keeps its graph; at
-    every other step it is a constant, while the scheduler's own arithmetic S_i stays differentiable in x_i:
+    x_start is the `latents` argument of the call. At the steps of the `path`, by default the first alone, the model's
+    output keeps its graph; at every other step it is a constant, while the scheduler's own arithmetic S_i stays
+    differentiable in x_i:
 
-        x_{i+1} = S_i(x_i, eps(x_i, t_i))             i = s
-        x_{i+1} = S_i(x_i, eps(x_i, t_i).detach())    i != s
+        x_{i+1} = S_i(x_i, eps(x_i, t_i))             i in path
+        x_{i+1} = S_i(x_i, eps(x_i, t_i).detach())    i not in path
 
-    For an affine scheduler with s = start that is d x_0 / d latents = A_s I + B_s d eps / d x_s, and
+    For an affine scheduler with the path s = start that is d x_0 / d latents = A_s I + B_s d eps / d x_s, and
     d x_0 / d p = B_s d eps / d p for a parameter or condition p (`sdo_fast.coefficients` gives A and B). Memory is that
-    of one model call whatever n is, time about that of sampling plus one forward and backward. The values are those of
-    plain sampling; the gradients are those of `sdo_fast.reference.sdo_loop`. Gradients reach exactly the tensors that
+    of one model call and, for a path of K steps, K of its inputs, whatever n is; time about that of sampling plus K
+    calls forward and backward. The values are those of plain sampling, unless the path stops early; the gradients are
+    those of `sdo_fast.reference.path_loop`. Gradients reach exactly the tensors that
     require them: latents, tensors in the keyword arguments, model parameters. Under `torch.no_grad()` the same call is
     plain sampling.
 
@@ -143,9 +157,12 @@ class ShortcutSampler:
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the gradient asked for is exactly zero (sample prediction
-            before the last step; the last step of PNDM; first-stage calls of KDPM2): the message names the way out.
+            before the last step; the last step of PNDM; first-stage calls of KDPM2): the message names the way out. A
+            path that stops early or has noises, with `reuse`, or with a scheduler that does not tell what the model
+            predicts.
             With `cuda_graph` also a scheduler that adds fresh noise, and, at the call, tensors that are not on a GPU.
-        NotAffineError: `normalize` or `reuse` with a scheduler that clips, thresholds or reads a learned variance.
+        NotAffineError: `normalize`, `reuse` or a path with weights (`leapalign`, `flowbp_lagrange`, `rescale`) with a
+            scheduler that clips, thresholds or reads a learned variance.
 
     Source: "You Only Look One Step: Accelerating Backpropagation in Diffusion Sampling with Gradient Shortcuts", arXiv
     2505.07477. Deterministic where the model is. Works with autocast, torch.compile'd models, any floating dtype.
@@ -157,10 +174,12 @@ class ShortcutSampler:
             raise TypeError(f"model must be a callable model(x, t, **kwargs), got {type(model).__name__}")
         self.model = model
         self.model_calls = 0  # evaluations per latent so far: guidance counts two, recomputation in backward counts too
+        self.drawn = Path()  # that of the last call
         self.solver = solver = Solver(
             scheduler, config.num_inference_steps, config.start, config.step_kwargs, config.schedule_kwargs
         )
-        self._choices = refuse_vanishing(solver, grad_step_choices(config.grad_step, solver))
+        self._path, self._schedule = as_path(config.path), schedule_of(solver)
+        self._check(draw(self._path, self._schedule, torch.Generator().manual_seed(0)))
         self._gradient_scale = _gradient_scale(solver) if config.normalize else 1.0
         if config.cuda_graph:
             refuse_stochastic(solver, "cuda_graph")
@@ -200,12 +219,12 @@ class ShortcutSampler:
         Args:
             model_kwargs: keyword arguments of the (conditional) model call.
             uncond_kwargs: all keyword arguments of the unconditional call; needed with, and only with, guidance.
-            generator: for the scheduler's noise and the random step, one or (as diffusers takes them) one an image, of
-                which the first draws the step; None takes torch's global one.
+            generator: for the scheduler's noise and the path, one or (as diffusers takes them) one an image, of which
+                the first draws the path; None takes torch's global one.
             progress: show a bar.
         """
         check_generator(generator)
-        return self.sample(latents, self.draw_grad_step(generator), model_kwargs, uncond_kwargs, generator, progress)
+        return self.sample(latents, self.draw_path(generator), model_kwargs, uncond_kwargs, generator, progress)
 
     def with_options(self, **changes: Any) -> ShortcutSampler:
         """A new sampler of the same model and scheduler with some options changed, e.g. `with_options(fused=False)`."""
@@ -213,11 +232,11 @@ class ShortcutSampler:
 
     def with_steps(self, num_inference_steps: int) -> ShortcutSampler:
         """The same sampler on a schedule of another number of steps, without reuse."""
-        start, grad_step = self.config.start, self.config.grad_step
-        if start != 0 or not isinstance(grad_step, str):
+        start, path = self.config.start, self.config.path
+        if start != 0 or not isinstance(path, (str, Recipe)):
             raise ValueError(
-                "coarse_steps must be None unless the sampler has start = 0 and a named grad_step, got "
-                f"{num_inference_steps} with start = {start} and grad_step = {grad_step!r}"
+                "coarse_steps must be None unless the sampler has start = 0 and a path by name or recipe, got "
+                f"{num_inference_steps} with start = {start} and path = {path!r}"
             )
         return self.with_options(num_inference_steps=num_inference_steps, reuse=None)
 
@@ -229,47 +248,68 @@ class ShortcutSampler:
         """What runs the steps of this schedule from another one on."""
         return stepper_for(self.solver.starting_at(start), self.config.fused)[0]
 
-    def draw_grad_step(self, generator: Generators = None) -> int | None:
-        """The step of the next call's gradient; None for "identity"."""
-        return draw_step(self._choices, next(iter(each(generator)), None))
+    def draw_path(self, generator: Generators = None) -> Path:
+        """The path of the next call."""
+        return draw(self._path, self._schedule, next(iter(each(generator)), None))
 
     def sample(
         self,
         latents: Tensor,
-        grad_step: int | None,
+        path: AnyPath,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
         generator: Generators = None,
         progress: bool = False,
     ) -> Tensor:
-        """`__call__` with the step of the gradient given (None for the identity gradient)."""
+        """`__call__` with the path of this call given."""
         check_latents(latents, generator)
-        if grad_step is not None and not (is_integer(grad_step) and grad_step in self.solver.steps):
-            raise ValueError(f"grad_step must be None or one of the steps {self.solver.steps}, got {grad_step!r}")
+        path = draw(as_path(path), self._schedule, next(iter(each(generator)), None))
         latents, model_kwargs, uncond_kwargs = out_of_inference_mode((latents, model_kwargs, uncond_kwargs))
         eps = self.guided(latents, model_kwargs, uncond_kwargs)
-        steps = bar(self.solver.steps, "sampling", progress)
+        self.drawn = path
+        if not torch.is_grad_enabled():
+            path = Path()
+        steps = bar(
+            self.solver.steps if path.stop is None else range(self.solver.start, path.stop + 1), "sampling", progress
+        )
         if self.config.reuse is None:
-            x = self.run(self._stepper.begin(generator), eps, latents, steps, grad_step)
+            x = self.run(self._stepper.begin(generator), eps, latents, steps, path)
+            if path.noises:
+                x = self._with_noises(eps, x, path, generator)
         else:
-            x = self._reusing(self.config.reuse, eps, latents, steps, grad_step)
+            x = self._reusing(self.config.reuse, eps, latents, steps, path)
         return x if self._gradient_scale == 1 else ScaleGradient.apply(x, self._gradient_scale)
 
+    def _check(self, path: Path) -> None:
+        """Raise where a path does nothing, or not with these options."""
+        refuse_vanishing(self.solver, path)
+        if path.stop is None and not path.noises:
+            return
+        if self.config.reuse is not None:
+            raise ValueError(f"reuse must be None with a path that stops early or has noises, got {self.config.path!r}")
+        stop = self.solver.steps.stop - 1 if path.stop is None else path.stop
+        if not all(map(math.isfinite, self._posterior_means[stop])):
+            raise ValueError(f"path must stop where the state is more than noise, got {self.config.path!r}")
+
+    @cached_property
+    def _posterior_means(self) -> list[tuple[float, float]]:
+        return posterior_means(self.solver)
+
     def _reusing(
-        self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, steps: Iterable[int], grad_step: int | None
+        self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, steps: Iterable[int], path: Path
     ) -> Tensor:
         """x_0, or its estimate, from the cache and calls of the model at the planned steps."""
         reuse.begin(latents, {"cond": eps.cond, "uncond": eps.uncond, "guidance": eps.guidance_scale})
-        planned = reuse.plan(self.solver.steps)
+        planned, active = reuse.plan(self.solver.steps), set(path.shares)
         exact, estimate = len(planned) == len(self.solver.steps), None
         if reuse.complete and exact:
             with torch.no_grad():
-                estimate = self.run(self._stepper.begin(), eps, latents, self.solver.steps, None, reuse)
-        in_turn: set[int | None] = {*planned, grad_step}
+                estimate = self.run(self._stepper.begin(), eps, latents, self.solver.steps, Path(), reuse)
+        in_turn = planned | active
         if reuse.batched and not exact:
-            self.refresh(reuse, eps, latents, planned - {grad_step})
-            in_turn = {grad_step}
-        x = self.run(self._stepper.begin(), eps, latents, steps, grad_step, reuse, in_turn)
+            self.refresh(reuse, eps, latents, planned - active)
+            in_turn = active
+        x = self.run(self._stepper.begin(), eps, latents, steps, path, reuse, in_turn)
         reuse.done(self.solver.steps, planned)
         if estimate is not None:
             reuse.judge(estimate, x.detach())
@@ -281,32 +321,48 @@ class ShortcutSampler:
         eps: GuidedModel,
         x: Tensor,
         steps: Iterable[int],
-        grad_step: int | None = None,
+        path: Path = Path(),  # noqa: B008  (frozen)
         reuse: TrajectoryCache | None = None,
-        planned: Container[int | None] = (),
+        planned: Container[int] = (),
     ) -> Tensor:
         """The state after `steps`; with a cache, only the planned ones call the model."""
-        times, latents = self.timesteps.to(x.device), x
-        kept: tuple[Tensor, ...] = ()
-        # A tensor's guidance needs the graph of every step, even of an affine scheduler.
-        by_slopes = torch.is_grad_enabled() and not eps.learns_guidance
-        slopes = stepper.slopes(grad_step) if by_slopes else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and slopes is None):
+        times, shares = self.timesteps.to(x.device), path.shares
+        attached = _Attached(stepper, eps, x, path)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not attached.known):
             for i in steps:
                 if reuse is not None and i not in planned:
                     x = stepper.step((reuse.estimate(i, x),), None, i, x)
                     continue
-                if slopes is not None and i == grad_step:
+                if i in shares and attached.known:
                     with torch.enable_grad():
-                        seen = x if x is latents else Slopes.apply(x, latents, slopes[0], 0.0, None)
-                        kept = self.evaluate(eps, stepper.scale_input(seen, i), times[i], True)
-                    outputs = tuple(output.detach() for output in kept)
+                        kept = self.evaluate(eps, stepper.scale_input(attached.input(x, i), i), times[i], True)
+                    outputs = attached.keep(kept, i)
+                elif i in shares:
+                    outputs = self.evaluate(eps, stepper.scale_input(scaled(x, shares[i]), i), times[i], True)
+                    outputs = tuple(scaled(output, path.weight(i)) for output in outputs)
                 else:
-                    outputs = self.evaluate(eps, stepper.scale_input(x, i), times[i], i == grad_step)
+                    outputs = self.evaluate(eps, stepper.scale_input(x, i), times[i])
+                if i == path.stop:
+                    p, q = self._posterior_means[i]
+                    x = p * x + q * eps.combine(*outputs)[:, : x.shape[1]]
+                    break
                 if reuse is not None:
                     reuse.store(i, x, eps.combine(*outputs))
                 x = stepper.step(eps.operands(outputs), eps.weight, i, x)
-        return x if slopes is None else Slopes.apply(x, latents, *slopes[1:], eps.weight, *kept)
+        return attached.result(x, None if path.stop is None else self._posterior_means[path.stop])
+
+    def _with_noises(self, eps: GuidedModel, x: Tensor, path: Path, generator: Generators) -> Tensor:
+        """x with the gradient, and nothing of the value, of posterior means at x noised to the last step."""
+        last, (alphas, sigmas) = self.solver.steps.stop - 1, noise_levels(self.solver)
+        here, time = self.stepper_from(last), self.timesteps[last].to(x.device)
+        factor = self._posterior_means[last][1] / (path.noises + 1)
+        for _ in range(path.noises):
+            noise = randn(x.shape, generator, x.device, x.dtype)
+            noised = alphas[last] * x.detach() + sigmas[last] * noise
+            output = eps.combine(*self.evaluate(eps, here.begin().scale_input(noised, last), time, True))
+            mean = factor * output[:, : x.shape[1]]
+            x = x + (mean - mean.detach())
+        return x
 
     @torch.no_grad()
     def refresh(self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, planned: set[int]) -> None:
@@ -376,6 +432,46 @@ class ShortcutSampler:
         return eps.evaluate(x, t)
 
 
+class _Attached:
+    """Joins the path's outputs to a state that was computed without a graph, by slopes that are known beforehand."""
+
+    def __init__(self, stepper: Stepper, eps: GuidedModel, latents: Tensor, path: Path) -> None:
+        self._latents, self._path, self._guidance = latents, path, eps.weight
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
+        # A tensor's guidance needs the graph of every step, even of an affine scheduler. Every share is a sum over all
+        # outputs before it: of many of them autograd's chain through the steps is cheaper.
+        chained = sum(share > 0 for share in path.shares.values()) > MOST_SHARES
+        by_slopes = torch.is_grad_enabled() and not eps.learns_guidance and not chained
+        self._slopes = stepper.slopes(list(path.shares)) if by_slopes else None
+        self.known = self._slopes is not None
+
+    def input(self, x: Tensor, i: int) -> Tensor:
+        share, slopes = self._path.shares[i], self._slopes
+        if share == 0 or slopes is None:
+            return x.detach()
+        if x is self._latents and share == 1:
+            return x
+        return self._joined(x, lambda source: share * slopes[source][i])
+
+    def keep(self, outputs: tuple[Tensor, ...], i: int) -> tuple[Tensor, ...]:
+        self._kept[i] = outputs
+        return tuple(output.detach() for output in outputs)
+
+    def result(self, x: Tensor, posterior: tuple[float, float] | None) -> Tensor:
+        slopes, stop = self._slopes, self._path.stop
+        if slopes is None:
+            return x
+        if stop is None or posterior is None:
+            return self._joined(x, lambda source: slopes[source][max(slopes[source])])
+        p, q = posterior
+        return self._joined(x, lambda source: p * slopes[source][stop] + q * (source == stop))
+
+    def _joined(self, x: Tensor, slope: Callable[[int | None], float]) -> Tensor:
+        weights = tuple(self._path.weight(s) * slope(s) for s in self._kept)
+        outputs = [output for outputs in self._kept.values() for output in outputs]
+        return Slopes.apply(x, self._latents, slope(None), weights, self._guidance, *outputs)
+
+
 def out_of_inference_mode(values: Any) -> Any:
     """The same values; tensors made under torch.inference_mode, which autograd cannot save, as normal ones."""
     if torch.is_inference_mode_enabled():
@@ -393,7 +489,7 @@ def _gradient_scale(solver: Solver) -> float:
 
 def check_sampler(sampler: ShortcutSampler) -> None:
     """Raise unless it is one, or stands for one."""
-    if not all(hasattr(sampler, name) for name in ("sample", "draw_grad_step", "solver", "model_calls")):
+    if not all(hasattr(sampler, name) for name in ("sample", "draw_path", "solver", "model_calls")):
         raise TypeError(f"sampler must be a ShortcutSampler, got {type(sampler).__name__}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .paths import Path, Schedule
 from .solver import NotAffineError, Solver, config, on_cpu
 
 # Relative to the largest coefficient; the smallest honest ones (late steps of a schedule of 1000) are above 1e-6.
@@ -144,20 +145,44 @@ def noise_levels(solver: Solver) -> tuple[list[float], list[float]]:
     return alphas, sigmas
 
 
+def prediction(solver: Solver) -> str:
+    """What the model predicts: "epsilon", "sample", "v_prediction" or "flow" (noise - x_0)."""
+    kind = config(solver.scheduler, "prediction_type") or ("flow" if hasattr(solver.scheduler, "scale_noise") else None)
+    if kind not in ("epsilon", "sample", "v_prediction", "flow", "flow_prediction") or hasattr(
+        solver.scheduler, "precondition_outputs"
+    ):
+        raise ValueError(
+            "scheduler must tell whether the model predicts epsilon, sample, v or flow, for a trajectory cache and for "
+            f"the posterior mean, got {solver.name} ({kind})"
+        )
+    return "flow" if kind == "flow_prediction" else kind
+
+
+def posterior_means(solver: Solver) -> list[tuple[float, float]]:
+    """p and q of E[x_0 | x_i] = p x_i + q output_i, for every step i (Tweedie's formula); nothing is clipped.
+
+    With x = alpha x_0 + sigma noise: (x - sigma noise) / alpha. A v-prediction is that of x / sqrt(alpha^2 + sigma^2).
+    """
+    kind = prediction(solver)
+    return [_posterior_mean(kind, alpha, sigma) for alpha, sigma in zip(*noise_levels(solver), strict=True)]
+
+
+def _posterior_mean(kind: str, alpha: float, sigma: float) -> tuple[float, float]:
+    if kind == "epsilon":
+        return (1 / alpha, -sigma / alpha) if alpha else (math.inf, -math.inf)
+    if kind == "v_prediction":
+        norm = math.hypot(alpha, sigma)
+        return alpha / norm**2, -sigma / norm
+    return (0.0, 1.0) if kind == "sample" else (1 / (alpha + sigma), -sigma / (alpha + sigma))
+
+
 def output_jacobians(solver: Solver, variance: float) -> list[float]:
     """d output_i / d x_i of the best model for Gaussian data of the given variance s^2 (0 and infinity included).
 
     With x = alpha x_0 + sigma noise: d E[noise | x] / d x = sigma / (alpha^2 s^2 + sigma^2) and
     d E[x_0 | x] / d x = alpha s^2 / (alpha^2 s^2 + sigma^2), of which v and flow predictions are combinations.
     """
-    kind = config(solver.scheduler, "prediction_type") or ("flow" if hasattr(solver.scheduler, "scale_noise") else None)
-    if kind not in ("epsilon", "sample", "v_prediction", "flow", "flow_prediction") or hasattr(
-        solver.scheduler, "precondition_outputs"
-    ):
-        raise ValueError(
-            "scheduler must tell whether the model predicts epsilon, sample, v or flow, or its output cannot be "
-            f"reused, got {solver.name} ({kind})"
-        )
+    kind = prediction(solver)
     jacobians = []
     for alpha, sigma in zip(*noise_levels(solver), strict=True):
         if math.isinf(variance):
@@ -172,7 +197,6 @@ def output_jacobians(solver: Solver, variance: float) -> list[float]:
                 "sample": sample,
                 "v_prediction": (alpha * noise - sigma * sample) / norm,
                 "flow": noise - sample,
-                "flow_prediction": noise - sample,
             }[kind]
         )
     if not all(map(math.isfinite, jacobians[solver.start :])):
@@ -208,29 +232,30 @@ def usable_steps(solver: Solver) -> tuple[list[int], bool]:
     return [i for i in solver.steps if not abs(b[i].item()) <= floor], not abs(a[solver.start].item()) <= floor
 
 
-def refuse_vanishing(solver: Solver, choices: Sequence[int]) -> list[int]:
-    """The choices through which a gradient can flow; ValueError, naming the way out, where there is none.
+def schedule_of(solver: Solver) -> Schedule:
+    """What a path is drawn from."""
+    return Schedule(solver.steps, lambda: affine_sensitivities(solver)[1].tolist(), usable_steps(solver)[0])
 
-    No choices stand for the identity gradient.
-    """
+
+def refuse_vanishing(solver: Solver, path: Path) -> None:
+    """ValueError, naming the way out, where no gradient can flow through the path."""
     usable, direct = usable_steps(solver)
-    if not choices:
-        if direct:
-            return []
+    if path.stop is not None or any(i in usable for i in path.shares):
+        return
+    if path.shares:
+        identity = "'identity' or " if direct else ""
+        raise ValueError(
+            f"path must be {identity}one of the steps {_ranges(usable) or 'of another scheduler'}, got "
+            f"{min(path.shares)}, whose gradient is exactly zero: with {solver.name} the model's output there does not "
+            "reach x_0 (B = 0)"
+        )
+    if not direct:
         last = "'last'" if usable and usable[-1] == len(solver) - 1 else str(usable[-1]) if usable else ""
         raise ValueError(
-            f"grad_step must be {last or 'that of a scheduler with epsilon or v prediction'}, got 'identity', whose "
+            f"path must be {last or 'that of a scheduler with epsilon or v prediction'}, got 'identity', whose "
             f"gradient is exactly zero: {solver.name} drops the latents of step {solver.start} on the way (A = 0, as "
             "with sample prediction)"
         )
-    kept = [i for i in choices if i in usable]
-    if kept:
-        return kept
-    identity = "'identity' or " if direct else ""
-    raise ValueError(
-        f"grad_step must be {identity}one of the steps {_ranges(usable) or 'of another scheduler'}, got {choices[0]}, "
-        f"whose gradient is exactly zero: with {solver.name} the model's output there does not reach x_0 (B = 0)"
-    )
 
 
 def _ranges(steps: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import update_wrapper, wraps
 from types import MethodType
@@ -19,11 +19,14 @@ from torch.utils import _contextlib
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .arguments import check_flag
-from .gradients import Slopes
-from .paths import check_path, steps_of
+from .gradients import Slopes, scaled
+from .model import unwrapped
+from .paths import AnyPath, Path, Schedule, as_path, draw, identity, sdo
 from .pipelines import with_weights
 from .repetition import repeated
 from .sampler import out_of_inference_mode
+from .schedulers import affine_sensitivities, posterior_means
+from .solver import Solver
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder", "model")
 BESIDE = ("controlnet",)
@@ -56,24 +59,28 @@ class ShortcutPipeline:
 
     Args:
         pipe: the pipeline; its modules are its own, changed only while a call runs.
-        path: "first", "last", an index, "random" (a new step at each call), "identity" (none), "full" (all), or a
-            collection of indices.
+        path: of `sdo_fast.paths`: a recipe, a `Path`, "first", "last", "random" (a new step at each call), "identity"
+            (none), "full" (all) or another recipe's name, an index or a collection of indices. An input's share is of
+            the state alone, not of prompts. A path that stops early gives what the pipeline makes of the posterior mean
+            there; `draft_lv`, which calls the denoiser at states of its own, needs a ShortcutSampler.
         checkpoint: call the denoiser again in backward instead of keeping its activations. Where accelerate or
             diffusers move a module's weights (offloading, layerwise casting) it is always so.
         checkpoint_decoder: the same for the autoencoder's `decode`.
         denoisers: names of the components that run at each step; None takes what the pipeline has of `unet`,
             `transformer`, `transformer_2`, `unconditional_transformer`, `prior`, `decoder`, `model`, `controlnet`.
-        generator: draws the step of "random". The `generator` of the call is the pipeline's alone, as is torch's own.
+        generator: draws the path of recipes. The `generator` of the call is the pipeline's alone, as is torch's own.
 
     Attributes:
         model_calls: calls of denoisers so far (ControlNets not counted); repetitions in backward count too.
         graph_calls: those of them with a graph.
-        grad_steps: the steps of the last call's path.
+        drawn: the `Path` of the last call.
 
     Raises:
         TypeError: `pipe` has no scheduler with a `step`, or none of these components.
         ValueError: in the call: a step outside the schedule, an `output_type` without gradients, or an argument that
-            requires a gradient and cannot get one, for the pipeline cuts its graph or the path leaves it out.
+            requires a gradient and cannot get one, for the pipeline cuts its graph or the path leaves it out; a path
+            that stops early with a scheduler that does not tell what the model predicts.
+        NotAffineError: in the call: a path with weights with a scheduler that clips or thresholds.
         RuntimeError: the pipeline or one of its denoisers already runs in such a call; fewer or more steps ran than the
             pipeline announced and the path asks for; a denoiser gave something else when its call was repeated.
 
@@ -85,7 +92,7 @@ class ShortcutPipeline:
     def __init__(
         self,
         pipe: Any,
-        path: str | int | Collection[int] = "first",
+        path: AnyPath = "first",
         checkpoint: bool = True,
         *,
         checkpoint_decoder: bool = False,
@@ -96,7 +103,7 @@ class ShortcutPipeline:
         check_flag("checkpoint_decoder", checkpoint_decoder)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-        self.path = check_path(path)
+        self.path, self.path_or_recipe = path, as_path(path)
         if not callable(getattr(getattr(pipe, "scheduler", None), "step", None)):
             raise TypeError(f"pipe must be a pipeline with a scheduler that has a step, got {type(pipe).__name__}")
         names = (*DENOISERS, *BESIDE) if denoisers is None else tuple(denoisers)
@@ -111,7 +118,7 @@ class ShortcutPipeline:
         self.checkpoint_decoder = checkpoint_decoder
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
         self.model_calls = self.graph_calls = 0
-        self.grad_steps: frozenset[int] = frozenset()
+        self.drawn = Path()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `pipe(*args, **kwargs)` returns, with the graph of the path."""
@@ -122,7 +129,7 @@ class ShortcutPipeline:
             kwargs["output_type"] = "pt"
         if not torch.is_grad_enabled():
             with self._claimed(), ExitStack() as swaps:
-                self._swap_denoisers(swaps, _Run(self))
+                self._swap_denoisers(swaps, _Run(self, {}))
                 return self.pipe(*args, **kwargs)
         if asked in ("pil", "np"):
             raise ValueError(
@@ -130,7 +137,7 @@ class ShortcutPipeline:
             )
         args, kwargs = _lent((args, kwargs))
         given = signature.bind_partial(self.pipe, *args, **kwargs).arguments
-        run = _Run(self)
+        run = _Run(self, given)
         with self._claimed(), ExitStack() as swaps:
             self._swap_denoisers(swaps, run)
             self._swap_others(swaps, call)
@@ -157,7 +164,7 @@ class ShortcutPipeline:
             words.append(f"where {type(pipe).__name__} returns an array, this returns a tensor of its shape")
         if getattr(pipe, "watermark", None) is not None or getattr(pipe, "safety_checker", None) is not None:
             words.append("what a watermark or a safety checker changes is a constant")
-        return "; ".join([f"{', '.join(self.denoisers)}: the graph of path {_shown(self.path)}", *words])
+        return "; ".join([f"{', '.join(self.denoisers)}: the graph of path {self.path!r}", *words])
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -181,7 +188,7 @@ class ShortcutPipeline:
             module = getattr(self.pipe, name)
             # module.compile() is called in forward's place.
             attribute = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-            call = self._denoiser(run, getattr(module, attribute), name not in BESIDE, _moves_weights(module))
+            call = self._denoiser(run, name, getattr(module, attribute), _moves_weights(module))
             swaps.enter_context(_swapped(module, attribute, call))
 
     def _swap_others(self, swaps: ExitStack, call: Callable[..., Any]) -> None:
@@ -205,7 +212,10 @@ class ShortcutPipeline:
             marked = _straight_through(pipe.watermark.apply_watermark)
             swaps.enter_context(_swapped(pipe.watermark, "apply_watermark", marked))
 
-    def _denoiser(self, run: _Run, forward: Callable[..., Any], counted: bool, moved: bool) -> Callable[..., Any]:
+    def _denoiser(self, run: _Run, name: str, forward: Callable[..., Any], moved: bool) -> Callable[..., Any]:
+        counted = name not in BESIDE
+        state = next(iter(inspect.signature(unwrapped(getattr(self.pipe, name)).forward).parameters))
+
         def count(*args: Any, **kwargs: Any) -> Any:
             self.model_calls += counted
             self.graph_calls += counted and torch.is_grad_enabled()
@@ -216,9 +226,15 @@ class ShortcutPipeline:
             run.check_thread()
             if not torch.is_grad_enabled():
                 return count(*args, **kwargs)
-            if run.step not in run.active_steps():
+            if run.stopped:
+                return run.constants[name if name in run.constants else next(iter(run.constants))]
+            path = run.path()
+            if run.step not in path.shares:
                 with torch.no_grad():
-                    return tree_map_only(Tensor, Tensor.detach, count(*args, **kwargs))
+                    return run.constant(name, count(*args, **kwargs))
+            share = path.shares[run.step]
+            if share != 1:
+                args, kwargs = _with_share(share, state, args, kwargs)
             # torch 2.10 would take the weights as autocast cast them for the calls without gradients.
             torch.clear_autocast_cache()
             if self.checkpoint or moved:
@@ -227,32 +243,65 @@ class ShortcutPipeline:
                 outputs = repeated(count, *args, **kwargs)
             else:
                 outputs = count(*args, **kwargs)
+            run.constant(name, outputs)
             run.keep(_requiring_gradients(outputs))
-            return outputs
+            weight = path.weight(run.step) if counted else 1.0
+            return outputs if weight == 1 else tree_map_only(Tensor, lambda t: scaled(t, weight), outputs)
 
         return denoise
 
 
 class _Run:
-    """One call: the step it is at, the path's steps, and what the denoisers gave there."""
+    """One call: the step it is at, its path, and what the denoisers gave there."""
 
-    def __init__(self, owner: ShortcutPipeline) -> None:
+    def __init__(self, owner: ShortcutPipeline, given: Mapping[str, Any]) -> None:
         self.owner = owner
+        self.given = given
         self.thread = threading.get_ident()
         self.step = 0
-        self.count: int | None = None
+        self.stopped = False
+        self.count = 0
         self.outputs: list[Tensor] = []
+        self.constants: dict[str, Any] = {}
+        """The last outputs of each denoiser, for the steps after a stop: they are not looked at."""
 
-    def active_steps(self) -> frozenset[int]:
-        if self.count is None:
-            pipe = self.owner.pipe
+    def path(self) -> Path:
+        if not self.count:
+            pipe, path = self.owner.pipe, self.owner.path_or_recipe
             self.count = getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
-            self.owner.grad_steps = steps_of(self.owner.path, self.count, self.owner.generator)
-        return self.owner.grad_steps
+            schedule = Schedule(
+                range(self.count), lambda: affine_sensitivities(self._solver())[1].tolist()[-self.count :]
+            )
+            drawn = draw(path, schedule, self.owner.generator)
+            if drawn.noises:
+                raise ValueError(f"path must have no noises in a pipeline, for which ShortcutSampler is, got {path!r}")
+            self.owner.drawn = drawn
+        return self.owner.drawn
+
+    def _coefficients(self) -> list[float]:
+        return affine_sensitivities(self._solver())[1].tolist()[-self.count :]
+
+    def _solver(self) -> Solver:
+        """The pipeline's scheduler with its schedule, from the first step that runs."""
+        scheduler, step = self.owner.pipe.scheduler, type(self.owner.pipe.scheduler).step
+        eta = self.given.get("eta")
+        takes_eta = eta is not None and "eta" in inspect.signature(step).parameters
+        return Solver.as_set(scheduler, len(scheduler.timesteps) - self.count, {"eta": eta} if takes_eta else None)
+
+    def posterior_mean(self, output: Tensor, x: Tensor) -> Tensor:
+        p, q = posterior_means(self._solver())[self.step - self.count]
+        return p * x + q * output[:, : x.shape[1]]
+
+    def constant(self, name: str, outputs: Any) -> Any:
+        """The outputs without a graph."""
+        outputs = tree_map_only(Tensor, Tensor.detach, outputs)
+        if self.owner.drawn.stop is not None:
+            self.constants[name] = outputs
+        return outputs
 
     def keep(self, outputs: list[Tensor]) -> None:
         self.outputs.extend(outputs)
-        if len(self.owner.grad_steps) == 1:
+        if len(self.owner.drawn.shares) == 1:
             for output in outputs:
                 output.register_hook(_warn_of_zero)
 
@@ -265,11 +314,12 @@ class _Run:
 
     def check_steps(self) -> None:
         """Raise where the path is not what it was meant to be."""
-        path, pipe = self.owner.path, type(self.owner.pipe).__name__
-        counted = path in ("last", "random") and self.step != self.count
-        if counted or self.count is None or any(i >= self.step for i in self.owner.grad_steps):
+        path, pipe = self.owner.path_or_recipe, type(self.owner.pipe).__name__
+        fixed = isinstance(path, Path) or path in (identity(), sdo("first"))
+        miscounted = not fixed and self.step != self.count
+        if miscounted or not self.count or any(i >= self.step for i in self.owner.drawn.shares):
             raise RuntimeError(
-                f"path {_shown(path)} was planned for {self.count or 0} steps, and {pipe} ran {self.step} "
+                f"path {self.owner.path!r} was planned for {self.count} steps, and {pipe} ran {self.step} "
                 "(interrupted, or a loop of its own kind: take an index that runs)"
             )
 
@@ -287,9 +337,23 @@ class _CountedStep:
                 f"{type(self.run.owner.pipe).__name__} must run its scheduler with gradients, got a step under "
                 "torch.no_grad(): a loop inside of it that has none, or a second use of the pipeline within its call"
             )
-        result = self.call(*args, **kwargs)
+        result = self._result(*args, **kwargs)
         self.run.step += 1
         return result
+
+    def _result(self, *args: Any, **kwargs: Any) -> Any:
+        run, stop = self.run, self.run.owner.drawn.stop
+        if stop is None or run.step < stop:
+            return self.call(*args, **kwargs)
+        given = inspect.signature(self.call).bind(*args, **kwargs).arguments
+        x = given["sample"]
+        if run.step == stop:
+            x = run.posterior_mean(given["model_output"], x).to(x.dtype)
+            self.template = self.call(*args, **kwargs)
+            run.stopped = True
+        if isinstance(self.template, tuple):
+            return x, *self.template[1:]
+        return type(self.template)(**{**self.template, "prev_sample": x})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         scheduler = self.run.owner.pipe.scheduler
@@ -354,6 +418,12 @@ def _warn_of_zero(grad: Tensor) -> None:
 
 def _requiring_gradients(values: Any) -> list[Tensor]:
     return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _with_share(share: float, state: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments with so much of the gradient of the first, the denoiser's state."""
+    lessened = lambda value: tree_map_only(Tensor, lambda t: scaled(t, share), value)  # noqa: E731
+    return ((lessened(args[0]), *args[1:]), kwargs) if args else (args, {**kwargs, state: lessened(kwargs[state])})
 
 
 def _without_needless_graph(module: nn.Module, method: str, repeat: bool) -> Callable[..., Any]:
@@ -441,7 +511,3 @@ def _reachable(roots: list[Tensor], targets: set[Node]) -> set[Node]:
                 seen.add(node)
                 queue.append(node)
     return targets & seen
-
-
-def _shown(path: str | frozenset[int]) -> str:
-    return repr(path) if isinstance(path, str) else str(sorted(path))

@@ -77,11 +77,21 @@ class Solver:
                 f"got {schedule_kwargs!r}"
             )
         scheduler = _detached_copy(scheduler)
-        for attribute, value in vars(scheduler).items():
-            if isinstance(value, Tensor):
-                setattr(scheduler, attribute, value.cpu())
         positional = () if num_inference_steps is None else (int(num_inference_steps),)
         scheduler.set_timesteps(*positional, **dict(schedule_kwargs or {}))
+        self.schedule_kwargs = dict(schedule_kwargs or {})
+        self._take(scheduler, start, step_kwargs)
+
+    @classmethod
+    @on_cpu
+    def as_set(cls, scheduler: Any, start: int = 0, step_kwargs: Mapping[str, Any] | None = None) -> Solver:
+        """Of a scheduler whose timesteps are set."""
+        solver = cls.__new__(cls)
+        solver.name, solver.schedule_kwargs = type(scheduler).__name__, {}
+        solver._take(_detached_copy(scheduler), start, step_kwargs)
+        return solver
+
+    def _take(self, scheduler: Any, start: int, step_kwargs: Mapping[str, Any] | None) -> None:
         steps = len(scheduler.timesteps)
         if not is_integer(start) or not 0 <= start < steps:
             raise ValueError(f"start must be an integer from 0 to {steps - 1} ({steps} timesteps), got {start!r}")
@@ -95,7 +105,6 @@ class Solver:
         self.scheduler = scheduler
         self.start = int(start)
         self.step_kwargs = dict(step_kwargs or {})
-        self.schedule_kwargs = dict(schedule_kwargs or {})
         parameters = inspect.signature(scheduler.step).parameters
         unknown = self.step_kwargs.keys() - parameters.keys()
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -202,4 +211,8 @@ def config(scheduler: Any, name: str, default: Any = None) -> Any:
 def _detached_copy(scheduler: Any) -> Any:
     # A scheduler that was used before may hold tensors of a graph, which deepcopy refuses; set_timesteps drops them.
     graph = [leaf for leaf in tree_leaves(vars(scheduler)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    return copy.deepcopy(scheduler, {id(tensor): tensor for tensor in graph})
+    scheduler = copy.deepcopy(scheduler, {id(tensor): tensor for tensor in graph})
+    for attribute, value in vars(scheduler).items():
+        if isinstance(value, Tensor):
+            setattr(scheduler, attribute, value.cpu())
+    return scheduler

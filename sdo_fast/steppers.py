@@ -15,6 +15,9 @@ from .noise import Generators
 from .recurrences import Recurrence, measured
 from .solver import Solver
 
+Sensitivities = dict[int | None, dict[int, float]]
+"""By where they come from (None: the latents, else the step of an output) and by the index of the state."""
+
 
 class Stepper(Protocol):
     """The update rule x_{i+1} = S_i(x_i, eps_i) of a sampler, whoever computes it.
@@ -32,8 +35,8 @@ class Stepper(Protocol):
     def step(self, outputs: Sequence[Tensor], weight: float | None, i: int, x: Tensor) -> Tensor:
         """S_i(x, eps) in x's dtype: eps is the one output, or (uncond, cond) with uncond + weight (cond - uncond)."""
 
-    def slopes(self, s: int | None) -> tuple[float, float, float] | None:
-        """d x_s / d x_start, d x_n / d x_start and d x_n / d eps_s, 0 for those of no step s.
+    def slopes(self, active: Sequence[int]) -> Sensitivities | None:
+        """d x_i / d x_start and d x_i / d eps_s, for each active step s and every i from `start` to n.
 
         None where they are not numbers known beforehand, so that autograd must go through the steps.
         """
@@ -65,7 +68,7 @@ class SchedulerStepper:
         output = outputs[0] if weight is None else guided(outputs[0], outputs[1], weight)
         return self._solver.step(output, i, x)
 
-    def slopes(self, s: int | None) -> None:
+    def slopes(self, active: Sequence[int]) -> None:
         return None
 
 
@@ -95,18 +98,17 @@ class FusedStepper:
         self._scales = {i: rule.scales for i, rule in self.recurrences.items()}
         self._clips = any(rule.clip is not None for rule in self.recurrences.values())
 
-    def slopes(self, s: int | None) -> tuple[float, float, float] | None:
+    def slopes(self, active: Sequence[int]) -> Sensitivities | None:
         if self._clips:
             return None
-        of_state, of_output = {self._start: 1.0}, {self._start: 0.0}
+        slopes: Sensitivities = {None: {self._start: 1.0}} | {s: {self._start: 0.0} for s in active}
         for i in self._steps:
             rule = self.recurrences[i]
-            for values in (of_state, of_output):
+            for s, values in slopes.items():
                 values[i + 1] = rule.a * values[i] + sum(k * values[i - j] for j, k in rule.states.items())
-            if s is not None:
-                of_output[i + 1] += rule.b if i == s else rule.outputs.get(i - s, 0.0)
-        end = self._steps.stop
-        return 0.0 if s is None else of_state[s], of_state[end], of_output[end]
+                if s is not None:
+                    values[i + 1] += rule.b if i == s else rule.outputs.get(i - s, 0.0)
+        return slopes
 
     def begin(self, generator: Generators = None) -> FusedStepper:
         stepper = copy.copy(self)

@@ -175,7 +175,7 @@ CALLS |= {
     "ShortcutSampler.guidance_scale": lambda: (set_guidance, {"guidance_scale": torch.ones(2, 1, 1, 1)}),
     "ShortcutSampler.__call__": lambda: (sampler(guidance_scale=2.0).__call__, passing()),
     "ShortcutSampler.warm_up": lambda: (sampler(guidance_scale=2.0, start=2).warm_up, passing()),
-    "ShortcutSampler.sample": lambda: (sampler(guidance_scale=2.0).sample, {**passing(), "grad_step": 1}),
+    "ShortcutSampler.sample": lambda: (sampler(guidance_scale=2.0).sample, {**passing(), "path": 1}),
     "ShortcutSampler.with_steps": lambda: (sampler().with_steps, {"num_inference_steps": 3}),
     "TrajectoryCache": lambda: (
         sdo_fast.TrajectoryCache,
@@ -190,7 +190,7 @@ CALLS |= {
     "from_pipeline": lambda: (
         sdo_fast.from_pipeline,
         {"pipe": diffusers.DDIMPipeline(tiny_unet(), scheduler()), "num_inference_steps": 3, "start": 0}
-        | {"images_per_prompt": 2, "height": 16, "width": 8, "grad_step": "last", "encode_kwargs": {}},
+        | {"images_per_prompt": 2, "height": 16, "width": 8, "path": "last", "encode_kwargs": {}},
     ),
     "PipelineSampler.prepare_latents": lambda: (pixels().prepare_latents, {"generator": torch.Generator()}),
     "PipelineSampler.decode": lambda: (pixels().decode, {"x0": torch.rand(1, 1, 8, 8)}),
@@ -201,7 +201,7 @@ CALLS |= {
 
 Path = tuple[Any, ...]
 Values = dict[str, Callable[[], Any]]
-ZERO_IS_GOOD = ("start", "grad_step", "overlap", "upto", "steps")
+ZERO_IS_GOOD = ("start", "path", "overlap", "upto", "steps")
 ANY_SIZE_IS_GOOD = ("steps", "iterations", "exact_every", "images_per_prompt", "height", "width", "coarse_steps")
 ANY_SIZE_IS_GOOD += ("max_bytes",)
 OF_THE_CALLER = ("ShortcutSampler", "PipelineSampler", "invert", "optimize_latents", "restore_tiled")
@@ -209,7 +209,7 @@ OF_THE_CALLER = ("ShortcutSampler", "PipelineSampler", "invert", "optimize_laten
 WRONG: dict[str, list[Any]] = {
     "eps": [-1.0], "clip": [-1.0], "lr": [-1.0], "betas": [-0.5, 1.0], "refresh": [0.0, 2.0], "output_size": [99],
     "overlap": [8, 2.5], "tile": [24], "kernel_size": [2], "spatial_kernel": [2], "wavelet_kernel": [2],
-    "start": [4], "upto": [4], "grad_step": [4], "ratio": [0.1], "ffn_ratio": [0.1], "split": [0.3],
+    "start": [4], "upto": [4], "path": [4], "ratio": [0.1], "ffn_ratio": [0.1], "split": [0.3],
 }  # fmt: skip
 """By name: what else that argument does not take."""
 

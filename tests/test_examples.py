@@ -352,13 +352,11 @@ def test_thickness_score_follows_the_measured_thickness() -> None:
     assert 3 <= digits_model.stroke_thickness(bar).item() <= 4
 
 
-@pytest.mark.parametrize("grad_step", ["identity", "2"])
-def test_sdo_digits(grad_step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("path", ["identity", "2"])
+def test_sdo_digits(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "sdo.png"
     assert (
-        sdo_digits.main(
-            ["--quick", "--steps", "4", "--sampler-steps", "4", "--grad-step", grad_step, "--out", str(out)]
-        )
+        sdo_digits.main(["--quick", "--steps", "4", "--sampler-steps", "4", "--grad-step", path, "--out", str(out)])
         == 0
     )
     pairs = losses(capsys.readouterr().out)

@@ -20,17 +20,17 @@ def squared(target):
     return lambda image: (image - target).pow(2).mean()
 
 
-@pytest.mark.parametrize("grad_step", ["first", "identity", "random"])
-def test_it_descends_and_reports_what_it_did(grad_step):
+@pytest.mark.parametrize("path", ["first", "identity", "random"])
+def test_it_descends_and_reports_what_it_did(path):
     torch.manual_seed(0)
-    sampler, x, target = make(grad_step=grad_step), torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
+    sampler, x, target = make(path=path), torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
     result = optimize_latents(sampler, x, squared(target), steps=60, lr=0.1, progress=False)
     losses = [record.loss for record in result.history]
     assert len(losses) == 61
     assert losses[-1] < 0.3 * losses[0]
     assert [record.iteration for record in result.history] == list(range(61))
     assert all(record.seconds > 0 for record in result.history)
-    per_step = 5 if grad_step == "identity" else 6
+    per_step = 5 if path == "identity" else 6
     assert [record.model_calls for record in result.history] == [per_step] * 60 + [5]
     assert torch.equal(sampler(result.latents).detach(), result.image)
     assert squared(target)(result.image).item() == losses[-1]
@@ -100,7 +100,7 @@ def test_half_precision_latents_move_by_small_steps():
 
 def test_a_generator_gives_every_iteration_the_same_noise():
     scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
-    sampler = make(scheduler=scheduler, step_kwargs={"eta": 1.0}, grad_step="random")
+    sampler = make(scheduler=scheduler, step_kwargs={"eta": 1.0}, path="random")
     x, generator = torch.randn(1, 3, 6, 6), torch.Generator().manual_seed(2)
     loss = squared(torch.zeros_like(x))
     fixed = optimize_latents(sampler, x, loss, steps=6, lr=0.0, progress=False, generator=generator)

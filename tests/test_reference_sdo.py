@@ -10,7 +10,7 @@ import torch
 from sdo_models import ConvModel, gradients
 
 from sdo_fast.model import GuidedModel
-from sdo_fast.reference import full_backprop, sdo_loop
+from sdo_fast.reference import full_backprop, path_loop
 from sdo_fast.solver import Solver
 
 diffusers = pytest.importorskip("diffusers")
@@ -32,12 +32,12 @@ def by_hand(model, scheduler, x, n, chosen, start=0, **step_kwargs):
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize(("start", "step"), [(0, 0), (0, 3), (2, 2), (2, 5)])
-def test_sdo_loop_is_the_loop_by_hand(clip, start, step):
+def test_path_loop_is_the_loop_by_hand(clip, start, step):
     scheduler, model = diffusers.DDIMScheduler(clip_sample=clip), ConvModel()
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     kwargs = {"use_clipped_model_output": True}
     hand = by_hand(model, scheduler, x, 6, step, start, **kwargs)
-    ours = sdo_loop(model, scheduler, x, 6, start=start, grad_step=step, step_kwargs=kwargs)
+    ours = path_loop(model, scheduler, x, 6, start=start, path=step, step_kwargs=kwargs)
     assert torch.equal(hand, ours)
     assert all(
         map(torch.equal, gradients(hand, x, *model.first.parameters()), gradients(ours, x, *model.first.parameters()))
@@ -69,7 +69,7 @@ def test_shortcut_is_identity_plus_one_jacobian():
     bar = [scheduler.alphas_cumprod[t].double().item() for t in scheduler.timesteps] + [1.0]
     a = (1 / bar[0]) ** 0.5
     b = (1 / bar[1]) ** 0.5 * ((1 - bar[1]) ** 0.5 - (bar[1] * (1 - bar[0]) / bar[0]) ** 0.5)
-    jacobian = torch.autograd.functional.jacobian(lambda x: sdo_loop(model, scheduler, x, 4), x).reshape(12, 12)
+    jacobian = torch.autograd.functional.jacobian(lambda x: path_loop(model, scheduler, x, 4), x).reshape(12, 12)
     inner = torch.autograd.functional.jacobian(lambda x: model(x, scheduler.timesteps[:1]), x).reshape(12, 12)
     torch.testing.assert_close(jacobian, a * torch.eye(12, dtype=torch.float64) + b * inner, rtol=1e-5, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_learned_variance_scheduler_gets_all_channels():
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
     model = ConvModel(out_channels=6)
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
-    image = sdo_loop(model, scheduler, x, 4, generator=torch.Generator().manual_seed(0))
+    image = path_loop(model, scheduler, x, 4, generator=torch.Generator().manual_seed(0))
     assert image.shape == x.shape
     assert gradients(image, x)[0].isfinite().all()
 
@@ -139,7 +139,7 @@ def test_scheduler_is_never_changed():
     ):
         before = copy.deepcopy(vars(scheduler))
         model, x = ConvModel(), torch.randn(1, 3, 4, 4, requires_grad=True)
-        first, second = sdo_loop(model, scheduler, x, 4), sdo_loop(model, scheduler, x, 4)
+        first, second = path_loop(model, scheduler, x, 4), path_loop(model, scheduler, x, 4)
         assert torch.equal(first, second)
         after = vars(scheduler)
         assert before.keys() == after.keys()
@@ -156,7 +156,7 @@ def test_scheduler_that_holds_a_graph():
     used.set_timesteps(4)
     for t in used.timesteps[:2]:
         used.step(model(x, t.expand(1)), t, x)
-    assert torch.equal(sdo_loop(model, used, x, 4), sdo_loop(model, scheduler, x, 4))
+    assert torch.equal(path_loop(model, used, x, 4), path_loop(model, scheduler, x, 4))
 
 
 @pytest.mark.parametrize(

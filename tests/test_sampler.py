@@ -12,7 +12,7 @@ import torch
 from sdo_models import ConvModel, gradients, tiny_unet
 
 from sdo_fast import NotAffineError, ShortcutSampler, coefficients, optimize_latents
-from sdo_fast.reference import full_backprop, sdo_loop
+from sdo_fast.reference import full_backprop, path_loop
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -34,30 +34,30 @@ def unet():
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("grad_step", ["first", "last", 3, "random", "identity"])
+@pytest.mark.parametrize("path", ["first", "last", 3, "random", "identity"])
 @pytest.mark.parametrize("guidance", [None, 3.0])
 @pytest.mark.parametrize("clip", [False, True])
 class TestEqualsReference:
     """Values and all gradients, in float32, bit for bit."""
 
-    def test_conv_model(self, clip, guidance, grad_step, checkpoint):
+    def test_conv_model(self, clip, guidance, path, checkpoint):
         model, scheduler = ConvModel(), ddim(clip_sample=clip)
         x, cond, uncond = (torch.randn(2, *s, requires_grad=True) for s in ((3, 7, 6), (5,), (5,)))
-        inputs = [x] if grad_step == "identity" else [x, cond, *model.parameters(), *([uncond] if guidance else [])]
-        self.compare(model, scheduler, x, inputs, {"cond": cond}, {"cond": uncond}, guidance, grad_step, checkpoint)
+        inputs = [x] if path == "identity" else [x, cond, *model.parameters(), *([uncond] if guidance else [])]
+        self.compare(model, scheduler, x, inputs, {"cond": cond}, {"cond": uncond}, guidance, path, checkpoint)
 
-    def test_unet(self, unet, clip, guidance, grad_step, checkpoint):
+    def test_unet(self, unet, clip, guidance, path, checkpoint):
         x = torch.randn(2, 1, 8, 8, requires_grad=True)
-        inputs = [x] if grad_step == "identity" else [x, *unet.parameters()]
+        inputs = [x] if path == "identity" else [x, *unet.parameters()]
         cond, uncond = {"class_labels": torch.tensor([1, 2])}, {"class_labels": torch.tensor([10, 10])}
-        self.compare(unet, ddim(clip_sample=clip), x, inputs, cond, uncond, guidance, grad_step, checkpoint)
+        self.compare(unet, ddim(clip_sample=clip), x, inputs, cond, uncond, guidance, path, checkpoint)
 
-    def compare(self, model, scheduler, x, inputs, cond, uncond, guidance, grad_step, checkpoint):
+    def compare(self, model, scheduler, x, inputs, cond, uncond, guidance, path, checkpoint):
         kwargs = {"start": 1, "guidance_scale": guidance, "step_kwargs": {"use_clipped_model_output": True}}
         call = {"model_kwargs": cond, "uncond_kwargs": uncond if guidance else None}
         seeds = [torch.Generator().manual_seed(4) for _ in range(2)]
-        theirs = sdo_loop(model, scheduler, x, 5, grad_step=grad_step, generator=seeds[0], **kwargs, **call)
-        sampler = Plain(model, scheduler, 5, grad_step=grad_step, checkpoint=checkpoint, **kwargs)
+        theirs = path_loop(model, scheduler, x, 5, path=path, generator=seeds[0], **kwargs, **call)
+        sampler = Plain(model, scheduler, 5, path=path, checkpoint=checkpoint, **kwargs)
         ours = sampler(x, generator=seeds[1], **call)
         assert torch.equal(ours, theirs)
         assert equal(gradients(ours, *inputs), gradients(theirs, *inputs))
@@ -81,16 +81,16 @@ DETERMINISTIC = {
 }
 
 
-@pytest.mark.parametrize("grad_step", ["first", 2])
+@pytest.mark.parametrize("path", ["first", 2])
 @pytest.mark.parametrize("name", [*STOCHASTIC, *DETERMINISTIC])
-def test_other_schedulers_equal_reference(name, grad_step):
+def test_other_schedulers_equal_reference(name, path):
     scheduler, step_kwargs = {**STOCHASTIC, **DETERMINISTIC}[name]()
     model = ConvModel(out_channels=6 if "learned" in name else 3)
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     inputs = (x, *model.first.parameters())
     seeds = [torch.Generator().manual_seed(4) for _ in range(2)]
-    theirs = sdo_loop(model, scheduler, x, 5, grad_step=grad_step, generator=seeds[0], step_kwargs=step_kwargs)
-    sampler = Plain(model, scheduler, 5, grad_step=grad_step, step_kwargs=step_kwargs)
+    theirs = path_loop(model, scheduler, x, 5, path=path, generator=seeds[0], step_kwargs=step_kwargs)
+    sampler = Plain(model, scheduler, 5, path=path, step_kwargs=step_kwargs)
     ours = sampler(x, generator=seeds[1])
     assert torch.equal(ours, theirs)
     assert equal(gradients(ours, *inputs), gradients(theirs, *inputs))
@@ -119,17 +119,17 @@ def test_one_step_is_full_backprop():
     assert not equal(gradients(Plain(model, ddim(), 6)(x), x), gradients(full_backprop(model, ddim(), x, 6), x))
 
 
-@pytest.mark.parametrize("grad_step", ["first", "last", 2, "identity"])
-def test_which_calls_keep_a_graph(grad_step):
+@pytest.mark.parametrize("path", ["first", "last", 2, "identity"])
+def test_which_calls_keep_a_graph(path):
     model, x = ConvModel(), torch.randn(1, 3, 4, 4, requires_grad=True)
-    ShortcutSampler(model, ddim(), 5, grad_step=grad_step)(x)
-    expected = {"first": 0, "last": 4, 2: 2, "identity": None}[grad_step]
+    ShortcutSampler(model, ddim(), 5, path=path)(x)
+    expected = {"first": 0, "last": 4, 2: 2, "identity": None}[path]
     assert [grad for _, grad in model.calls] == [i == expected for i in range(5)]
 
 
 def test_random_step_is_new_at_each_call():
     model, x, generator = ConvModel(), torch.randn(1, 3, 4, 4), torch.Generator().manual_seed(0)
-    sampler = ShortcutSampler(model, ddim(), 5, grad_step="random", start=1)
+    sampler = ShortcutSampler(model, ddim(), 5, path="random", start=1)
     for _ in range(40):
         sampler(x, generator=generator)
     steps = {i % 4 for i, (_, grad) in enumerate(model.calls) if grad}
@@ -140,7 +140,7 @@ def test_random_step_is_new_at_each_call():
 def test_identity_gradient_is_a_times_the_loss_gradient():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     a, _ = coefficients(ddim(), 7, start=2)
-    image = ShortcutSampler(ConvModel().double(), ddim(), 7, start=2, grad_step="identity")(x)
+    image = ShortcutSampler(ConvModel().double(), ddim(), 7, start=2, path="identity")(x)
     (got,) = torch.autograd.grad(image.sum(), x)
     torch.testing.assert_close(got, a[2].expand_as(got))
 
@@ -173,24 +173,24 @@ def test_gradients_reach_what_requires_them_and_nothing_else():
     assert cond.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("grad_step", ["first", 2, "identity"])
+@pytest.mark.parametrize("path", ["first", 2, "identity"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("shape", [(), (2, 1, 1, 1)])
-def test_guidance_can_be_optimised(shape, clip, grad_step):
+def test_guidance_can_be_optimised(shape, clip, path):
     """Its gradient is that of guidance at every step, with all that the model returns held constant."""
     model, scheduler = ConvModel().double(), ddim(clip_sample=clip)
     x, cond, uncond = (torch.randn(2, *s, dtype=torch.float64) for s in ((3, 7, 6), (5,), (5,)))
     x.requires_grad_()
     w = torch.full(shape, 2.5, requires_grad=True)
-    inputs = [x, w] if grad_step == "identity" else [x, w, *model.parameters()]
+    inputs = [x, w] if path == "identity" else [x, w, *model.parameters()]
     arguments = {"model_kwargs": {"cond": cond}, "uncond_kwargs": {"cond": uncond}}
-    theirs = sdo_loop(model, scheduler, x, 5, grad_step=grad_step, guidance_scale=w, **arguments)
-    number = sdo_loop(model, scheduler, x, 5, grad_step=grad_step, guidance_scale=2.5, **arguments)
+    theirs = path_loop(model, scheduler, x, 5, path=path, guidance_scale=w, **arguments)
+    number = path_loop(model, scheduler, x, 5, path=path, guidance_scale=2.5, **arguments)
     torch.testing.assert_close(theirs, number, rtol=1e-6, atol=1e-6)
     expected = gradients(theirs, *inputs)
     assert expected[1].abs().min() > 0
     for fused in (False, True):
-        ours = ShortcutSampler(model, scheduler, 5, grad_step=grad_step, guidance_scale=w, fused=fused)(x, **arguments)
+        ours = ShortcutSampler(model, scheduler, 5, path=path, guidance_scale=w, fused=fused)(x, **arguments)
         torch.testing.assert_close(gradients(ours, *inputs), expected, rtol=1e-9, atol=1e-9)
     if not clip:
         outputs = []
@@ -200,7 +200,7 @@ def test_guidance_can_be_optimised(shape, clip, grad_step):
             outputs.append(model(*args, **kwargs).detach())
             return outputs[-1]
 
-        image = sdo_loop(recorded, scheduler, x.detach(), 5, grad_step=grad_step, guidance_scale=scale, **arguments)
+        image = path_loop(recorded, scheduler, x.detach(), 5, path=path, guidance_scale=scale, **arguments)
         _, b = coefficients(scheduler, 5)
         by_hand = sum(b[i] * (both[2:] - both[:2]) for i, both in enumerate(outputs))
         target = torch.randn(image.shape, generator=torch.Generator().manual_seed(5)).to(image)
@@ -209,20 +209,20 @@ def test_guidance_can_be_optimised(shape, clip, grad_step):
         torch.testing.assert_close(gradients(image, scale)[0].double(), product, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("grad_step", ["first", 2, "identity"])
+@pytest.mark.parametrize("path", ["first", 2, "identity"])
 @pytest.mark.parametrize("clip", [False, True])
-def test_inference_mode_changes_no_bit(clip, grad_step):
+def test_inference_mode_changes_no_bit(clip, path):
     model, x, cond = ConvModel(), torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(2, 5, requires_grad=True)
     results, modes = [], []
     model.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     for inference in (False, True):
         sampler = ShortcutSampler(
-            model, ddim(clip_sample=clip), 4, grad_step=grad_step, guidance_scale=2.0, inference_mode=inference
+            model, ddim(clip_sample=clip), 4, path=path, guidance_scale=2.0, inference_mode=inference
         )
         image = sampler(x, {"cond": cond}, {"cond": cond})
-        results.append((image, *gradients(image, x, *([] if grad_step == "identity" else [cond]))))
+        results.append((image, *gradients(image, x, *([] if path == "identity" else [cond]))))
     assert equal(*results)
-    calls = {"first": [False, True, True, True], 2: [True, True, False, True], "identity": [True] * 4}[grad_step]
+    calls = {"first": [False, True, True, True], 2: [True, True, False, True], "identity": [True] * 4}[path]
     assert modes[-len(modes) // 2 :][:4] == calls
     with torch.no_grad():
         assert not sampler(x, {"cond": cond}, {"cond": cond}).is_inference()
@@ -280,7 +280,7 @@ def test_channels_last_is_kept():
     x = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
     image = Plain(model, ddim(), 4)(x)
     assert image.is_contiguous(memory_format=torch.channels_last)
-    theirs = sdo_loop(model, ddim(), x, 4)
+    theirs = path_loop(model, ddim(), x, 4)
     assert torch.equal(image, theirs)
     assert equal(gradients(image, x), gradients(theirs, x))
 
@@ -322,7 +322,7 @@ def test_duck_typed_scheduler():
             return SimpleNamespace(prev_sample=0.5 * x + output)
 
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
-    sampler = ShortcutSampler(lambda x, t: torch.zeros_like(x), Halving(), 3, grad_step="identity")
+    sampler = ShortcutSampler(lambda x, t: torch.zeros_like(x), Halving(), 3, path="identity")
     assert torch.equal(sampler(x), x / 8)
     assert torch.equal(torch.autograd.grad(sampler(x).sum(), x)[0], torch.full_like(x, 0.125))
 
@@ -340,7 +340,7 @@ def test_second_backward_and_higher_derivatives():
     x = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     model = ConvModel().double()
     results = []
-    for sample in (Plain(model, ddim(), 3), lambda x: sdo_loop(model, ddim(), x, 3)):
+    for sample in (Plain(model, ddim(), 3), lambda x: path_loop(model, ddim(), x, 3)):
         (first,) = torch.autograd.grad(sample(x).pow(2).sum(), x, create_graph=True)
         results.append(torch.autograd.grad(first.pow(2).sum(), x))
     assert equal(*results)
@@ -355,10 +355,10 @@ def test_progress_bar(capsys):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"grad_step": "middle"}, "grad_step"),
-        ({"grad_step": 5}, "grad_step"),
-        ({"grad_step": 1, "start": 2}, "grad_step"),
-        ({"grad_step": True}, "grad_step"),
+        ({"path": "middle"}, "path"),
+        ({"path": 5}, "path"),
+        ({"path": 1, "start": 2}, "path"),
+        ({"path": True}, "path"),
         ({"start": 5}, "start"),
         ({"num_inference_steps": -1}, "num_inference_steps"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
@@ -391,17 +391,19 @@ def test_traps_name_the_way_out():
     model = ConvModel()
     for config in ({"clip_sample": True}, {"clip_sample": False}):
         sample = diffusers.DDIMScheduler(prediction_type="sample", **config)
-        for grad_step in ("first", "identity"):
+        for path in ("first", "identity"):
             with pytest.raises(ValueError, match="exactly zero"):
-                ShortcutSampler(model, sample, 5, grad_step=grad_step)
+                ShortcutSampler(model, sample, 5, path=path)
         x = torch.randn(1, 3, 4, 4, requires_grad=True)
-        assert gradients(ShortcutSampler(model, sample, 5, grad_step="last")(x), x)[0].abs().sum() > 0
+        assert gradients(ShortcutSampler(model, sample, 5, path="last")(x), x)[0].abs().sum() > 0
     with pytest.raises(ValueError, match=r"0-4.*B = 0"):
-        ShortcutSampler(model, diffusers.PNDMScheduler(skip_prk_steps=True), 5, grad_step="last")
+        ShortcutSampler(model, diffusers.PNDMScheduler(skip_prk_steps=True), 5, path="last")
     with pytest.raises(ValueError, match="1, 3, 5, 7-8"):
         ShortcutSampler(model, diffusers.KDPM2DiscreteScheduler(), 5)
-    ShortcutSampler(model, diffusers.KDPM2DiscreteScheduler(), 5, grad_step=1)
-    assert ShortcutSampler(model, diffusers.KDPM2DiscreteScheduler(), 5, grad_step="random")._choices == [1, 3, 5, 7, 8]
+    ShortcutSampler(model, diffusers.KDPM2DiscreteScheduler(), 5, path=1)
+    drawing = ShortcutSampler(model, diffusers.KDPM2DiscreteScheduler(), 5, path="random")
+    drawn = {i for k in range(60) for i in drawing.draw_path(torch.Generator().manual_seed(k)).shares}
+    assert drawn == {1, 3, 5, 7, 8}
 
 
 def test_import_is_light():

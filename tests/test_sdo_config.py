@@ -42,7 +42,7 @@ def test_options_are_read_from_the_config_alone() -> None:
     options = {option.name for option in dataclasses.fields(SamplerConfig)}
     assert not options & vars(sampler).keys()
     assert all(getattr(sampler, name) is getattr(sampler.config, name) for name in options)
-    assert (sampler.num_inference_steps, sampler.start, sampler.grad_step) == (6, 2, "last")
+    assert (sampler.num_inference_steps, sampler.start, sampler.path) == (6, 2, "last")
     for name in options - {"guidance_scale"}:
         with pytest.raises(AttributeError):
             setattr(sampler, name, None)
@@ -66,7 +66,7 @@ def test_guidance_may_change_and_is_checked() -> None:
 
 def test_with_options_is_a_new_sampler() -> None:
     model, x = ConvModel(), torch.randn(1, 3, 4, 4)
-    sampler = ShortcutSampler(model, ddim(), 5, grad_step="last", step_kwargs={"eta": 0.0})
+    sampler = ShortcutSampler(model, ddim(), 5, path="last", step_kwargs={"eta": 0.0})
     other = sampler.with_options(fused=False, checkpoint=False)
     assert dataclasses.replace(sampler.config, fused=False, checkpoint=False).__dict__ == other.config.__dict__
     assert (sampler.fused, other.fused, other.model) == (True, False, model)
@@ -94,7 +94,7 @@ def test_why_not_depends_on_nothing_that_was_called(fused: bool) -> None:
     sampler.with_options(start=0)
     assert sampler.why_not() == before
     changed = {name for name, value in vars(sampler).items() if value is not attributes[name]}
-    assert changed == {"model_calls"}
+    assert changed == {"model_calls", "drawn"}
 
 
 def test_inversion_leaves_why_not_alone() -> None:
@@ -107,7 +107,7 @@ def test_inversion_leaves_why_not_alone() -> None:
 def test_the_reference_knows_no_kernel() -> None:
     """Nor do the parts that its loops share with the sampler."""
     folder = Path(sdo_fast.__file__).parent
-    shared = {"arguments", "model", "noise", "paths", "solver"}
+    shared = {"arguments", "model", "noise", "paths", "schedulers", "solver"}
     for file in [*(folder / "reference").glob("*.py"), *(folder / f"{name}.py" for name in shared)]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == (2 if file.parent.name == "reference" else 1):

@@ -67,27 +67,27 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("guidance", [None, 3.0, "tensor"])
-@pytest.mark.parametrize("grad_step", ["first", 2, "identity"])
+@pytest.mark.parametrize("path", ["first", 2, "identity"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_values_and_gradients_are_those_of_the_eager_loop(name, grad_step, guidance, fused):
+def test_values_and_gradients_are_those_of_the_eager_loop(name, path, guidance, fused):
     w = torch.tensor(3.0, requires_grad=True) if guidance == "tensor" else guidance
     model = ConvModel()
     eager, graphed, tape = pair(
-        model, SCHEDULERS[name](), 4, grad_step=grad_step, guidance_scale=w, fused=fused, inference_mode=True
+        model, SCHEDULERS[name](), 4, path=path, guidance_scale=w, fused=fused, inference_mode=True
     )
     x, cond, uncond = (torch.randn(2, *s, requires_grad=True) for s in ((3, 6, 6), (5,), (5,)))
     call = {"model_kwargs": {"cond": cond}, "uncond_kwargs": {"cond": uncond} if guidance else None}
-    inputs = [x, *([w] if guidance == "tensor" else []), *([] if grad_step == "identity" else [cond])]
+    inputs = [x, *([w] if guidance == "tensor" else []), *([] if path == "identity" else [cond])]
     for _ in range(2):
         assert_same(eager, graphed, x, *inputs, **call)
-    assert (tape.captures, tape.replays) == (1, 2 * (len(eager.timesteps) - (grad_step != "identity")))
+    assert (tape.captures, tape.replays) == (1, 2 * (len(eager.timesteps) - (path != "identity")))
     assert graphed.model_calls == eager.model_calls
     assert graphed.why_not() == eager.why_not()
 
 
 def test_new_values_are_copied_and_not_captured():
     model, generator = ConvModel(), torch.Generator().manual_seed(1)
-    eager, graphed, tape = pair(model, ddim(), 4, grad_step="random", guidance_scale=2.0)
+    eager, graphed, tape = pair(model, ddim(), 4, path="random", guidance_scale=2.0)
     for k in range(4):
         x, cond, uncond = torch.randn(2, 3, 6, 6), torch.randn(2, 5), torch.randn(2, 5)
         eager.guidance_scale = graphed.guidance_scale = 2.0 + k
@@ -116,7 +116,7 @@ class Nested(nn.Module):
 
 
 def test_keyword_trees_are_copied_by_name():
-    eager, graphed, tape = pair(Nested().eval(), ddim(), 3, grad_step="identity")
+    eager, graphed, tape = pair(Nested().eval(), ddim(), 3, path="identity")
     x, (a, b, s) = torch.randn(2, 3, 6, 6), torch.randn(3, 2, 1, 1, 1)
     assert_same(eager, graphed, x, model_kwargs={"scales": (s,), "extra": {"a": a, "b": b}})
     assert_same(eager, graphed, x, model_kwargs={"extra": {"b": a, "a": s}, "scales": (b,)})
@@ -310,18 +310,18 @@ def test_capture_warms_up_on_the_stream_it_captures_on(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("guidance", [None, 3.0])
-@pytest.mark.parametrize("grad_step", ["first", 3, "identity"])
+@pytest.mark.parametrize("path", ["first", 3, "identity"])
 @pytest.mark.parametrize("name", ["ddim", "clipping", "unipc"])
-def test_graph_and_eager_agree_on_a_gpu(name, grad_step, guidance, autocast, dtype):
+def test_graph_and_eager_agree_on_a_gpu(name, path, guidance, autocast, dtype):
     model, tolerance = ConvModel().to("cuda", dtype), 1e-4 if dtype == torch.float32 and not autocast else 2e-2
     samplers = [
-        ShortcutSampler(model, SCHEDULERS[name](), 6, grad_step=grad_step, guidance_scale=guidance, cuda_graph=graph)
+        ShortcutSampler(model, SCHEDULERS[name](), 6, path=path, guidance_scale=guidance, cuda_graph=graph)
         for graph in (False, True)
     ]
     for _ in range(3):
         x, cond, uncond = (torch.randn(2, *s, device="cuda").to(dtype) for s in ((3, 16, 16), (5,), (5,)))
         x.requires_grad_()
-        inputs = [x, *([] if grad_step == "identity" else model.parameters())]
+        inputs = [x, *([] if path == "identity" else model.parameters())]
         results = []
         for sampler in samplers:
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):

@@ -90,7 +90,7 @@ def test_errors():
             invert(ShortcutSampler(model, scheduler, 10), image, 3)
     sample = diffusers.DDIMScheduler(clip_sample=False, prediction_type="sample")
     with pytest.raises(ValueError, match="cannot be undone"):
-        invert(ShortcutSampler(model, sample, 10, grad_step="last"), image, 3)
+        invert(ShortcutSampler(model, sample, 10, path="last"), image, 3)
 
 
 def test_step_coefficients_run_the_scheduler():

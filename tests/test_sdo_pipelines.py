@@ -10,7 +10,7 @@ from sdo_models import gradients, tiny_conditional_unet, tiny_stable_diffusion, 
 from test_sdo_shortcut_families import latent_diffusion
 
 from sdo_fast import ShortcutSampler, from_pipeline, invert, optimize_latents
-from sdo_fast.reference import sdo_loop
+from sdo_fast.reference import path_loop
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -129,7 +129,7 @@ def test_stable_diffusion_3():
     image = sampler(latents)
     torch.testing.assert_close(sampler.decode(image), expected, rtol=1e-4, atol=1e-4)
     cond, uncond = sampler.conditions
-    theirs = sdo_loop(network, pipe.scheduler, latents, 4, guidance_scale=3.0, model_kwargs=cond, uncond_kwargs=uncond)
+    theirs = path_loop(network, pipe.scheduler, latents, 4, guidance_scale=3.0, model_kwargs=cond, uncond_kwargs=uncond)
     assert torch.equal(image, theirs)
     ours, expected = (gradients(x0, latents, *network.transformer_blocks.parameters()) for x0 in (image, theirs))
     assert all(map(torch.equal, ours, expected))
@@ -154,7 +154,7 @@ def test_flux_transformer():
     sampler = ShortcutSampler(model, scheduler, 4, schedule_kwargs={"mu": 0.9})
     x = torch.randn(2, 16, 8, requires_grad=True)
     image = sampler(x, cond)
-    theirs = sdo_loop(model, scheduler, x, 4, model_kwargs=cond, schedule_kwargs={"mu": 0.9})
+    theirs = path_loop(model, scheduler, x, 4, model_kwargs=cond, schedule_kwargs={"mu": 0.9})
     inputs = (x, *network.single_transformer_blocks.parameters())
     assert torch.equal(image, theirs)
     assert all(map(torch.equal, gradients(image, *inputs), gradients(theirs, *inputs)))

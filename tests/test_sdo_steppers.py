@@ -119,19 +119,19 @@ def test_sampler_agrees_with_the_scheduler(name: str, late: bool, guidance: floa
 
 @pytest.mark.parametrize("clipped_output", [False, True])
 @pytest.mark.parametrize("guidance", [None, 3.0])
-@pytest.mark.parametrize("grad_step", ["first", 3, "last", "identity"])
+@pytest.mark.parametrize("path", ["first", 3, "last", "identity"])
 @pytest.mark.parametrize("name", CLIPPED)
 def test_clipping_agrees_with_autograd_through_the_scheduler(
-    name: str, grad_step: str | int, guidance: float | None, clipped_output: bool
+    name: str, path: str | int, guidance: float | None, clipped_output: bool
 ) -> None:
     """Value and gradients in float64, where some elements are clipped at every step and others at none."""
     model = ConvModel().double()
     x, cond, uncond = (torch.randn(2, *s, dtype=torch.float64, requires_grad=True) for s in ((3, 6, 5), (5,), (5,)))
-    inputs = [x] if grad_step == "identity" else [x, cond, *model.parameters(), *([uncond] if guidance else [])]
+    inputs = [x] if path == "identity" else [x, cond, *model.parameters(), *([uncond] if guidance else [])]
     results, means = [], []
     settings = {"guidance_scale": guidance, "step_kwargs": {"use_clipped_model_output": clipped_output}}
     for fused in (False, True):
-        sampler = ShortcutSampler(model, scheduler(name), 6, 1, grad_step, fused=fused, **settings)
+        sampler = ShortcutSampler(model, scheduler(name), 6, 1, path, fused=fused, **settings)
         assert sampler.why_not() == ("sampler_step runs" if fused else "the scheduler runs (fused=False was asked for)")
         image = sampler(x, {"cond": cond}, {"cond": uncond} if guidance else None)
         results.append((image, *gradients(image, *inputs)))

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.harness import peak_bytes, saved_bytes
 from sdo_fast import ShortcutSampler, TrajectoryCache, optimize_latents
-from sdo_fast.reference import full_backprop, sdo_loop
+from sdo_fast.reference import full_backprop, path_loop
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -50,11 +50,11 @@ def tune(sampler, model, x, steps):
     return losses, exact
 
 
-@pytest.mark.parametrize("grad_step", ["first", "last", "random"])
-def test_parameter_tuning_descends(grad_step):
+@pytest.mark.parametrize("path", ["first", "last", "random"])
+def test_parameter_tuning_descends(path):
     torch.manual_seed(0)
     model, x = ConvModel(scale=0.15), torch.randn(4, 3, 6, 6)
-    losses, _ = tune(ShortcutSampler(model, ddim(), 6, grad_step=grad_step), model, x, 30)
+    losses, _ = tune(ShortcutSampler(model, ddim(), 6, path=path), model, x, 30)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -78,7 +78,7 @@ def test_lora_adapters():
     assert all("lora" in name for name in trained)
     x, labels = torch.randn(2, 1, 8, 8), {"class_labels": torch.tensor([1, 2])}
     ours = ShortcutSampler(unet, ddim(), 5, fused=False)(x, labels)
-    theirs = sdo_loop(unet, ddim(), x, 5, model_kwargs=labels)
+    theirs = path_loop(unet, ddim(), x, 5, model_kwargs=labels)
     reward(ours).backward()
     mine = {name: p.grad.clone() for name, p in trained.items()}
     unet.zero_grad()
@@ -103,7 +103,7 @@ def test_adapters_added_by_diffusers():
     network.requires_grad_(False)
     network.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     reward(
-        ShortcutSampler(network, diffusers.FlowMatchEulerDiscreteScheduler(), 3, grad_step="last")(
+        ShortcutSampler(network, diffusers.FlowMatchEulerDiscreteScheduler(), 3, path="last")(
             torch.randn(1, 4, 8, 8), cond
         )
     ).backward()
@@ -113,17 +113,15 @@ def test_adapters_added_by_diffusers():
 
 @pytest.mark.parametrize("inference_mode", [False, True])
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("grad_step", ["first", "last"])
-def test_autocast_does_not_lose_parameter_gradients(grad_step, checkpoint, inference_mode):
+@pytest.mark.parametrize("path", ["first", "last"])
+def test_autocast_does_not_lose_parameter_gradients(path, checkpoint, inference_mode):
     """Autocast keeps cast weights; those of the calls without gradients must not serve the one with them."""
     model, x = ConvModel(scale=0.15), torch.randn(2, 3, 6, 6)
     grads = []
     for autocast in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            sampler = ShortcutSampler(
-                model, ddim(), 4, grad_step=grad_step, checkpoint=checkpoint, inference_mode=inference_mode
-            )
+            sampler = ShortcutSampler(model, ddim(), 4, path=path, checkpoint=checkpoint, inference_mode=inference_mode)
             loss = reward(sampler(x))
         loss.backward()
         grads.append([p.grad.clone() for p in [*model.first.parameters(), *model.second.parameters()]])
@@ -161,9 +159,9 @@ def compiled_equals_eager(backend):
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     inputs = (x, *model.first.parameters())
     for checkpoint in (False, True):
-        for grad_step in ("first", "last"):
-            theirs = sdo_loop(plain, ddim(), x, 4, grad_step=grad_step)
-            ours = ShortcutSampler(compiled, ddim(), 4, grad_step=grad_step, checkpoint=checkpoint)(x)
+        for path in ("first", "last"):
+            theirs = path_loop(plain, ddim(), x, 4, path=path)
+            ours = ShortcutSampler(compiled, ddim(), 4, path=path, checkpoint=checkpoint)(x)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
             for a, b in zip(gradients(ours, *inputs), gradients(theirs, *inputs), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -233,7 +231,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(scheduler):
 
     with torch.no_grad():
         plain = peak(sample(8))
-    assert peak(sample(8, grad_step="identity")) <= 1.1 * plain
+    assert peak(sample(8, path="identity")) <= 1.1 * plain
     assert peak(sample(8)) <= 1.1 * peak(sample(3))
     assert peak(full(8)) > 3 * peak(sample(8))
 
@@ -250,9 +248,9 @@ def worker(rank, port, failures):
         x, cond = torch.randn(2, 3, 6, 6, generator=generator), torch.randn(2, 5, generator=generator)
         mine = slice(rank, rank + 1)
         mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        for grad_step in ("first", 2):
+        for path in ("first", 2):
             single = ConvModel(scale=0.15)
-            reward(sdo_loop(single, ddim(), x, 4, grad_step=grad_step, model_kwargs={"cond": cond})).backward()
+            reward(path_loop(single, ddim(), x, 4, path=path, model_kwargs={"cond": cond})).backward()
             for kind in ("ddp", "fsdp2"):
                 for checkpoint in (False, True):
                     model = ConvModel(scale=0.15)
@@ -260,14 +258,14 @@ def worker(rank, port, failures):
                     if kind == "fsdp2":
                         fully_shard(model.first, mesh=mesh)
                         fully_shard(model, mesh=mesh)
-                    sampler = ShortcutSampler(wrapped, ddim(), 4, grad_step=grad_step, checkpoint=checkpoint)
+                    sampler = ShortcutSampler(wrapped, ddim(), 4, path=path, checkpoint=checkpoint)
                     for _ in range(2):
                         wrapped.zero_grad()
                         reward(sampler(x[mine], {"cond": cond[mine]})).backward()
                     for (name, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
                         grad = p.grad.full_tensor() if kind == "fsdp2" else p.grad
                         if not torch.allclose(grad, q.grad, rtol=1e-4, atol=1e-6):
-                            failures.put(f"{kind} {grad_step} checkpoint={checkpoint} {name}")
+                            failures.put(f"{kind} {path} checkpoint={checkpoint} {name}")
     finally:
         dist.destroy_process_group()
 

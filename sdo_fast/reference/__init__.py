@@ -1,7 +1,7 @@
 """The definitions in plain PyTorch: the loops that the fast sampler is compared with, and the operators."""
 
-from .loops import full_backprop, sdo_loop
+from .loops import full_backprop, path_loop
 from .shortcut import shortcut_backward
 from .step import sampler_step
 
-__all__ = ["full_backprop", "sampler_step", "sdo_loop", "shortcut_backward"]
+__all__ = ["full_backprop", "path_loop", "sampler_step", "shortcut_backward"]

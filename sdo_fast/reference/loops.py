@@ -1,4 +1,4 @@
-"""The plain sampling loops: full backpropagation, and the gradient shortcut as its authors wrote it."""
+"""The plain sampling loops: full backpropagation, and any gradient path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ..model import GuidedModel
-from ..paths import draw_step, grad_step_choices
+from ..noise import randn
+from ..paths import AnyPath, as_path, draw
+from ..schedulers import noise_levels, posterior_means, schedule_of
 from ..solver import Solver
 
 
@@ -44,13 +46,13 @@ def full_backprop(
     return x
 
 
-def sdo_loop(
+def path_loop(
     model: Callable[..., Any],
     scheduler: Any,
     latents: Tensor,
     num_inference_steps: int | None = 50,
     start: int = 0,
-    grad_step: str | int = "first",
+    path: AnyPath = "first",
     guidance_scale: float | Tensor | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
@@ -58,19 +60,38 @@ def sdo_loop(
     step_kwargs: Mapping[str, Any] | None = None,
     schedule_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """x_0 with the graph of one step of the model: Shortcut Diffusion Optimization (arXiv 2505.07477).
-
-        x_{i+1} = S_i(x_i, eps(x_i, t_i) if i == grad_step else eps(x_i, t_i).detach())
+    """x_0 with the graph of the path's steps of the model (`sdo_fast.paths` has the equations).
 
     The scheduler's own arithmetic S_i stays differentiable in x_i, and guidance in a tensor w: only what the model
     returns is a constant. Arguments as in `sdo_fast.ShortcutSampler`, of which this is the definition.
     """
-    solver = Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs).begin(generator)
+    solver = Solver(scheduler, num_inference_steps, start, step_kwargs, schedule_kwargs)
+    drawn = draw(as_path(path), schedule_of(solver), generator)
     eps = GuidedModel(model, len(latents), guidance_scale, model_kwargs, uncond_kwargs, solver.learned_variance)
-    times = solver.timesteps.to(latents.device)
-    chosen = draw_step(grad_step_choices(grad_step, solver), generator)
+    times, run = solver.timesteps.to(latents.device), solver.begin(generator)
     x = latents
     for i in solver.steps:
-        outputs = eps.evaluate(solver.scale_input(x, i), times[i])
-        x = solver.step(eps.combine(*(outputs if i == chosen else (o.detach() for o in outputs))), i, x)
+        if i in drawn.shares:
+            outputs = eps.evaluate(run.scale_input(with_gradient(x, drawn.shares[i]), i), times[i])
+            output = eps.combine(*(with_gradient(o, drawn.weight(i)) for o in outputs))
+        else:
+            outputs = eps.evaluate(run.scale_input(x, i), times[i])
+            output = eps.combine(*(o.detach() for o in outputs))
+        if i == drawn.stop:
+            p, q = posterior_means(solver)[i]
+            return p * x + q * output[:, : x.shape[1]]
+        x = run.step(output, i, x)
+    last = solver.steps.stop - 1
+    for _ in range(drawn.noises):
+        alphas, sigmas = noise_levels(solver)
+        noise = randn(x.shape, generator, x.device, x.dtype)
+        noised = solver.starting_at(last).scale_input(alphas[last] * x.detach() + sigmas[last] * noise, last)
+        output = eps(noised, times[last])[:, : x.shape[1]]
+        mean = posterior_means(solver)[last][1] / (drawn.noises + 1) * output
+        x = x + (mean - mean.detach())
     return x
+
+
+def with_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, with so much of its gradient."""
+    return x if factor == 1 else x.detach() + factor * (x - x.detach())
