@@ -433,9 +433,9 @@ def as_path(path: AnyPath) -> Path | Recipe:
     if isinstance(path, str) and path in _BY_NAME:
         return _BY_NAME[path]
     steps = [path] if is_integer(path) else path
-    a_collection = isinstance(steps, (list, tuple, range, set, frozenset)) and len(steps) > 0
-    if a_collection and all(is_integer(i) and i >= 0 for i in steps):
-        return Path(dict.fromkeys(sorted(map(int, steps)), 1.0))
+    if isinstance(steps, (list, tuple, range, set, frozenset)) and len(steps) > 0:
+        if all(is_integer(i) and i >= 0 for i in steps):
+            return Path(dict.fromkeys(sorted(map(int, steps)), 1.0))
     raise ValueError(
         f"path must be one of sdo_fast.paths, a name ({', '.join(map(repr, _BY_NAME))}), the index of a step from 0 on "
         f"or a collection of them, got {path!r}"

@@ -175,7 +175,7 @@ CALLS |= {
     "ShortcutSampler.guidance_scale": lambda: (set_guidance, {"guidance_scale": torch.ones(2, 1, 1, 1)}),
     "ShortcutSampler.__call__": lambda: (sampler(guidance_scale=2.0).__call__, passing()),
     "ShortcutSampler.warm_up": lambda: (sampler(guidance_scale=2.0, start=2).warm_up, passing()),
-    "ShortcutSampler.sample": lambda: (sampler(guidance_scale=2.0).sample, {**passing(), "path": 1}),
+    "ShortcutSampler.sample": lambda: (sampler(guidance_scale=2.0).sample, {**passing(), "path": "last"}),
     "ShortcutSampler.with_steps": lambda: (sampler().with_steps, {"num_inference_steps": 3}),
     "TrajectoryCache": lambda: (
         sdo_fast.TrajectoryCache,
