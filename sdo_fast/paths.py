@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -433,9 +433,9 @@ def as_path(path: AnyPath) -> Path | Recipe:
     if isinstance(path, str) and path in _BY_NAME:
         return _BY_NAME[path]
     steps = [path] if is_integer(path) else path
-    if isinstance(steps, (list, tuple, range, set, frozenset)) and len(steps) > 0:
-        if all(is_integer(i) and i >= 0 for i in steps):
-            return Path(dict.fromkeys(sorted(map(int, steps)), 1.0))
+    collection = isinstance(steps, (list, tuple, range, set, frozenset)) and len(steps) > 0
+    if collection and all(is_integer(i) and i >= 0 for i in cast(Collection[Any], steps)):
+        return Path(dict.fromkeys(sorted(map(int, cast(Collection[Any], steps))), 1.0))
     raise ValueError(
         f"path must be one of sdo_fast.paths, a name ({', '.join(map(repr, _BY_NAME))}), the index of a step from 0 on "
         f"or a collection of them, got {path!r}"
