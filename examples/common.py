@@ -28,8 +28,8 @@ from sdo_fast.pipelines import PipelineSampler
 # Options
 
 
-def grad_step(text: str) -> str | int:
-    """The sampler's grad_step from the command line: a name or an index."""
+def path(text: str) -> str | int:
+    """The sampler's gradient path from the command line: a name or an index."""
     return int(text) if text.lstrip("-").isdigit() else text
 
 
@@ -39,8 +39,8 @@ def sdo_parser(script: str, description: str, *, steps: int, sampler_steps: int,
     parser.add_argument("--steps", type=int, default=steps, help="optimisation steps (%(default)s)")
     parser.add_argument("--sampler-steps", type=int, default=sampler_steps, help="sampling steps (%(default)s)")
     parser.add_argument(
-        "--grad-step",
-        type=grad_step,
+        "--path",
+        type=path,
         default="first",
         help='step that keeps its gradient: "first", "last", "random", "identity" or an index (%(default)s)',
     )
@@ -143,7 +143,7 @@ def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1, start: 
     options: dict[str, Any] = {
         "num_inference_steps": args.sampler_steps,
         "start": start,
-        "grad_step": args.grad_step,
+        "path": args.path,
         "guidance_scale": args.guidance,
     }
     if args.model is None:

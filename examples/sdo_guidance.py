@@ -3,7 +3,7 @@
     python examples/sdo_guidance.py
     python examples/sdo_guidance.py --model PIPELINE --critic CLASSIFIER --prompt "a photo of an animal" --target 207
 
-"shortcut" is the gradient of the step --grad-step, "identity" takes no model backward at all, "full" backpropagates
+"shortcut" is the gradient of the path --path, "identity" takes no model backward at all, "full" backpropagates
 through every step (its memory grows with their number). The curves show the loss over the steps and over the time.
 """
 
@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
+from sdo_fast.paths import Path
 from sdo_fast.pipelines import PipelineSampler
 from sdo_fast.reference import full_backprop
 
@@ -45,23 +46,23 @@ class Shortcut:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)
 
-    def sample(self, latents: Tensor, grad_step: int | None, *args: Any, **kwargs: Any) -> Tensor:
-        return self.sampler.sample(latents, grad_step, *args, **kwargs)
+    def sample(self, latents: Tensor, path: Path, *args: Any, **kwargs: Any) -> Tensor:
+        return self.sampler.sample(latents, path, *args, **kwargs)
 
 
 class IdentityGradient(Shortcut):
     """The same sampler with no step's graph."""
 
-    def sample(self, latents: Tensor, grad_step: int | None, *args: Any, **kwargs: Any) -> Tensor:
-        return self.sampler.sample(latents, None, *args, **kwargs)
+    def sample(self, latents: Tensor, path: Path, *args: Any, **kwargs: Any) -> Tensor:
+        return self.sampler.sample(latents, "identity", *args, **kwargs)
 
 
 class FullBackprop(Shortcut):
     """The same sampler with the graph of every step."""
 
-    def sample(self, latents: Tensor, grad_step: int | None, *args: Any, **kwargs: Any) -> Tensor:
+    def sample(self, latents: Tensor, path: Path, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
-            return super().sample(latents, grad_step, *args, **kwargs)
+            return super().sample(latents, path, *args, **kwargs)
         cond, uncond = self.conditions
         sampler = self.sampler
         sampler.model_calls += len(sampler.timesteps) * (1 if sampler.guidance_scale is None else 2)

@@ -262,6 +262,7 @@ class _Run:
         self.stopped = False
         self.count = 0
         self.outputs: list[Tensor] = []
+        self.mean = 0.0, 0.0
         self.constants: dict[str, Any] = {}
         """The last outputs of each denoiser, for the steps after a stop: they are not looked at."""
 
@@ -275,6 +276,8 @@ class _Run:
             drawn = draw(path, schedule, self.owner.generator)
             if drawn.noises:
                 raise ValueError(f"path must have no noises in a pipeline, for which ShortcutSampler is, got {path!r}")
+            if drawn.stop is not None:
+                self.mean = posterior_means(self._solver())[drawn.stop - self.count]
             self.owner.drawn = drawn
         return self.owner.drawn
 
@@ -289,7 +292,7 @@ class _Run:
         return Solver.as_set(scheduler, len(scheduler.timesteps) - self.count, {"eta": eta} if takes_eta else None)
 
     def posterior_mean(self, output: Tensor, x: Tensor) -> Tensor:
-        p, q = posterior_means(self._solver())[self.step - self.count]
+        p, q = self.mean
         return p * x + q * output[:, : x.shape[1]]
 
     def constant(self, name: str, outputs: Any) -> Any:

@@ -355,10 +355,7 @@ def test_thickness_score_follows_the_measured_thickness() -> None:
 @pytest.mark.parametrize("path", ["identity", "2"])
 def test_sdo_digits(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "sdo.png"
-    assert (
-        sdo_digits.main(["--quick", "--steps", "4", "--sampler-steps", "4", "--grad-step", path, "--out", str(out)])
-        == 0
-    )
+    assert sdo_digits.main(["--quick", "--steps", "4", "--sampler-steps", "4", "--path", path, "--out", str(out)]) == 0
     pairs = losses(capsys.readouterr().out)
     assert len(pairs) == 2
     assert all(after < 0.9 * before for before, after in pairs), pairs

@@ -22,7 +22,7 @@ from test_sdo_shortcut_families import (
 )
 from torch import Tensor, nn
 
-from sdo_fast import ShortcutPipeline, from_pipeline
+from sdo_fast import NotAffineError, ShortcutPipeline, from_pipeline, paths
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 4
@@ -135,6 +135,95 @@ def test_the_gradient_is_that_of_from_pipeline(pipe, checkpoint):
     result = ShortcutPipeline(pipe, checkpoint=checkpoint)(latents=z, output_type="latent", **TEXT)
     for one, other in zip(gradient(result, z, *pipe.unet.parameters()), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+RECIPES = {
+    "refl": paths.refl(0.5),
+    "draft": paths.draft(2),
+    "drtune": paths.drtune(2),
+    "leapalign": paths.leapalign(),
+    "flowbp_sparse": paths.flowbp_sparse(2, rescale=0.5),
+    "flowbp_bridge": paths.flowbp_bridge(3),
+    "flowbp_lagrange": paths.flowbp_lagrange(2),
+    "by hand": paths.Path({0: 0.4, 2: 0.0}, {0: -1.5, 2: 2.0}, stop=3),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("true_guidance", [True, False])
+def test_recipes_are_those_of_a_sampler(pipe, name, true_guidance):
+    """The same draws give the same path, and its gradient that of the plain loop behind `from_pipeline`."""
+    guidance = 5.0 if true_guidance else None
+    draws = [torch.Generator().manual_seed(5) for _ in range(2)]
+    sampler = from_pipeline(pipe, "a cat", STEPS, path=RECIPES[name], guidance_scale=guidance, fused=False)
+    z = noise(1, 4, 8, 8).requires_grad_()
+    wanted_image = sampler(z, generator=draws[0])
+    wanted = torch.autograd.grad((wanted_image * noise(1, 4, 8, 8, seed=8)).sum(), (z, *pipe.unet.parameters()))
+    shortcut = ShortcutPipeline(pipe, RECIPES[name], generator=draws[1])
+    result = shortcut(latents=z, output_type="latent", **{**TEXT, "guidance_scale": guidance or 1.0})
+    assert shortcut.drawn == sampler.drawn
+    torch.testing.assert_close(result.images, wanted_image, rtol=1e-4, atol=1e-4)
+    if shortcut.drawn.stop is None:
+        plain = pipe(latents=z.detach(), output_type="latent", **{**TEXT, "guidance_scale": guidance or 1.0})
+        assert torch.equal(result.images, plain.images)
+    for one, other in zip(gradient(result, z, *pipe.unet.parameters()), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * other.abs().max().item())
+
+
+def test_a_stop_ends_the_denoisers_calls(pipe):
+    z = noise(1, 4, 8, 8).requires_grad_()
+    shortcut = ShortcutPipeline(pipe, paths.Path({1: 0.0}, stop=1))
+    result = shortcut(latents=z, **TEXT)
+    assert (shortcut.model_calls, shortcut.graph_calls) == (2, 1)
+    gradient(result, z)
+    with torch.no_grad():
+        assert torch.equal(shortcut(latents=z, **TEXT).images, pipe(latents=z, output_type="pt", **TEXT).images)
+    # Nothing is left behind.
+    full = ShortcutPipeline(pipe)(latents=z, **TEXT)
+    assert torch.equal(full.images, pipe(latents=z.detach(), output_type="pt", **TEXT).images)
+
+
+@pytest.mark.parametrize("make", [flux, flux_true_guidance, wan, stable_diffusion_xl])
+@pytest.mark.parametrize("name", ["refl", "flowbp_bridge", "flowbp_lagrange"])
+def test_recipes_run_in_other_families(make, name):
+    """Packed latents, two calls a step, video, Euler; a flow's posterior mean at the last step is its result."""
+    torch.manual_seed(0)
+    pipe, arguments, needing = make()
+    pipe.set_progress_bar_config(disable=True)
+    for needed in needing:
+        arguments[needed].requires_grad_()
+    arguments["num_inference_steps"] = 4
+    result = ShortcutPipeline(pipe, RECIPES[name], generator=torch.Generator().manual_seed(1))(**arguments)
+    inputs = [arguments[needed] for needed in needing]
+    assert all(grad.isfinite().all() for grad in gradient(result, *inputs))
+    if make is flux:
+        steps = len(pipe.scheduler.timesteps)
+        ended = ShortcutPipeline(pipe, paths.Path({steps - 1: 0.0}, stop=steps - 1))(**arguments)
+        with torch.no_grad():
+            torch.testing.assert_close(ended[0], pipe(**arguments, output_type="pt")[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_share_is_of_the_state_and_not_of_the_prompt(pipe):
+    z, prompt = noise(1, 4, 8, 8).requires_grad_(), noise(1, 7, 16).requires_grad_()
+    arguments = {"latents": z, "prompt_embeds": prompt, "guidance_scale": 1.0, "num_inference_steps": STEPS}
+    by_share = {}
+    for share in (1.0, 0.5, 0.0):
+        shortcut = ShortcutPipeline(pipe, paths.Path({1: share}))
+        by_share[share] = gradient(shortcut(output_type="latent", **arguments), z, prompt)
+    assert torch.equal(by_share[0.0][1], by_share[1.0][1])
+    assert by_share[1.0][1].abs().sum() > 0
+    torch.testing.assert_close(by_share[0.5][0], (by_share[0.0][0] + by_share[1.0][0]) / 2, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(by_share[0.0][0], by_share[1.0][0], rtol=1e-3)
+
+
+def test_what_a_pipeline_cannot_follow_is_named(pipe):
+    z = noise(1, 4, 8, 8).requires_grad_()
+    with pytest.raises(ValueError, match="no noises in a pipeline"):
+        ShortcutPipeline(pipe, "draft_lv")(latents=z, **TEXT)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+    with pytest.raises(NotAffineError, match="clips"):
+        ShortcutPipeline(pipe, "leapalign")(latents=z, **TEXT)
+    ShortcutPipeline(pipe, "flowbp_sparse")(latents=z, **TEXT)
 
 
 def test_calls_are_counted(pipe):
