@@ -162,6 +162,16 @@ def test_scores_of_clip_as_by_transformers(kind: Any, folder: Path, rng: torch.G
     assert expected.std() > 1e-2, "a constant would pass"
 
 
+def test_hpsv2_fills_images_up_to_squares(folder: Path, rng: torch.Generator) -> None:
+    similarity, hps = (kind(folder, "a cat") for kind in (losses.ClipTextSimilarity, losses.HPSv2))
+    for height, width in ((20, 33), (33, 20)):
+        images = torch.rand(2, 3, height, width, generator=rng)
+        square = torch.zeros(2, 3, 33, 33)
+        square[:, :, (33 - height) // 2 :, (33 - width) // 2 :][..., :height, :width] = images
+        torch.testing.assert_close(hps.score(images), similarity.score(square))
+        assert (hps.score(images) - similarity.score(images)).abs().max() > 1e-3
+
+
 def test_texts_are_cut_to_what_the_model_takes(clip: losses.ClipEncoder) -> None:
     long = "abcdefghij klmnopqrstuvwxyz"
     assert torch.equal(clip.texts(long), clip.texts(long + " and more"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..arguments import check_choice, number, number_list
 from .clip import ClipEncoder, ClipTextSimilarity, Reward, imported
@@ -116,10 +117,19 @@ class HPSv2(ClipTextSimilarity):
             is the conversion of laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
         text, processor: of `ClipTextSimilarity`.
 
-    Images are prepared as the processor's configuration says: the middle square where they are none.
+    Images that are no squares are filled up to squares with black, as by hpsv2 (which does so after resizing).
 
     Source: "Human Preference Score v2", arXiv 2306.09341.
     """
+
+    def score(self, images: Tensor, text: str | Sequence[str] | None = None) -> Tensor:
+        """Cosines (B,)."""
+        check_images("images", images)
+        height, width = images.shape[-2:]
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        square = functional.pad(images, (left, side - width - left, top, side - height - top))
+        return super().score(square, text)
 
 
 class IQAMetric(Reward):
