@@ -1,6 +1,6 @@
 """Shortcut Diffusion Optimization: gradients through a sampler at the price of one step (arXiv 2505.07477)."""
 
-from . import functional, paths, reference
+from . import functional, losses, paths, reference
 from .backend import backends, use_backend, why_not
 from .inversion import Inversion, invert
 from .optimize import NonFiniteLossError, optimize_latents
@@ -24,6 +24,7 @@ __all__ = [
     "from_pipeline",
     "functional",
     "invert",
+    "losses",
     "optimize_latents",
     "paths",
     "reference",
