@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -26,8 +25,8 @@ from .repetition import repeated
 from .reuse import TrajectoryCache
 from .schedulers import (
     affine_sensitivities,
-    noise_levels,
-    posterior_means,
+    noise_level,
+    posterior_mean,
     refuse_stochastic,
     refuse_vanishing,
     schedule_of,
@@ -288,12 +287,8 @@ class ShortcutSampler:
         if self.config.reuse is not None:
             raise ValueError(f"reuse must be None with a path that stops early or has noises, got {self.config.path!r}")
         stop = self.solver.steps.stop - 1 if path.stop is None else path.stop
-        if not all(map(math.isfinite, self._posterior_means[stop])):
+        if not all(map(math.isfinite, posterior_mean(self.solver, stop))):
             raise ValueError(f"path must stop where the state is more than noise, got {self.config.path!r}")
-
-    @cached_property
-    def _posterior_means(self) -> list[tuple[float, float]]:
-        return posterior_means(self.solver)
 
     def _reusing(
         self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, steps: Iterable[int], path: Path
@@ -327,7 +322,7 @@ class ShortcutSampler:
     ) -> Tensor:
         """The state after `steps`; with a cache, only the planned ones call the model."""
         times, shares = self.timesteps.to(x.device), path.shares
-        attached = _Attached(stepper, eps, x, path)
+        attached, mean = _Attached(stepper, eps, x, path), None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not attached.known):
             for i in steps:
                 if reuse is not None and i not in planned:
@@ -343,22 +338,23 @@ class ShortcutSampler:
                 else:
                     outputs = self.evaluate(eps, stepper.scale_input(x, i), times[i])
                 if i == path.stop:
-                    p, q = self._posterior_means[i]
+                    p, q = mean = posterior_mean(self.solver, i)
                     x = p * x + q * eps.combine(*outputs)[:, : x.shape[1]]
                     break
                 if reuse is not None:
                     reuse.store(i, x, eps.combine(*outputs))
                 x = stepper.step(eps.operands(outputs), eps.weight, i, x)
-        return attached.result(x, None if path.stop is None else self._posterior_means[path.stop])
+        return attached.result(x, mean)
 
     def _with_noises(self, eps: GuidedModel, x: Tensor, path: Path, generator: Generators) -> Tensor:
         """x with the gradient, and nothing of the value, of posterior means at x noised to the last step."""
-        last, (alphas, sigmas) = self.solver.steps.stop - 1, noise_levels(self.solver)
+        last = self.solver.steps.stop - 1
+        alpha, sigma = noise_level(self.solver, last)
         here, time = self.stepper_from(last), self.timesteps[last].to(x.device)
-        factor = self._posterior_means[last][1] / (path.noises + 1)
+        factor = posterior_mean(self.solver, last)[1] / (path.noises + 1)
         for _ in range(path.noises):
             noise = randn(x.shape, generator, x.device, x.dtype)
-            noised = alphas[last] * x.detach() + sigmas[last] * noise
+            noised = alpha * x.detach() + sigma * noise
             output = eps.combine(*self.evaluate(eps, here.begin().scale_input(noised, last), time, True))
             mean = factor * output[:, : x.shape[1]]
             x = x + (mean - mean.detach())

@@ -124,25 +124,27 @@ def step_coefficients(solver: Solver) -> tuple[Tensor, Tensor]:
     return coefficients[0], coefficients[1]
 
 
-@on_cpu
 def noise_levels(solver: Solver) -> tuple[list[float], list[float]]:
-    """alpha and sigma of every step's state x = alpha x_0 + sigma noise, as the scheduler adds noise."""
+    """alpha and sigma of every step's state."""
+    alphas, sigmas = zip(*(noise_level(solver, i) for i in range(len(solver))), strict=True)
+    return list(alphas), list(sigmas)
+
+
+@on_cpu
+def noise_level(solver: Solver, i: int) -> tuple[float, float]:
+    """alpha and sigma of step i's state x = alpha x_0 + sigma noise, as the scheduler adds noise."""
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    alphas, sigmas = [], []
-    for i in range(len(solver)):
-        scheduler = copy.deepcopy(solver.scheduler)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(i)
-        t = solver.timesteps[i].reshape(1)
-        if hasattr(scheduler, "add_noise"):
-            pair = scheduler.add_noise(one, zero, t), scheduler.add_noise(zero, one, t)
-        elif hasattr(scheduler, "scale_noise"):
-            pair = scheduler.scale_noise(one, t, zero), scheduler.scale_noise(zero, t, one)
-        else:
-            raise ValueError(f"scheduler must have add_noise or scale_noise, got {solver.name} without either")
-        alphas.append(pair[0].item())
-        sigmas.append(pair[1].item())
-    return alphas, sigmas
+    scheduler = copy.deepcopy(solver.scheduler)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(i)
+    t = solver.timesteps[i].reshape(1)
+    if hasattr(scheduler, "add_noise"):
+        pair = scheduler.add_noise(one, zero, t), scheduler.add_noise(zero, one, t)
+    elif hasattr(scheduler, "scale_noise"):
+        pair = scheduler.scale_noise(one, t, zero), scheduler.scale_noise(zero, t, one)
+    else:
+        raise ValueError(f"scheduler must have add_noise or scale_noise, got {solver.name} without either")
+    return pair[0].item(), pair[1].item()
 
 
 def prediction(solver: Solver) -> str:
@@ -158,16 +160,12 @@ def prediction(solver: Solver) -> str:
     return "flow" if kind == "flow_prediction" else kind
 
 
-def posterior_means(solver: Solver) -> list[tuple[float, float]]:
-    """p and q of E[x_0 | x_i] = p x_i + q output_i, for every step i (Tweedie's formula); nothing is clipped.
+def posterior_mean(solver: Solver, i: int) -> tuple[float, float]:
+    """p and q of E[x_0 | x_i] = p x_i + q output_i (Tweedie's formula); nothing is clipped.
 
     With x = alpha x_0 + sigma noise: (x - sigma noise) / alpha. A v-prediction is that of x / sqrt(alpha^2 + sigma^2).
     """
-    kind = prediction(solver)
-    return [_posterior_mean(kind, alpha, sigma) for alpha, sigma in zip(*noise_levels(solver), strict=True)]
-
-
-def _posterior_mean(kind: str, alpha: float, sigma: float) -> tuple[float, float]:
+    kind, (alpha, sigma) = prediction(solver), noise_level(solver, i)
     if kind == "epsilon":
         return (1 / alpha, -sigma / alpha) if alpha else (math.inf, -math.inf)
     if kind == "v_prediction":

@@ -25,7 +25,7 @@ from .paths import AnyPath, Path, Schedule, as_path, draw, identity, sdo
 from .pipelines import with_weights
 from .repetition import repeated
 from .sampler import out_of_inference_mode
-from .schedulers import affine_sensitivities, posterior_means
+from .schedulers import affine_sensitivities, posterior_mean
 from .solver import Solver
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder", "model")
@@ -119,6 +119,7 @@ class ShortcutPipeline:
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
         self.model_calls = self.graph_calls = 0
         self.drawn = Path()
+        self.measured: tuple[Any, list[float]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `pipe(*args, **kwargs)` returns, with the graph of the path."""
@@ -277,12 +278,19 @@ class _Run:
             if drawn.noises:
                 raise ValueError(f"path must have no noises in a pipeline, for which ShortcutSampler is, got {path!r}")
             if drawn.stop is not None:
-                self.mean = posterior_means(self._solver())[drawn.stop - self.count]
+                solver = self._solver()
+                self.mean = posterior_mean(solver, solver.start + drawn.stop)
             self.owner.drawn = drawn
         return self.owner.drawn
 
     def _coefficients(self) -> list[float]:
-        return affine_sensitivities(self._solver())[1].tolist()[-self.count :]
+        """B_i of the steps that run, found once a schedule."""
+        solver = self._solver()
+        settings = str(getattr(solver.scheduler, "config", None))
+        key = (solver.name, settings, solver.timesteps.tolist(), solver.start, solver.step_kwargs)
+        if self.owner.measured is None or self.owner.measured[0] != key:
+            self.owner.measured = key, affine_sensitivities(solver)[1].tolist()[solver.start :]
+        return self.owner.measured[1]
 
     def _solver(self) -> Solver:
         """The pipeline's scheduler with its schedule, from the first step that runs."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdo_fast import NotAffineError, ShortcutSampler, TrajectoryCache, coefficients, paths
 from sdo_fast.paths import Path, Schedule
 from sdo_fast.reference import full_backprop, path_loop
-from sdo_fast.schedulers import noise_levels, posterior_means
+from sdo_fast.schedulers import noise_level, posterior_mean
 from sdo_fast.solver import Solver
 
 diffusers = pytest.importorskip("diffusers")
@@ -337,12 +337,12 @@ def test_posterior_mean_is_the_schedulers_own(name):
     scheduler = POSTERIOR[name]()
     scheduler.set_timesteps(6)
     x = output = torch.randn(1, 1, 3, 3, dtype=torch.float64)
-    means = posterior_means(Solver(scheduler, 6))
+    solver = Solver(scheduler, 6)
     for i, t in enumerate(scheduler.timesteps):
         x, output = torch.randn(2, 1, 1, 3, 3, dtype=torch.float64)
         scheduler.scale_model_input(x, t)
         theirs = scheduler.step(output, t, x).pred_original_sample
-        p, q = means[i]
+        p, q = posterior_mean(solver, i)
         assert rel_rms(p * x + q * output, theirs) < 1e-5
 
 
@@ -351,9 +351,8 @@ def test_posterior_mean_of_the_best_model_is_the_sample(make):
     """Of one image as the data: every output points to it."""
     image, scheduler = torch.randn(1, 3, 4, 4, dtype=torch.float64), make()
     solver = Solver(scheduler, 6)
-    alphas, sigmas = noise_levels(solver)
-    for (p, q), alpha, sigma in zip(posterior_means(solver), alphas, sigmas, strict=True):
-        noise = torch.randn_like(image)
+    for i in range(6):
+        (p, q), (alpha, sigma), noise = posterior_mean(solver, i), noise_level(solver, i), torch.randn_like(image)
         output = noise - image if make is flow else noise
         assert rel_rms(p * (alpha * image + sigma * noise) + q * output, image) < 1e-6
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 from ..model import GuidedModel
 from ..noise import randn
 from ..paths import AnyPath, as_path, draw
-from ..schedulers import noise_levels, posterior_means, schedule_of
+from ..schedulers import noise_level, posterior_mean, schedule_of
 from ..solver import Solver
 
 
@@ -78,16 +78,16 @@ def path_loop(
             outputs = eps.evaluate(run.scale_input(x, i), times[i])
             output = eps.combine(*(o.detach() for o in outputs))
         if i == drawn.stop:
-            p, q = posterior_means(solver)[i]
+            p, q = posterior_mean(solver, i)
             return p * x + q * output[:, : x.shape[1]]
         x = run.step(output, i, x)
     last = solver.steps.stop - 1
     for _ in range(drawn.noises):
-        alphas, sigmas = noise_levels(solver)
+        alpha, sigma = noise_level(solver, last)
         noise = randn(x.shape, generator, x.device, x.dtype)
-        noised = solver.starting_at(last).scale_input(alphas[last] * x.detach() + sigmas[last] * noise, last)
+        noised = solver.starting_at(last).scale_input(alpha * x.detach() + sigma * noise, last)
         output = eps(noised, times[last])[:, : x.shape[1]]
-        mean = posterior_means(solver)[last][1] / (drawn.noises + 1) * output
+        mean = posterior_mean(solver, last)[1] / (drawn.noises + 1) * output
         x = x + (mean - mean.detach())
     return x
 
