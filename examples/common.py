@@ -205,9 +205,11 @@ def optimise(
     title: str,
     *,
     decode: Callable[[Tensor], Tensor],
-    model_kwargs: Mapping[str, Any] | None = None,
+    **sampler_kwargs: Any,
 ) -> Film:
     """Minimise ``loss_fn(decode(x_0))`` by ``optimize_latents`` with the options given; print the loss and its price.
+
+    ``sampler`` is what it takes, with an attribute ``model_calls``.
 
     The noise keeps its norm: of another norm it is unknown to the model, and the images turn into saturated pixels that
     please the loss alone.
@@ -236,9 +238,9 @@ def optimise(
         args.steps,
         args.lr,
         callback=keep,
-        keep_norm=True,
-        model_kwargs=model_kwargs,
+        constraint="norm",
         generator=generator,
+        **sampler_kwargs,
     )
     if not film.images:
         raise SystemExit("interrupted before the first result")

@@ -56,7 +56,7 @@ def test_keep_norm_optimises_on_the_sphere(reuse):
     torch.manual_seed(0)
     x, target = torch.randn(3, 3, 6, 6) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1), torch.randn(3, 3, 6, 6)
     sampler = make(reuse=TrajectoryCache() if reuse else None)
-    result = optimize_latents(sampler, x, squared(target), steps=12, lr=0.3, progress=False, keep_norm=True)
+    result = optimize_latents(sampler, x, squared(target), steps=12, lr=0.3, progress=False, constraint="norm")
     norms = x.flatten(1).norm(dim=1)
     for latents in (result.latents, result.best.latents):
         torch.testing.assert_close(latents.flatten(1).norm(dim=1), norms)
@@ -66,7 +66,7 @@ def test_keep_norm_optimises_on_the_sphere(reuse):
 
 
 def test_keep_norm_leaves_zeros_alone():
-    result = optimize_latents(make(), torch.zeros(1, 3, 4, 4), squared(1.0), 3, progress=False, keep_norm=True)
+    result = optimize_latents(make(), torch.zeros(1, 3, 4, 4), squared(1.0), 3, progress=False, constraint="norm")
     assert result.latents.count_nonzero() == 0
 
 
