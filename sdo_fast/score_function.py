@@ -28,8 +28,9 @@ class ScoreFunction:
     or a small lr.
 
     The noise is new at each iteration. `scale` is in the units of x_0 (of an image in [-1, 1], 0.02 is 2.5 of 255
-    grey levels): large enough that the loss changes, small enough that x_0 stays an image. Source: the first of the two
-    hybrid gradients of "Inference-Time Alignment of Diffusion Models with Direct Noise Optimization", arXiv 2405.18881.
+    grey levels): large enough that the loss changes, small enough that x_0 stays an image. Source: the hybrid gradient
+    (values of the loss, autograd for the sampler) of "Inference-Time Alignment of Diffusion Models with Direct Noise
+    Optimization", arXiv 2405.18881.
 
     Raises:
         TypeError, ValueError: samples is no positive even integer, scale no positive number, generator none.
