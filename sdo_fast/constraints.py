@@ -35,8 +35,8 @@ def whitened(z: Tensor) -> Tensor:
 
     with the mean and variance of its j largest, where j is the number of them that stay above zero: O(N log N).
 
-    Noise of N = 4,096 comes back with a cosine of 0.99. `whitened(s * z)` is
-    `whitened(z)` for s > 0. Samples do not depend on each other.
+    Noise comes back with a cosine of 0.99. `whitened(s * z)` is `whitened(z)` for s > 0, and `whitened(-z)` its negative.
+    Samples do not depend on each other.
 
     Args:
         z: (B, C, ...) with N >= 3 numbers a sample, float32, float64, float16 or bfloat16.
@@ -48,8 +48,8 @@ def whitened(z: Tensor) -> Tensor:
         TypeError, ValueError: z is no such tensor.
 
     Deterministic: where several points are as close (equal magnitudes, as in a z of zeros) the lower frequencies are
-    taken for the larger. Differentiable where magnitudes differ, but meant for `torch.no_grad`. Source: "Gradient
-    Preconditioning for Efficient and Reliable Reward-Guided Generation", arXiv 2602.08646; there N is a multiple of 32.
+    taken for the larger. Source: "Gradient Preconditioning for Efficient and Reliable Reward-Guided Generation", arXiv
+    2602.08646; there N is a multiple of 32, and all blocks have 16.
     """
     check_batch("z", z)
     count = math.prod(z.shape[1:])

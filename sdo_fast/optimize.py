@@ -231,7 +231,8 @@ def _optimizer(factory: Any, lr: Any, betas: Any, tensors: list[Tensor]) -> torc
     made = factory(tensors)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(made).__name__}")
-    if inspect.signature(made.step).parameters["closure"].default is inspect.Parameter.empty:
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
         raise TypeError(
             f"optimizer must take steps without a closure, got {type(made).__name__}, which evaluates the loss several "
             "times a step"
@@ -249,8 +250,7 @@ class _Variables:
             name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True).requires_grad_()
             for name, tensor in tensors.items()
         }
-        free = Free()
-        self.constraints = dict.fromkeys(tensors, free)
+        self.constraints = dict.fromkeys(tensors, Free())
         if constraint is not None:
             self.constraints["latents"] = CONSTRAINTS[constraint](self.leaves["latents"].detach())
         self.project()
