@@ -35,7 +35,7 @@ def whitened(z: Tensor) -> Tensor:
 
     with the mean and variance of its j largest, where j is the number of them that stay above zero: O(N log N).
 
-    Noise comes back with a cosine of 0.99. `whitened(s * z)` is `whitened(z)` for s > 0, and `whitened(-z)` its negative.
+    Noise comes back with a cosine of 0.99. `whitened(s * z)` is `whitened(z)` for s > 0, minus `whitened(z)` for s < 0.
     Samples do not depend on each other.
 
     Args:
