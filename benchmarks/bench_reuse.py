@@ -167,7 +167,7 @@ def optimise(objective: Objective, thresholds: tuple[float, ...], updates: int, 
             callback=confirm,
             progress=False,
             coarse_steps=coarse,
-            keep_norm=True,
+            constraint="norm",
             **objective.arguments,
         ).history
     calls = list(accumulate(record.model_calls for record in history))

@@ -155,50 +155,37 @@ def gradients(make: Callable[[], Task], num_steps: int) -> Work:
     return Work(variants, targets=targets, least_rounds=ROUNDS if num_steps > 3 else 1)
 
 
-class Timed:
-    """A sampler for `optimize_latents`, of any function of the latents."""
-
-    reuse = None
-
-    def __init__(self, sample: Callable[[Tensor], Tensor], calls: int) -> None:
-        self.function, self.calls, self.model_calls = sample, calls, 0
-
-    def draw_path(self, generator: Any) -> None:
-        return None
-
-    def sample(self, latents: Tensor, path: None) -> Tensor:
-        self.model_calls += self.calls
-        return self.function(latents)
-
-
 def progress(num_steps: int, updates: int, device: str) -> Work:
     """The loss that each gradient reaches in so many model calls, and in so many seconds.
 
     Recomputed calls count, backward passes do not: their price is in the seconds.
     """
     task = digits(2, device)
-    histories = {}
+    histories, calls = {}, {}
     for name, sample in samplers(task, num_steps).items():
         if name == "sampling alone (floor)":
             continue
-        calls = {"full, checkpointed": 2 * num_steps, "one step (checkpoint)": num_steps + 1}.get(name, num_steps)
-        sampler: Any = Timed(sample, calls)
+        calls[name] = {"full, checkpointed": 2 * num_steps, "one step (checkpoint)": num_steps + 1}.get(name, num_steps)
         histories[name] = sdo_fast.optimize_latents(
-            sampler, task.latents, task.loss, updates, 0.05, progress=False, keep_norm=True
+            sample, task.latents, task.loss, updates, 0.05, progress=False, constraint="norm"
         ).history
     shortest = min(sum(r.seconds for r in history) for history in histories.values())
     variants = {}
     for name, history in histories.items():
         losses = list(accumulate((r.loss for r in history), min))
         metrics: dict[str, Any] = {"updates": updates, "final_loss": losses[-1]}
+        prices: dict[str, list[float]] = {
+            "model_calls": [calls[name]] * len(history),
+            "seconds": [r.seconds for r in history],
+        }
         for what, total in (("model_calls", num_steps * updates), ("seconds", shortest)):
-            spent = list(accumulate(getattr(r, what) for r in history))
+            spent = list(accumulate(prices[what]))
             for share in (0.25, 0.5, 1.0):
                 reached = [loss for loss, s in zip(losses, spent, strict=True) if s <= share * total]
                 if reached:
                     budget = f"{share * total:.0f}" if what == "model_calls" else f"{share:.0%} of {total:.1f}"
                     metrics[f"loss in {budget} {what.replace('_', ' ')}"] = reached[-1]
-        metrics["seconds"] = sum(r.seconds for r in history)
+        metrics["seconds"] = sum(prices["seconds"])
         variants[name] = Variant(None, is_ours(name), metrics=metrics)
     return Work(variants, timed=False)
 

@@ -33,8 +33,10 @@ def path(text: str) -> str | int:
     return int(text) if text.lstrip("-").isdigit() else text
 
 
-def sdo_parser(script: str, description: str, *, steps: int, sampler_steps: int, lr: float) -> argparse.ArgumentParser:
-    """The options of every example: optimisation, sampler, seed and output."""
+def sdo_parser(
+    script: str, description: str, *, steps: int, sampler_steps: int, lr: float, latents: bool = True
+) -> argparse.ArgumentParser:
+    """The options of every example: optimisation (of latents or of a model), sampler, seed and output."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps, help="optimisation steps (%(default)s)")
     parser.add_argument("--sampler-steps", type=int, default=sampler_steps, help="sampling steps (%(default)s)")
@@ -45,6 +47,13 @@ def sdo_parser(script: str, description: str, *, steps: int, sampler_steps: int,
         help='step that keeps its gradient: "first", "last", "random", "identity" or an index (%(default)s)',
     )
     parser.add_argument("--lr", type=float, default=lr, help="learning rate of Adam (%(default)s)")
+    if latents:
+        parser.add_argument(
+            "--constraint",
+            choices=("norm", "white", "none"),
+            default="norm",
+            help="what optimised noise keeps: its norm, the statistics of white noise, or nothing (%(default)s)",
+        )
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUTPUT / f"{script}.png", help="picture to write (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few seconds' run, to see that it works")
@@ -183,6 +192,12 @@ def load_picture(path: Path, studio: Studio) -> Tensor:
 # Optimisation
 
 
+def distance_to_data(images: Tensor, data: Tensor) -> Tensor:
+    """The RMS distance of each image to the nearest picture of the data, (B,)."""
+    rms = images[0].numel() ** -0.5
+    return torch.cdist(images.flatten(1), data.to(images).flatten(1)).amin(1) * rms
+
+
 @dataclass
 class Film:
     """The images and the loss of every iteration, and the seconds it took."""
@@ -205,12 +220,14 @@ def optimise(
     title: str,
     *,
     decode: Callable[[Tensor], Tensor],
-    model_kwargs: Mapping[str, Any] | None = None,
+    **sampler_kwargs: Any,
 ) -> Film:
     """Minimise ``loss_fn(decode(x_0))`` by ``optimize_latents`` with the options given; print the loss and its price.
 
-    The noise keeps its norm: of another norm it is unknown to the model, and the images turn into saturated pixels that
-    please the loss alone.
+    ``sampler`` is what it takes, with an attribute ``model_calls``.
+
+    The noise keeps its norm, or what ``--constraint`` asks for: noise of another norm is unknown to the model, and the
+    images turn into saturated pixels that please the loss alone.
 
     Ctrl-C ends it early, and what was done until then is drawn all the same.
     """
@@ -236,9 +253,9 @@ def optimise(
         args.steps,
         args.lr,
         callback=keep,
-        keep_norm=True,
-        model_kwargs=model_kwargs,
+        constraint=None if args.constraint == "none" else args.constraint,
         generator=generator,
+        **sampler_kwargs,
     )
     if not film.images:
         raise SystemExit("interrupted before the first result")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from common import optimise, parse, save_picture, sdo_parser, show_curves, show_film
+from common import distance_to_data, optimise, parse, save_picture, sdo_parser, show_curves, show_film
 from digits_model import IMAGE_SHAPE, NULL_LABEL, digits, load_digits_classifier, load_digits_unet, scheduler
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
@@ -81,6 +81,8 @@ def run(name: str, args: argparse.Namespace, figure: SubFigure) -> None:
     )
     for row in range(BATCH):
         print(f"  latent {row}: {task.caption(film.images[0], row)} -> {task.caption(film.images[-1], row)}")
+    before, after = (distance_to_data(film.images[i], digits("train")[0]).mean() for i in (0, -1))
+    print(f"  mean distance to the nearest training digit: {before:.3f} -> {after:.3f}")
 
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
     show_film(left, film, caption=task.caption, targets=task.targets)

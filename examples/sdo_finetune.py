@@ -21,6 +21,7 @@ import torch
 from common import (
     Studio,
     add_model_options,
+    distance_to_data,
     load_studio,
     parse,
     save_picture,
@@ -61,8 +62,7 @@ class Report:
         pairs = IMAGES_PER_PROMPT * (IMAGES_PER_PROMPT - 1)
         self.diversity.append((torch.cdist(groups, groups).sum((1, 2)) / pairs).mean().item() * rms)
         if data is not None:
-            nearest = torch.cdist(images.flatten(1), data.to(images).flatten(1)).amin(1)
-            self.distance.append(nearest.mean().item() * rms)
+            self.distance.append(distance_to_data(images, data).mean().item())
 
     def line(self, index: int) -> str:
         distance = f", distance to the data {self.distance[index]:.3f}" if self.distance else ""
@@ -128,7 +128,7 @@ def finetune(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = sdo_parser("sdo_finetune", __doc__, steps=20, sampler_steps=10, lr=5e-6)
+    parser = sdo_parser("sdo_finetune", __doc__, steps=20, sampler_steps=10, lr=5e-6, latents=False)
     add_model_options(parser, prompts=("0", "3", "4", "7"), guidance=None, critic="one of whose outputs is the reward")
     parser.add_argument("--score-index", type=int, default=0, help="output of the critic to raise (%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(both)")

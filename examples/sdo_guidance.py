@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -32,53 +32,38 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from sdo_fast.paths import Path
 from sdo_fast.pipelines import PipelineSampler
 from sdo_fast.reference import full_backprop
 
 
-class Shortcut:
-    """The sampler with the gradient of one step."""
+class FullBackprop:
+    """The same sampling with the graph of every step."""
 
     def __init__(self, sampler: PipelineSampler) -> None:
         self.sampler = sampler
+        self.model_calls = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)
-
-    def sample(self, latents: Tensor, path: Path, *args: Any, **kwargs: Any) -> Tensor:
-        return self.sampler.sample(latents, path, *args, **kwargs)
-
-
-class IdentityGradient(Shortcut):
-    """The same sampler with no step's graph."""
-
-    def sample(self, latents: Tensor, path: Path, *args: Any, **kwargs: Any) -> Tensor:
-        return self.sampler.sample(latents, "identity", *args, **kwargs)
-
-
-class FullBackprop(Shortcut):
-    """The same sampler with the graph of every step."""
-
-    def sample(self, latents: Tensor, path: Path, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().sample(latents, path, *args, **kwargs)
-        cond, uncond = self.conditions
-        sampler = self.sampler
-        sampler.model_calls += len(sampler.timesteps) * (1 if sampler.guidance_scale is None else 2)
+    def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        cond, uncond = self.sampler.conditions
+        steps, scale = len(self.sampler.timesteps), self.sampler.guidance_scale
+        self.model_calls += steps * (1 if scale is None else 2)
         return full_backprop(
-            sampler.model,
-            sampler.solver.scheduler,
+            self.sampler.model,
+            self.sampler.solver.scheduler,
             latents,
-            len(sampler.timesteps),
-            guidance_scale=sampler.guidance_scale,
+            steps,
+            guidance_scale=scale,
             model_kwargs=cond,
             uncond_kwargs=uncond,
-            generator=kwargs.get("generator"),
+            generator=generator,
         )
 
 
-METHODS = {"shortcut": Shortcut, "identity": IdentityGradient, "full": FullBackprop}
+METHODS: dict[str, Callable[[PipelineSampler], Any]] = {
+    "shortcut": lambda sampler: sampler,
+    "identity": lambda sampler: sampler.with_options(path="identity"),
+    "full": FullBackprop,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

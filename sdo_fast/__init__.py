@@ -2,12 +2,14 @@
 
 from . import functional, losses, paths, reference
 from .backend import backends, use_backend, why_not
+from .constraints import whitened
 from .inversion import Inversion, invert
 from .optimize import NonFiniteLossError, optimize_latents
 from .pipelines import from_pipeline
 from .reuse import TrajectoryCache
 from .sampler import SamplerConfig, ShortcutSampler
 from .schedulers import coefficients
+from .score_function import ScoreFunction
 from .shortcut_pipeline import ShortcutPipeline
 from .solver import NotAffineError
 
@@ -16,6 +18,7 @@ __all__ = [
     "NonFiniteLossError",
     "NotAffineError",
     "SamplerConfig",
+    "ScoreFunction",
     "ShortcutPipeline",
     "ShortcutSampler",
     "TrajectoryCache",
@@ -29,5 +32,6 @@ __all__ = [
     "paths",
     "reference",
     "use_backend",
+    "whitened",
     "why_not",
 ]

@@ -123,13 +123,27 @@ def passing() -> dict[str, Any]:
 
 
 def optimising() -> dict[str, Any]:
-    factors = {"steps": 2, "lr": 0.1, "betas": (0.9, 0.9), "coarse_steps": 2, "keep_norm": True, "progress": False}
+    factors = {"steps": 2, "lr": 0.1, "betas": (0.9, 0.9), "coarse_steps": 2, "constraint": "white", "progress": False}
     return {
         "sampler": sampler(),
         "latents": tensors(1)[0],
         "loss_fn": torch.sum,
         "callback": lambda *a: None,
+        "clip_grad": 1.0,
         **factors,
+    }
+
+
+def optimising_otherwise() -> dict[str, Any]:
+    """A function of two tensors by name, another optimiser, a loss without a gradient."""
+    return {
+        "sampler": lambda latents, cond=1.0: latents * cond,
+        "latents": dict(zip(("latents", "cond"), tensors(2), strict=True)),
+        "loss_fn": lambda image: image.flatten(1).sum(1),
+        "optimizer": torch.optim.SGD,
+        "estimate": sdo_fast.ScoreFunction(2),
+        "steps": 1,
+        "progress": False,
     }
 
 
@@ -187,6 +201,16 @@ CALLS |= {
         | {"iterations": 2, "progress": False},
     ),
     "optimize_latents": lambda: (sdo_fast.optimize_latents, optimising()),
+    "optimize_latents, a function": lambda: (sdo_fast.optimize_latents, optimising_otherwise()),
+    "whitened": lambda: (sdo_fast.whitened, {"z": tensors(1)[0]}),
+    "ScoreFunction": lambda: (
+        sdo_fast.ScoreFunction,
+        {"samples": 4, "scale": 0.1, "generator": torch.Generator()},
+    ),
+    "ScoreFunction.gradient": lambda: (
+        sdo_fast.ScoreFunction(2).gradient,
+        {"loss_fn": lambda x: x.flatten(1).sum(1), "x": tensors(1)[0]},
+    ),
     "from_pipeline": lambda: (
         sdo_fast.from_pipeline,
         {"pipe": diffusers.DDIMPipeline(tiny_unet(), scheduler()), "num_inference_steps": 3, "start": 0}
@@ -203,9 +227,11 @@ Path = tuple[Any, ...]
 Values = dict[str, Callable[[], Any]]
 ZERO_IS_GOOD = ("start", "path", "overlap", "upto", "steps")
 ANY_SIZE_IS_GOOD = ("steps", "iterations", "exact_every", "images_per_prompt", "height", "width", "coarse_steps")
-ANY_SIZE_IS_GOOD += ("max_bytes",)
-OF_THE_CALLER = ("ShortcutSampler", "PipelineSampler", "invert", "optimize_latents", "restore_tiled")
-"""These give tensors to the caller's model: what it makes of a meta, fake or endless one is its own affair."""
+ANY_SIZE_IS_GOOD += ("max_bytes", "samples")
+OF_THE_CALLER = ("ShortcutSampler", "PipelineSampler", "invert", "optimize_latents", "restore_tiled", "ScoreFunction")
+OF_THE_CALLER += ("whitened",)
+"""These give tensors to the caller's model: what it makes of a meta, fake or endless one is its own affair. `whitened`
+takes one tensor and gives what PyTorch makes of it."""
 WRONG: dict[str, list[Any]] = {
     "eps": [-1.0], "clip": [-1.0], "lr": [-1.0], "betas": [-0.5, 1.0], "refresh": [0.0, 2.0], "output_size": [99],
     "overlap": [8, 2.5], "tile": [24], "kernel_size": [2], "spatial_kernel": [2], "wavelet_kernel": [2],

@@ -352,13 +352,18 @@ def test_thickness_score_follows_the_measured_thickness() -> None:
     assert 3 <= digits_model.stroke_thickness(bar).item() <= 4
 
 
-@pytest.mark.parametrize("path", ["identity", "2"])
-def test_sdo_digits(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("path", "constraint"), [("identity", "norm"), ("2", "white"), ("first", "none")])
+def test_sdo_digits(path: str, constraint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "sdo.png"
-    assert sdo_digits.main(["--quick", "--steps", "4", "--sampler-steps", "4", "--path", path, "--out", str(out)]) == 0
-    pairs = losses(capsys.readouterr().out)
+    options = ["--quick", "--steps", "4", "--sampler-steps", "4", "--path", path, "--constraint", constraint]
+    assert sdo_digits.main([*options, "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    pairs = losses(output)
     assert len(pairs) == 2
     assert all(after < 0.9 * before for before, after in pairs), pairs
+    distances = re.findall(r"nearest training digit: ([.\d]+) -> ([.\d]+)", output)
+    assert len(distances) == 2
+    assert all(0.1 < float(value) < 1.5 for pair in distances for value in pair)
     assert_picture(out)
     assert [file.name for file in out.parent.iterdir()] == ["sdo.png"]
 

@@ -1,12 +1,23 @@
-"""optimize_latents: it descends, reports honestly, and survives interruption."""
+"""optimize_latents: it descends, reports honestly, survives interruption, and takes what it says it takes."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from sdo_models import ConvModel
+from sdo_models import ConvModel, tiny_stable_diffusion
+from torch import nn
 
-from sdo_fast import NonFiniteLossError, ShortcutSampler, TrajectoryCache, optimize_latents
+from sdo_fast import (
+    NonFiniteLossError,
+    ShortcutPipeline,
+    ShortcutSampler,
+    TrajectoryCache,
+    from_pipeline,
+    optimize_latents,
+    whitened,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -52,11 +63,11 @@ def test_it_is_adam_on_the_samplers_gradient():
 
 
 @pytest.mark.parametrize("reuse", [False, True])
-def test_keep_norm_optimises_on_the_sphere(reuse):
+def test_norm_optimises_on_the_sphere(reuse):
     torch.manual_seed(0)
     x, target = torch.randn(3, 3, 6, 6) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1), torch.randn(3, 3, 6, 6)
     sampler = make(reuse=TrajectoryCache() if reuse else None)
-    result = optimize_latents(sampler, x, squared(target), steps=12, lr=0.3, progress=False, keep_norm=True)
+    result = optimize_latents(sampler, x, squared(target), steps=12, lr=0.3, progress=False, constraint="norm")
     norms = x.flatten(1).norm(dim=1)
     for latents in (result.latents, result.best.latents):
         torch.testing.assert_close(latents.flatten(1).norm(dim=1), norms)
@@ -65,8 +76,8 @@ def test_keep_norm_optimises_on_the_sphere(reuse):
     torch.testing.assert_close(make()(result.latents), result.image)
 
 
-def test_keep_norm_leaves_zeros_alone():
-    result = optimize_latents(make(), torch.zeros(1, 3, 4, 4), squared(1.0), 3, progress=False, keep_norm=True)
+def test_norm_leaves_zeros_alone():
+    result = optimize_latents(make(), torch.zeros(1, 3, 4, 4), squared(1.0), 3, progress=False, constraint="norm")
     assert result.latents.count_nonzero() == 0
 
 
@@ -225,3 +236,320 @@ def test_a_model_that_does_not_repeat_itself_has_no_wrong_gradient():
         ShortcutSampler(Reusing(scale=0.15), scheduler, 5)(latents).sum().backward()
     ShortcutSampler(Reusing(scale=0.15), scheduler, 5, checkpoint=False)(latents).sum().backward()
     assert latents.grad.isfinite().all()
+
+
+# what is sampled
+
+
+class Doubling:
+    """A sampler of the simplest kind, which counts."""
+
+    model_calls = 0
+
+    def __init__(self, wrap):
+        self.wrap = wrap
+
+    def __call__(self, latents, factor=2.0):
+        self.model_calls += 3
+        return self.wrap(latents * factor)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda image: image,
+        lambda image: (image, None),
+        lambda image: [image, image + 1],
+        lambda image: diffusers.utils.BaseOutput(images=image, flags=None),
+    ],
+    ids=["tensor", "tuple", "list", "output"],
+)
+def test_any_function_of_the_latents(wrap):
+    z, target = torch.randn(2, 5), torch.randn(2, 5)
+    sampler = Doubling(wrap)
+    result = optimize_latents(sampler, z, squared(target), 20, 0.1, progress=False, factor=0.5)
+    leaf = z.clone().requires_grad_()
+    adam = torch.optim.Adam([leaf], lr=0.1, betas=(0.9, 0.9))
+    for _ in range(20):
+        adam.zero_grad()
+        squared(target)(0.5 * leaf).backward()
+        adam.step()
+    assert torch.equal(result.latents, leaf)
+    assert torch.equal(result.image, 0.5 * leaf)
+    assert [record.model_calls for record in result.history] == [3] * 21
+    assert all(record.exact for record in result.history)
+
+
+def test_a_function_without_a_count_counts_its_calls_and_may_return_the_latents():
+    z = torch.randn(2, 3)
+    seen = []
+    result = optimize_latents(
+        lambda latents: latents,
+        z,
+        squared(0.0),
+        4,
+        0.5,
+        callback=lambda record, latents, image: seen.append((latents, image)),
+        progress=False,
+    )
+    assert [record.model_calls for record in result.history] == [1] * 5
+    assert torch.equal(seen[0][1], z)
+    assert all(torch.equal(latents, image) for latents, image in seen)
+    assert not torch.equal(seen[1][1], z)
+
+
+def test_a_generator_gives_a_function_the_same_noise():
+    generator = torch.Generator().manual_seed(4)
+
+    def sampler(latents, generator):
+        return latents + torch.randn(latents.shape, generator=generator)
+
+    z = torch.randn(2, 3)
+    result = optimize_latents(sampler, z, squared(0.0), 3, 0.0, progress=False, generator=generator)
+    assert len({record.loss for record in result.history}) == 1
+    after = torch.Generator().manual_seed(4)
+    torch.randn(z.shape, generator=after)
+    assert torch.equal(generator.get_state(), after.get_state())
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tiny_stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_pipeline_is_optimised_in_latents_and_prompt(pipe):
+    """The gradient is that of the pipeline's own result, for both tensors."""
+    torch.manual_seed(0)
+    sampler = ShortcutPipeline(pipe, path="first")
+    arguments = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    with torch.no_grad():
+        e = pipe.encode_prompt("a", "cpu", 1, False)[0]
+    z = torch.randn(1, 4, 8, 8)
+    result = optimize_latents(
+        sampler, {"latents": z, "prompt_embeds": e}, squared(0.5), 2, progress=False,
+        optimizer=lambda leaves: torch.optim.SGD(leaves, lr=0.1), **arguments,
+    )  # fmt: skip
+    leaves = [z.clone().requires_grad_(), e.clone().requires_grad_()]
+    for _ in range(2):
+        image = sampler(latents=leaves[0], prompt_embeds=leaves[1], **arguments).images
+        gradients = torch.autograd.grad(squared(0.5)(image), leaves)
+        leaves = [(leaf - 0.1 * g).detach().requires_grad_() for leaf, g in zip(leaves, gradients, strict=True)]
+    assert list(result.latents) == ["latents", "prompt_embeds"]
+    for ours, theirs, before in zip(result.latents.values(), leaves, (z, e), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+        assert (ours - before).abs().max() > 1e-4
+    assert [record.model_calls for record in result.history] == [3, 3, 2]
+    alone = optimize_latents(sampler, z, squared(0.5), 1, progress=False, prompt="a", **arguments)
+    assert alone.history[0].loss == pytest.approx(result.history[0].loss)
+
+
+def test_a_samplers_latents_and_conditions_are_optimised_together():
+    torch.manual_seed(0)
+    sampler, target = make(guidance_scale=2.0), torch.randn(2, 3, 6, 6)
+    given = {"cond": torch.randn(2, 5), "latents": torch.randn(2, 3, 6, 6).half().float()}
+    kwargs = {"uncond_kwargs": {"cond": torch.zeros(2, 5)}}
+    shown = []
+
+    def callback(record, latents, image):
+        shown.append(latents)
+
+    run = partial(optimize_latents, sampler, loss_fn=squared(target), steps=40, lr=0.1, progress=False, **kwargs)
+    result = run(given, callback=callback)
+    assert result.history[-1].loss < 0.5 * result.history[0].loss
+    image = sampler(result.latents["latents"], {"cond": result.latents["cond"]}, **kwargs)
+    assert torch.equal(image.detach(), result.image)
+    assert list(result.best.latents) == list(result.latents) == list(shown[0]) == ["cond", "latents"]
+    for name, tensor in given.items():
+        assert torch.equal(shown[0][name], tensor)
+        assert (result.latents[name] - tensor).abs().min() > 0
+        assert not result.latents[name].requires_grad
+    alone = run(given["latents"], model_kwargs={"cond": given["cond"]})
+    assert alone.history[0].loss == result.history[0].loss > alone.history[-1].loss != result.history[-1].loss
+
+
+def test_conditions_of_a_pipelines_sampler_are_kept_beside_those_that_are_optimised(pipe):
+    sampler = from_pipeline(pipe, "a", 2, guidance_scale=3.0)
+    z = sampler.prepare_latents(torch.Generator().manual_seed(0))
+    cond, uncond = sampler.conditions
+    loss = lambda image: image.square().mean()  # noqa: E731
+    together = {"latents": z, "encoder_hidden_states": cond["encoder_hidden_states"]}
+    result = optimize_latents(sampler, together, loss, 1, progress=False)
+    assert result.history[0].loss == pytest.approx(loss(sampler(z)).item())
+    assert not torch.equal(result.latents["encoder_hidden_states"], cond["encoder_hidden_states"])
+    optimised = dict(result.latents)
+    image = sampler(optimised.pop("latents"), optimised, uncond)
+    assert torch.equal(image.detach(), result.image)
+
+
+def test_samplers_and_latents_that_cannot_be_used(pipe):
+    z = torch.randn(1, 3, 4, 4)
+    run = partial(optimize_latents, loss_fn=squared(0.0), steps=1, progress=False)
+    with pytest.raises(TypeError, match="sampler must be a ShortcutSampler, a ShortcutPipeline or a function"):
+        run(3, z)
+    with pytest.raises(TypeError, match=r"StableDiffusionPipeline, which runs under torch.no_grad: ShortcutPipeline"):
+        run(pipe, z)
+    with pytest.raises(ValueError, match="sampler must return an image that depends on the latents"):
+        run(torch.no_grad()(lambda latents: latents * 2), z)
+    with pytest.raises(TypeError, match=r"sampler must return a tensor, a tuple or list that begins with one.*got str"):
+        run(lambda latents: "image", z)
+    with pytest.raises(TypeError, match="got an empty mapping"):
+        run(make(), {})
+    with pytest.raises(TypeError, match=r"latents\['cond'\] must have dtype"):
+        run(make(), {"latents": z, "cond": torch.ones(1, 5, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="latents must hold a tensor of this name for a ShortcutSampler, got cond"):
+        run(make(), {"cond": z})
+    with pytest.raises(ValueError, match="got cond twice"):
+        run(make(), {"latents": z, "cond": torch.ones(1, 5)}, model_kwargs={"cond": torch.ones(1, 5)})
+    with pytest.raises(ValueError, match="got b twice"):
+        run(lambda a, b: a * b, {"a": z, "b": z}, b=z)
+    with pytest.raises(ValueError, match="coarse_steps must be None but for a ShortcutSampler, got 2"):
+        run(lambda latents: latents, z, coarse_steps=2)
+    with pytest.raises(ValueError, match="constraint must be None without a tensor named 'latents', got 'norm'"):
+        run(lambda a: a, {"a": z}, constraint="norm")
+    with pytest.raises(ValueError, match=r"latents must be tensors that the image depends on, got cond.*identity"):
+        run(make(path="identity"), {"latents": z, "cond": torch.ones(1, 5)})
+    with pytest.raises(NonFiniteLossError, match="one of nan at iteration 0 for b and a loss"):
+        run(lambda a, b: a * 2 + (b - b.detach()).abs().sqrt(), {"a": z, "b": z})
+
+
+# the loss
+
+
+class Weighted:
+    def method(self, image, iteration):
+        return image.sum() * 0 + iteration
+
+    def __call__(self, *args):
+        return args[0].sum() * 0 + 100 * len(args)
+
+
+class Module(nn.Module):
+    def forward(self, image, iteration):
+        return image.sum() * 0 + iteration
+
+
+def scaled(image, factor, offset=7.0):
+    return image.sum() * 0 + factor + offset
+
+
+LOSSES = {
+    "image": (lambda image: image.sum() * 0 + 5, [5, 5, 5]),
+    "image and iteration": (lambda image, iteration: image.sum() * 0 + iteration, [0, 1, 2]),
+    "positional only": (lambda image, k, /: image.sum() * 0 + k, [0, 1, 2]),
+    "a default": (lambda image, weight=3: image.sum() * 0 + weight, [3, 3, 3]),
+    "a bound method": (Weighted().method, [0, 1, 2]),
+    "*args": (Weighted(), [100, 100, 100]),
+    "a module": (Module(), [0, 1, 2]),
+    "partial": (partial(scaled, factor=1.0), [8, 8, 8]),
+    "partial, two left": (partial(scaled, offset=1.0), [1, 2, 3]),
+    "a builtin": (torch.sum, None),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_may_ask_for_the_iteration(name):
+    loss, expected = LOSSES[name]
+    result = optimize_latents(lambda latents: latents, torch.ones(1, 3), loss, 2, 0.5, progress=False)
+    losses = [record.loss for record in result.history]
+    assert losses == (expected or pytest.approx([3.0, 1.5, 0.0]))
+
+
+def test_losses_of_other_arguments_are_refused():
+    for loss in (lambda: 0, lambda a, b, c: 0, lambda image, *, weight: 0):
+        with pytest.raises(TypeError, match="loss_fn must take an image, or an image and the iteration"):
+            optimize_latents(lambda latents: latents, torch.ones(1, 3), loss, 1, progress=False)
+
+
+# the update
+
+
+def test_another_optimiser_and_clipped_gradients():
+    z, e, target = torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5)
+    for clip in (None, 0.05):
+        result = optimize_latents(
+            lambda a, b: a * b.exp(), {"a": z, "b": e}, squared(target), 5, progress=False, clip_grad=clip,
+            optimizer=partial(torch.optim.SGD, lr=0.5, momentum=0.9),
+        )  # fmt: skip
+        leaves = [z.clone().requires_grad_(), e.clone().requires_grad_()]
+        sgd = torch.optim.SGD(leaves, lr=0.5, momentum=0.9)
+        for _ in range(5):
+            sgd.zero_grad()
+            squared(target)(leaves[0] * leaves[1].exp()).backward()
+            if clip is not None:
+                norm = torch.cat([leaf.grad.flatten() for leaf in leaves]).norm()
+                assert norm > clip
+                for leaf in leaves:
+                    leaf.grad *= clip / (norm + 1e-6)
+            sgd.step()
+        for ours, theirs in zip(result.latents.values(), leaves, strict=True):
+            torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_optimisers_that_cannot_be_used():
+    run = partial(optimize_latents, lambda latents: latents, torch.ones(1, 3), squared(0.0), 1, progress=False)
+    for name, value in (("lr", 0.01), ("betas", (0.9, 0.9))):
+        with pytest.raises(ValueError, match=f"{name} must be None with optimizer, which has its own"):
+            run(optimizer=torch.optim.SGD, **{name: value})
+    with pytest.raises(TypeError, match="optimizer must take steps without a closure, got LBFGS"):
+        run(optimizer=torch.optim.LBFGS)
+    with pytest.raises(TypeError, match=r"optimizer must return a torch.optim.Optimizer, got list"):
+        run(optimizer=list)
+    for clip in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="clip_grad must be"):
+            run(clip_grad=clip)
+
+
+# white noise
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_white_latents_stay_white(reuse):
+    torch.manual_seed(0)
+    x, target = torch.randn(3, 3, 6, 6) * torch.tensor([0.5, 1.0, 14.0]).view(3, 1, 1, 1), torch.randn(3, 3, 6, 6)
+    sampler = make(reuse=TrajectoryCache() if reuse else None)
+    seen = []
+
+    def keep(record, latents, image):
+        seen.append(latents)
+
+    result = optimize_latents(sampler, x, squared(target), 12, 0.1, None, keep, False, constraint="white")
+    scale = (x.flatten(1).norm(dim=1) / 108**0.5).view(3, 1, 1, 1)
+    torch.testing.assert_close(seen[0], whitened(x) * scale)
+    for latents in seen:
+        torch.testing.assert_close(whitened(latents) * scale, latents, rtol=1e-4, atol=1e-4)
+    assert (seen[-1] - seen[0]).abs().amax((1, 2, 3)).min() > 0.1
+    assert result.best.loss < result.history[0].loss
+    torch.testing.assert_close(make()(result.latents), result.image)
+
+
+def test_white_is_projected_descent_on_the_projected_gradient():
+    x, target = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
+    scale = (x.flatten(1).norm(dim=1) / 108**0.5).view(2, 1, 1, 1)
+    weights = torch.randn(2, 5)
+    result = optimize_latents(
+        lambda latents, weights: latents.tanh() * weights.sum(1).view(2, 1, 1, 1),
+        {"latents": x, "weights": weights},
+        squared(target),
+        3,
+        0.1,
+        progress=False,
+        constraint="white",
+    )
+    z, w = (whitened(x) * scale).requires_grad_(), weights.clone().requires_grad_()
+    adam = torch.optim.Adam([z, w], lr=0.1, betas=(0.9, 0.9))
+    for _ in range(3):
+        adam.zero_grad()
+        squared(target)(z.tanh() * w.sum(1).view(2, 1, 1, 1)).backward()
+        z.grad = whitened(z.grad)
+        adam.step()
+        with torch.no_grad():
+            z.copy_(whitened(z) * scale)
+    torch.testing.assert_close(result.latents["latents"], z.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.latents["weights"], w.detach())
+
+
+def test_white_leaves_zeros_alone():
+    result = optimize_latents(make(), torch.zeros(1, 3, 4, 4), squared(1.0), 3, progress=False, constraint="white")
+    assert result.latents.count_nonzero() == 0
