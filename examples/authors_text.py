@@ -69,14 +69,14 @@ def run(args: argparse.Namespace) -> None:
     def decode(x0: Tensor) -> Tensor:
         return (x0 / 2 + 0.5).clamp(0, 1)
 
-    def loss(x0: Tensor) -> Tensor:
-        image, weight = decode(x0), alpha(len(diary.losses), args)
+    def loss(x0: Tensor, iteration: int) -> Tensor:
+        image, weight = decode(x0), alpha(iteration, args)
         distance = 2 * (image - reference).abs().mean()
         copies = augment(image.repeat(args.copies, 1, 1, 1))
         return weight * text(copies) + (1 - weight) * distance
 
-    def keep(iteration: Iteration, latents: Tensor, x0: Tensor) -> None:
-        diary.add(iteration.loss, decode(x0))
+    def keep(record: Iteration, latents: Tensor, x0: Tensor) -> None:
+        diary.add(record.loss, decode(x0))
 
     optimize_latents(sampler, noise, loss, args.guidance_steps, args.lr, BETAS, callback=keep)
     diary.close("text")

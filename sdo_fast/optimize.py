@@ -135,7 +135,8 @@ def optimize_latents(
             torch.no_grad and returns one loss an image, (B,), whose sum is minimised: on x_0, and in each update on
             `estimate.samples * B` perturbed images.
         coarse_steps: run the first 80 % of the updates on a schedule of so many steps instead of the sampler's own, a
-            cheap start (for example a quarter of them). Needs a ShortcutSampler with start = 0 and a path by name or recipe.
+            cheap start (for example a quarter of them). Needs a ShortcutSampler with start = 0 and a path by name or
+            recipe.
 
     Returns:
         `latents`, `image`, `history`, `best`; after Ctrl-C what was done so far, with `interrupted` set.

@@ -28,7 +28,7 @@ from test_sdo_losses import WIDTH, tiny_clip
 from torch import Tensor
 
 from sdo_fast import from_pipeline, invert, losses
-from sdo_fast.reference import sdo_loop
+from sdo_fast.reference import path_loop
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_optimisation_is_the_authors_loop(models: Path) -> None:
     adam = torch.optim.Adam([z], lr=0.01, betas=(0.9, 0.9))
     cond, uncond = sampler.conditions
     for _ in range(2):
-        x0 = sdo_loop(
+        x0 = path_loop(
             pipe.unet, pipe.scheduler, z, 6, 4, guidance_scale=5.0, model_kwargs=cond, uncond_kwargs=uncond,
             step_kwargs=authors.ddim_arguments(args),
         )  # fmt: skip
