@@ -103,7 +103,7 @@ class ShortcutPipeline:
         check_flag("checkpoint_decoder", checkpoint_decoder)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-        self.path, self.path_or_recipe = path, as_path(path)
+        self.path, self._recipe = path, as_path(path)
         if not callable(getattr(getattr(pipe, "scheduler", None), "step", None)):
             raise TypeError(f"pipe must be a pipeline with a scheduler that has a step, got {type(pipe).__name__}")
         names = (*DENOISERS, *BESIDE) if denoisers is None else tuple(denoisers)
@@ -119,7 +119,7 @@ class ShortcutPipeline:
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
         self.model_calls = self.graph_calls = 0
         self.drawn = Path()
-        self.measured: tuple[Any, list[float]] | None = None
+        self._measured: tuple[Any, list[float]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `pipe(*args, **kwargs)` returns, with the graph of the path."""
@@ -269,7 +269,7 @@ class _Run:
 
     def path(self) -> Path:
         if not self.count:
-            pipe, path = self.owner.pipe, self.owner.path_or_recipe
+            pipe, path = self.owner.pipe, self.owner._recipe
             self.count = getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
             schedule = Schedule(
                 range(self.count), lambda: affine_sensitivities(self._solver())[1].tolist()[-self.count :]
@@ -288,9 +288,9 @@ class _Run:
         solver = self._solver()
         settings = str(getattr(solver.scheduler, "config", None))
         key = (solver.name, settings, solver.timesteps.tolist(), solver.start, solver.step_kwargs)
-        if self.owner.measured is None or self.owner.measured[0] != key:
-            self.owner.measured = key, affine_sensitivities(solver)[1].tolist()[solver.start :]
-        return self.owner.measured[1]
+        if self.owner._measured is None or self.owner._measured[0] != key:
+            self.owner._measured = key, affine_sensitivities(solver)[1].tolist()[solver.start :]
+        return self.owner._measured[1]
 
     def _solver(self) -> Solver:
         """The pipeline's scheduler with its schedule, from the first step that runs."""
@@ -325,7 +325,7 @@ class _Run:
 
     def check_steps(self) -> None:
         """Raise where the path is not what it was meant to be."""
-        path, pipe = self.owner.path_or_recipe, type(self.owner.pipe).__name__
+        path, pipe = self.owner._recipe, type(self.owner.pipe).__name__
         fixed = isinstance(path, Path) or path in (identity(), sdo("first"))
         miscounted = not fixed and self.step != self.count
         if miscounted or not self.count or any(i >= self.step for i in self.owner.drawn.shares):
