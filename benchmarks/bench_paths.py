@@ -248,6 +248,7 @@ def compare(setting: Setting, scale: Scale, device: str, kept: Kept, last: bool)
     def points(recipe: str, rate: float, seed: int) -> list[Point]:
         print(f"  run {next(begun)}/{total}: {recipe}, learning rate {rate:g}, seed {seed}", flush=True)
         key = {"setting": setting.name, "recipe": recipe, "rate": rate, "seed": seed, "budget": scale.budget}
+        key |= {"num_steps": scale.num_steps, "device": device}
         return kept.points(key, partial(run, setting, recipe, rate, seed, scale, device))
 
     best, runs = {}, dict[str, list[list[Point]]]()
