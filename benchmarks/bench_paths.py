@@ -68,7 +68,7 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("all parameters", (5e-6, 1e-5, 2e-5)),
+    Setting("all parameters", (1e-5, 2e-5, 4e-5)),
     Setting("LoRA", (3e-4, 6e-4, 1.2e-3)),
     Setting("latents", (0.03, 0.06, 0.12), 2, 2),
 )
