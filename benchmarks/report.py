@@ -532,7 +532,7 @@ def plot_paths(rows: Sequence[Record], path: Path) -> None:
     if not cases:
         return
     recipes = [variant for (variant,) in groups(last, "variant") if variant != "start"]
-    figure, panels = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 4.8), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(1, len(cases), figsize=(3.7 * len(cases), 4.4), squeeze=False, layout="constrained")
     for panel, ((case,), of) in zip(panels[0], cases.items(), strict=True):
         start = next(record for record in of if record["variant"] == "start")
         for record in of:
