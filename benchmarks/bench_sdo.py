@@ -312,11 +312,11 @@ def cases(options: Options) -> list[Case]:
     device, counts = options.device, (3,) if options.quick else (10, 25, 50) if options.full else (10, 50)
     large = () if options.quick else counts if options.full else counts[:1]
     result = [Case(f"digits (0.65 M), {n} steps", partial(gradients, partial(digits, 1, device), n)) for n in counts]
+    steps, heads, size = (2, 1, "0.2 M") if options.quick else (PIPELINE_STEPS, 12, "25 M")
+    result.append(Case(f"pipeline ({size}), {steps} steps", partial(pipeline, steps, device, heads)))
     result += [
         Case(f"latent space (24 M), {n} steps", partial(gradients, partial(latent_space, device), n)) for n in large
     ]
-    steps, heads, size = (2, 1, "0.2 M") if options.quick else (PIPELINE_STEPS, 12, "25 M")
-    result.append(Case(f"pipeline ({size}), {steps} steps", partial(pipeline, steps, device, heads)))
     updates = 3 if options.quick else UPDATES
     result.append(Case(f"digits, loss reached, {counts[0]} steps", partial(progress, counts[0], updates, device)))
     return result
