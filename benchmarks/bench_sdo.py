@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import sdo_fast
 from examples import digits_model
@@ -25,9 +26,12 @@ TARGETS = {10: 1.25, 50: 1.10}
 """Most time that one step may take over the floor, by the number of sampling steps."""
 PEAK = 1.2
 """Most peak bytes of one step, over those of full backpropagation divided by the number of steps."""
+PIPELINE_TIME, PIPELINE_PEAK = 1.10, 1.15
+"""Most that a pipeline's gradient may take: time over the pipeline's, peak bytes over the pipeline's and one step's."""
 ROUNDS = 9
 """Least rounds of timing: a target is missed or met by a few percent, and a median of five is off by more than that."""
 UPDATES = 20
+PIPELINE_STEPS = 28
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,107 @@ def gradients(make: Callable[[], Task], num_steps: int) -> Work:
     return Work(variants, targets=targets, least_rounds=ROUNDS if num_steps > 3 else 1)
 
 
+def flux(device: str, heads: int) -> tuple[Any, dict[str, Any]]:
+    """A pipeline of FLUX's kind, of random weights (25 M in the transformer for 12 heads), and a call's arguments."""
+    import diffusers
+
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=heads,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=8,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+    )
+    for model in (transformer, vae):
+        model.to(device).eval().requires_grad_(False)
+    pipe = diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {
+        "prompt_embeds": torch.randn(1, 8, 64).to(device),
+        "pooled_prompt_embeds": torch.randn(1, 32).to(device),
+        "latents": torch.randn(1, 16, 16).to(device),
+        "height": 16,
+        "width": 16,
+    }
+    return pipe, arguments
+
+
+def one_step(pipe: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """The gradient of one repeated call of the transformer, as the pipeline makes it."""
+    seen: dict[str, Any] = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    with torch.no_grad(), pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True):
+        pipe(**arguments, num_inference_steps=1, output_type="latent")
+    latents = seen["hidden_states"].requires_grad_()
+    output = checkpoint(pipe.transformer, **seen, use_reentrant=False)[0]
+    return torch.autograd.grad(output.square().mean(), latents)[0]
+
+
+def pipeline(num_steps: int, device: str, heads: int) -> Work:
+    """A pipeline's own call, and the gradient of its image to the latents by paths through it."""
+    pipe, arguments = flux(device, heads)
+    latents = arguments.pop("latents").requires_grad_()
+    wanted = torch.rand(1, 3, 16, 16).to(device)
+
+    def sample(call: Any) -> Tensor:
+        return call(**arguments, latents=latents, num_inference_steps=num_steps, output_type="pt").images
+
+    def gradient(call: Any) -> Tensor:
+        return torch.autograd.grad(F.mse_loss(sample(call), wanted), latents)[0]
+
+    floor = partial(sample, pipe)
+    sampling, step = peak_bytes(floor)[0], peak_bytes(partial(one_step, pipe, {**arguments, "latents": latents}))[0]
+    variants = {"sampling alone (floor)": Variant(floor, compared=False)}
+    exact = None
+    options: dict[str, dict[str, Any]] = {
+        "full backprop": {"path": "full", "checkpoint": False},
+        "full, checkpointed": {"path": "full"},
+        "one step (checkpoint)": {},
+        "one step (no checkpoint)": {"checkpoint": False},
+        "identity": {"path": "identity"},
+    }
+    for name, settings in options.items():
+        run = partial(gradient, sdo_fast.ShortcutPipeline(pipe, **settings))
+        peak, grad = peak_bytes(run)
+        exact = grad if exact is None else exact
+        cosine = F.cosine_similarity(grad.flatten(), exact.flatten(), 0).item()
+        metrics = {"peak_bytes": peak, "cosine_with_full": cosine}
+        if name == "one step (checkpoint)":
+            metrics |= {
+                "over_sampling and one step (peak bytes)": (sampling + step) / peak,
+                "target_over_sampling and one step (peak bytes)": 1 / PIPELINE_PEAK,
+            }
+        variants[name] = Variant(run, is_ours(name), compared=False, metrics=metrics)
+    targets = {"sampling alone (floor)": 1 / PIPELINE_TIME} if num_steps == PIPELINE_STEPS else {}
+    return Work(variants, targets=targets, least_rounds=ROUNDS if targets else 1)
+
+
 def progress(num_steps: int, updates: int, device: str) -> Work:
     """The loss that each gradient reaches in so many model calls, and in so many seconds.
 
@@ -194,6 +299,8 @@ def cases(options: Options) -> list[Case]:
     device, counts = options.device, (3,) if options.quick else (10, 25, 50) if options.full else (10, 50)
     large = () if options.quick else counts if options.full else counts[:1]
     result = [Case(f"digits (0.65 M), {n} steps", partial(gradients, partial(digits, 1, device), n)) for n in counts]
+    steps, heads, size = (2, 1, "0.2 M") if options.quick else (PIPELINE_STEPS, 12, "25 M")
+    result.append(Case(f"pipeline ({size}), {steps} steps", partial(pipeline, steps, device, heads)))
     result += [
         Case(f"latent space (24 M), {n} steps", partial(gradients, partial(latent_space, device), n)) for n in large
     ]

@@ -66,7 +66,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--device cuda: not measured: no GPU (--dry-run rehearses it on the CPU)")
 
 
-def prepare(args: argparse.Namespace) -> tuple[Options, dict[str, Any]]:
+def prepare(args: argparse.Namespace, out: Path) -> tuple[Options, dict[str, Any]]:
     """The options of the cases, and the columns that every record has."""
     torch.set_num_threads(args.threads)
     gpu: Gpu | None = None
@@ -81,7 +81,7 @@ def prepare(args: argparse.Namespace) -> tuple[Options, dict[str, Any]]:
         print(f"measured peaks: {extra['peaks']}")
     budget = 0.01 if args.dry_run else 0.1 if args.quick else args.budget
     quick = args.quick or args.dry_run
-    options = Options(quick, args.full, args.compile, device, budget=budget, gpu=gpu, peaks=peaks)
+    options = Options(quick, args.full, args.compile, device, budget=budget, out=out, gpu=gpu, peaks=peaks)
     return options, records.environment(device) | extra
 
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     check(args, parser)
     out = args.out or (Path(tempfile.mkdtemp(prefix="rehearsal-")) if args.dry_run else records.OUTPUT)
-    options, environment = prepare(args)
+    options, environment = prepare(args, out)
     work = {suite: cases_of(suite, options, args.dtype, args.layout) for suite in args.suites or SUITES}
     results, interrupted = run(work, environment, out, args.record)
     if interrupted:

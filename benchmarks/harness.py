@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class Options:
     """One of FORMATS."""
     budget: float = 2.0
     """Seconds of timing per case."""
+    out: Path | None = None
+    """Folder where a suite of hours keeps what it has of an unfinished case; None for nowhere."""
     gpu: Gpu | None = None
     """What times on `device`, a GPU or its rehearsal; None times by the clock."""
     peaks: Mapping[str, float] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from .records import Record
 
 INSPECTED = ("roofline", "static", "traffic")
 """Suites of `benchmarks.inspection`, which have no times."""
-UNLIKE = (*INSPECTED, "sdo", "reuse", "sampler_step")
+UNLIKE = (*INSPECTED, "paths", "sdo", "reuse", "sampler_step")
 """Suites whose baseline is not plain PyTorch."""
 SHOWN = {"case", "variant", "ours", "status", "error", "p20_ms", "p50_ms", "p80_ms", "rounds", "ratio", "cold_start_s"}
 SHOWN |= {"date", "commit", "dirty", "torch", "triton", "versions", "peaks", *records.PLACE, *records.SETTING}
@@ -195,7 +195,7 @@ def _sdo_lines(rows: Sequence[Record]) -> list[str]:
     lines = []
     for (case,), group in groups(rows, "case").items():
         variants = {record["variant"]: record for record in group}
-        if FLOOR in variants and "ratio" in variants.get(ONE_STEP, ()):
+        if {FLOOR, FULL} <= variants.keys() and "ratio" in variants.get(ONE_STEP, ()):
             ours, full = variants[ONE_STEP], variants[FULL]
             lines.append(
                 f"{case}: one step's gradient takes {1 / ours['ratio']:.3g} times sampling alone, "
@@ -213,10 +213,25 @@ def _reuse_lines(rows: Sequence[Record]) -> list[str]:
     ]
 
 
+def _measures(record: Record) -> str:
+    return f"{record['reward']:.2f}; {record['diversity']:.2f}; {record['accuracy']:.2f}; {record['distance']:.2f}"
+
+
+def _paths_lines(rows: Sequence[Record]) -> list[str]:
+    """A line for each recipe below the columns' names."""
+    cases = [case for (case,) in groups(rows, "case")]
+    lines = [" | ".join([f"{'reward; diversity; accuracy; distance':40s}", *(f"{case:24s}" for case in cases)])]
+    for (variant,), group in groups(rows, "variant").items():
+        by_case = {record["case"]: _measures(record) for record in group}
+        lines.append(" | ".join([f"{variant:40s}", *(f"{by_case.get(case, '-'):24s}" for case in cases)]))
+    return [line.rstrip() for line in lines]
+
+
 def lines_of(suite: str, rows: Sequence[Record], short: bool) -> list[str]:
     """What came out of a suite, in a line or, unless `short`, a line for each kind of work."""
-    if suite in ("sdo", "reuse"):
-        lines = (_sdo_lines if suite == "sdo" else _reuse_lines)(rows)
+    own = {"sdo": _sdo_lines, "reuse": _reuse_lines, "paths": _paths_lines}
+    if suite in own:
+        lines = own[suite](rows)
         return lines[:1] if short else lines
     of = speeds(rows)
     kinds = {f"{len(of)} cases": of} if short and of else _by_work(of)
@@ -260,7 +275,7 @@ def _places(rows: Iterable[Record]) -> list[str]:
 
 
 def _overview(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
-    timed = {suite: rows for suite, rows in suites.items() if suite not in (*INSPECTED, "sdo", "reuse")}
+    timed = {suite: rows for suite, rows in suites.items() if suite not in (*INSPECTED, "sdo", "reuse", "paths")}
     everything = [record for rows in timed.values() for record in rows]
     places = _places(record for record in everything if "ratio" in record)
     gpu = any(re.match(r"\d", record["capability"]) for record in everything)
@@ -301,7 +316,9 @@ def _sampler(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
         cells = []
         for (variant,), group in groups(gradients, "variant").items():
             by_case = {record["case"]: record for record in group}
-            texts = [f"{1 / by_case[c]['ratio']:.3g}; {_megabytes(by_case[c])}" for (c,) in cases]
+            texts = [
+                f"{1 / by_case[c]['ratio']:.3g}; {_megabytes(by_case[c])}" if c in by_case else "-" for (c,) in cases
+            ]
             cosines = [r["cosine_with_full"] for r in group if "cosine_with_full" in r]
             cells.append([variant, *texts, spread(cosines, ".2f") if cosines else "-"])
         note = f"Gradients through a sampler, {place(rows[0])}: time over sampling alone; peak MB."
@@ -317,6 +334,28 @@ def _reuse(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
             loss = f"{r['final_loss_over_baseline']:.3g}"
             cells.append([r["case"].split(",")[0], r["variant"], str(r["settings"]), fewer, loss])
         yield Table(f"Trajectory reuse, {place(rows[0])}: median (least-most) over settings.", columns, cells)
+
+
+def _paths(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
+    for rows in groups(suites.get("paths", ()), *records.PLACE).values():
+        cases = [case for (case,) in groups(rows, "case")]
+        cells = []
+        for (variant,), group in groups(rows, "variant").items():
+            by_case = {record["case"]: record for record in group}
+            texts = []
+            for record in map(by_case.get, cases):
+                texts.append(_measures(record) if record else "-")
+                texts.append(
+                    f"{record['hypervolume']:.2f}; {record['learning_rate']:g}; {record['updates']:.0f}; "
+                    f"{record['seconds']:.1f}; {record['peak_bytes'] / 1e6:.1f}; "
+                    f"{record['peak_bytes_without_checkpoint'] / 1e6:.1f}"
+                    if record and variant != "start"
+                    else "-"
+                )
+            cells.append([variant, *texts])
+        note = f"Gradient paths, {place(rows[0])}, at equal forward units: reward; diversity; accuracy; distance. "
+        note += "Cost: hypervolume; learning rate; updates; seconds; peak MB with and without recomputation."
+        yield Table(note, ["recipe", *(c for case in cases for c in (case, "cost"))], cells)
 
 
 def _estimates(suites: Mapping[str, Sequence[Record]]) -> Iterator[Table]:
@@ -380,7 +419,7 @@ def markdown(suites: Mapping[str, Sequence[Record]]) -> str:
         lines.append(f"- {name}: {'; '.join(commit(of[0]) for of in takes.values())}")
     lines += [f"- {suite}: {commit(rows[0])}" for suite, rows in suites.items() if suite in INSPECTED]
     lines += [""]
-    for make in (_overview, _models, _sampler, _reuse, _estimates, _machine_code):
+    for make in (_overview, _models, _sampler, _reuse, _paths, _estimates, _machine_code):
         lines += [table.markdown() for table in make(suites) if table.rows]
     return "\n".join(lines)
 
@@ -478,6 +517,53 @@ def plot_sampler(rows: Sequence[Record], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_paths(rows: Sequence[Record], path: Path) -> None:
+    """Reward against diversity, from the start by half of the budget to its end, at the last place.
+
+    Bars reach from the least to the most of the seeds; a marker is hollow where a quarter of the accuracy is gone.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    last = list(groups(rows, *records.PLACE).values())[-1] if rows else []
+    cases = groups(last, "case")
+    if not cases:
+        return
+    recipes = [variant for (variant,) in groups(last, "variant") if variant != "start"]
+    figure, panels = plt.subplots(1, len(cases), figsize=(3.7 * len(cases), 4.4), squeeze=False, layout="constrained")
+    for panel, ((case,), of) in zip(panels[0], cases.items(), strict=True):
+        start = next(record for record in of if record["variant"] == "start")
+        for record in of:
+            if record is start:
+                continue
+            i = recipes.index(record["variant"])
+            x, y = ([start[name], record[f"{name}_at_half"], record[name]] for name in ("diversity", "reward"))
+            colour = COLOURS[i % len(COLOURS)]
+            kept = record["accuracy"] >= 0.75 * start["accuracy"]
+            panel.plot(x, y, "-" if i < len(COLOURS) else "--", color=colour, linewidth=1)
+            panel.errorbar(
+                x[-1],
+                y[-1],
+                [[y[-1] - record["reward_least"]], [record["reward_most"] - y[-1]]],
+                [[x[-1] - record["diversity_least"]], [record["diversity_most"] - x[-1]]],
+                fmt="osD^vP*"[i % 7],
+                color=colour,
+                markerfacecolor=colour if kept else "white",
+                elinewidth=0.5,
+                label=record["variant"],
+            )
+        panel.plot(start["diversity"], start["reward"], "kx")
+        panel.set_title(case)
+        panel.set_xlabel("diversity")
+    panels[0][0].set_ylabel("reward (estimated thickness)")
+    handles = {label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=5)
+    _save(figure, path)
+
+
 def plots(folder: Path, suites: Mapping[str, Sequence[Record]]) -> None:
     plot_speeds(suites, folder / "speed.png")
     plot_sampler(suites.get("sdo", ()), folder / "sdo.png")
+    plot_paths(suites.get("paths", ()), folder / "paths.png")

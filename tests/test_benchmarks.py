@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 QUICK = Options(quick=True, budget=0.01)
 
 
-WITH_NUMBERS = ("fourier_mix", "haar", "reuse", "sdo")
+WITH_NUMBERS = ("fourier_mix", "haar", "paths", "reuse", "sdo")
 """Suites that read numbers, which the meta device has none of."""
 
 
@@ -173,10 +173,10 @@ def test_the_tracked_records_are_slim_and_their_readme_is_theirs() -> None:
         pytest.skip("no repository here")
     names = {Path(name).name for name in files.stdout.split()}
     others = {name for name in names if not name.endswith(".csv")}
-    assert others - {"gpu_day.txt"} == {"README.md", "sdo.png", "speed.png"}
+    assert others - {"gpu_day.txt"} == {"README.md", "paths.png", "sdo.png", "speed.png"}
     text = (records.RESULTS / "README.md").read_text()
     assert text == report.markdown(records.load(records.RESULTS))
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 170
 
 
 def test_a_peer_that_fails_to_import_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,3 +531,120 @@ def test_suites_keep_their_tensors_on_the_device(suite: str) -> None:
         baseline = next(iter(each.make().variants.values()))
         assert baseline.run is not None
         assert all(leaf.is_meta for leaf in tree_leaves(baseline.run()))
+
+
+def path_point(reward: float, diversity: float, accuracy: float = 1.0) -> Any:
+    paths = pytest.importorskip("benchmarks.bench_paths")
+    return paths.Point(1, 1, 1.0, reward, diversity, 0.1, accuracy)
+
+
+def test_hypervolume_is_the_area_that_a_run_dominates() -> None:
+    paths = pytest.importorskip("benchmarks.bench_paths")
+    for _ in range(8):
+        values = torch.rand(4, 3, dtype=torch.float64).tolist()
+        points = [path_point(2.0, 0.5, 0.8), *(path_point(1.5 + 3 * r, d, a) for r, d, a in values)]
+        gains = [p.reward / 2.0 - 1 for p in points]
+        shares = [min(1.0, p.diversity / 0.5, p.accuracy / 0.8) for p in points]
+        grid = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+        gain, share = torch.meshgrid(1.5 * grid, grid, indexing="ij")
+        below = torch.stack([(gain < g) & (share < s) for g, s in zip(gains, shares, strict=True)]).any(0)
+        assert paths.hypervolume(points) == pytest.approx(1.5 * below.double().mean().item(), abs=0.02)
+    assert paths.hypervolume([path_point(2.0, 0.5), path_point(1.0, 0.5)]) == 0
+
+
+def test_finished_runs_are_kept_and_not_made_again(tmp_path: Path) -> None:
+    paths = pytest.importorskip("benchmarks.bench_paths")
+    points, made = [path_point(2.5, 0.25), path_point(3.25, 0.125)], []
+
+    def make() -> Any:
+        made.append(1)
+        return points
+
+    key = {"setting": "LoRA", "recipe": "draft 4", "rate": 3e-4, "seed": 0}
+    for _ in range(2):
+        assert paths.Kept(tmp_path).points(key, make) == points
+    assert len(made) == 1
+    kept = paths.Kept(tmp_path)
+    for other in ({"rate": 6e-4}, {"seed": 1}, {"recipe": "draft 1"}, {"setting": "latents"}):
+        kept.points(key | other, make)
+    assert len(made) == 5
+    kept.remove()
+    assert not list(tmp_path.rglob("*.csv"))
+    paths.Kept(None).points(key, make)
+    assert len(made) == 6
+
+
+@pytest.mark.parametrize("name", ["all parameters", "LoRA", "latents"])
+def test_a_path_is_tuned_by_what_its_setting_says(name: str) -> None:
+    """Within its budget, towards thicker strokes; latents stay on their sphere."""
+    paths = pytest.importorskip("benchmarks.bench_paths")
+    setting = next(setting for setting in paths.SETTINGS if setting.name == name)
+    tuning = paths.Tuning(setting, "sdo first", 0, 3, "cpu")
+    every = sum(p.numel() for p in tuning.sampler.model.parameters())
+    tuned = sum(tensor.numel() for tensor in tuning.tuned)
+    assert {"all parameters": tuned == every, "LoRA": tuned < every / 5, "latents": tuned == 8 * 256}[name]
+    tuning.gradient()
+    assert all(tensor.grad is not None for tensor in tuning.tuned)
+    if name == "latents":
+        with torch.no_grad():
+            image = tuning.images(tuning.latents)
+            tuning.latents *= 2
+            torch.testing.assert_close(tuning.images(tuning.latents), image)
+    scale = paths.Scale(budget=14, num_steps=3)
+    start, half, end = paths.run(setting, "sdo first", max(setting.rates), 0, scale, "cpu")
+    assert [(p.units, p.updates) for p in (start, half, end)] == [(0, 0), (4, 1), (12, 3)]
+    assert start.reward < end.reward
+
+
+def test_every_path_of_a_setting_has_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = pytest.importorskip("benchmarks.bench_paths")
+    rates: list[tuple[int, float]] = []
+
+    def run(setting: Any, recipe: str, rate: float, seed: int, *others: Any) -> Any:
+        """The second rate is the best: larger ones leave no diversity."""
+        rates.append((seed, rate))
+        kept = 0.5 if rate <= setting.rates[1] else 0.0
+        return [path_point(1.0, 0.5), path_point(1.0, 0.5), path_point(1.0 + 100 * rate + 0.1 * seed, kept)]
+
+    monkeypatch.setattr(paths, "run", run)
+    scale, kept = paths.Scale(num_steps=3, recipes=("sdo first", "identity")), paths.Kept(tmp_path)
+    suite = [
+        Case(
+            setting.name, lambda setting=setting: paths.compare(setting, scale, "cpu", kept, setting.name == "latents")
+        )
+        for setting in paths.SETTINGS
+    ]
+    rows = [row for each in suite for row in harness.measure(each, QUICK)]
+    assert not list(tmp_path.rglob("*.csv"))
+    names = [(row["case"], row["variant"]) for row in rows]
+    assert len(names) == 7  # without a model's gradient parameters have none
+    assert [variant for case, variant in names if case == "latents"] == ["start", "sdo first", "identity"]
+    for row in rows:
+        if row["variant"] != "start":
+            best = next(setting.rates[1] for setting in paths.SETTINGS if setting.name == row["case"])
+            assert row["learning_rate"] == best
+            assert row["reward"] == pytest.approx(1.0 + 100 * best + 0.1)  # the median of three seeds
+            assert row["reward_most"] - row["reward_least"] == pytest.approx(0.2)
+            assert row["peak_bytes"] > 0
+    assert {seed for seed, _ in rates} == {0, 1, 2, scale.tuning_seed}
+    here = {"device": "A", "capability": "AVX2", "threads": 1, "torch": "2.13", "date": "2026-01-01"}
+    rows = [here | row for row in rows]
+    text = report.markdown({"paths": rows})
+    assert "| recipe | all parameters | cost | LoRA | cost | latents | cost |" in text
+    assert "| identity | - | - | - | - | " in text
+    (line,) = [line for line in report.summary({"paths": rows}, ROOT).splitlines() if line.lstrip().startswith("sdo")]
+    assert line.count("; 0.50; 1.00; 0.10") == 3
+    report.plots(tmp_path, {"paths": rows})
+    assert 1000 < (tmp_path / "paths.png").stat().st_size < 150_000
+
+
+def test_quick_pipeline_has_its_gradients() -> None:
+    sdo = pytest.importorskip("benchmarks.bench_sdo")
+    (each,) = [each for each in sdo.cases(QUICK) if each.name.startswith("pipeline")]
+    rows = {row["variant"]: row for row in harness.measure(each, QUICK)}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert rows["one step (checkpoint)"]["over_sampling and one step (peak bytes)"] > 0
+    assert rows["full, checkpointed"]["cosine_with_full"] == pytest.approx(1, abs=1e-6)
+    assert rows["one step (checkpoint)"]["cosine_with_full"] < 0.9999
+    assert rows["identity"]["peak_bytes"] < rows["one step (checkpoint)"]["peak_bytes"]
+    assert rows["one step (checkpoint)"]["peak_bytes"] < rows["full backprop"]["peak_bytes"]
