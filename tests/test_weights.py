@@ -27,7 +27,7 @@ GAINS = {
     "haze": 9.0,
     "snow": 6.0,
     "motion_blur": 0.4,
-    "defocus_blur": 1.2,
+    "defocus_blur": 1.4,
     "cloud": 8.0,
     "shadow": 5.0,
     "underwater": 8.0,
