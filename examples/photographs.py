@@ -1,7 +1,11 @@
-"""The photographs that scikit-image and scikit-learn bring along, degraded: what the restoration examples run on."""
+"""Photographs that scikit-image and scikit-learn bring along, and synthetic scenes in their colours, degraded.
+
+The restoration examples run on them.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import cache, lru_cache
 
 import numpy as np
@@ -49,6 +53,37 @@ def recoloured(image: Tensor, generator: Generator) -> Tensor:
     return image.rot90(int(torch.randint(4, (), generator=generator)), (1, 2))
 
 
+def dead_leaves(palette: Tensor, side: int, generator: Generator) -> Tensor:
+    """A synthetic scene (3, side, side) in [0, 1]: superellipses that cover each other, shaded and rough.
+
+    Radii r have the density r**-3 of scale invariant scenes; colours are those of random pixels of `palette`, a
+    photograph.
+    Model: Lee, Mumford and Huang, Occlusion models for natural images, IJCV 2001; for training: Achddou, Gousseau and
+    Ladjal, Synthetic images as a regularity prior for image restoration neural networks, SSVM 2021.
+    """
+    count, colours = max(1, side * side // 100), palette.flatten(1).T
+    colours = colours[torch.randint(len(colours), (count + 1,), generator=generator)][:, :, None, None]
+    frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)).clamp(min=1 / side)
+    texture = torch.fft.rfft2(torch.randn(side, side, generator=generator)) / frequency
+    texture = torch.fft.irfft2(texture, s=(side, side))
+    texture = texture / texture.std()
+    line = torch.arange(float(side))
+    scene = (colours[-1] * (1 + 0.1 * texture)).clamp(0, 1)
+    for colour, drawn in zip(colours, torch.rand(count, 9, generator=generator).tolist(), strict=False):
+        y, x, size, angle, flat, shape, soft, slope, rough = drawn
+        y, x, radius = y * side, x * side, min(4 * (1 - size) ** -0.5, 0.4 * side)
+        box = tuple(slice(max(0, int(centre - 1.5 * radius) - 1), int(centre + 1.5 * radius) + 2) for centre in (y, x))
+        dy, dx = (line[box[0], None] - y) / radius, (line[box[1]] - x) / radius
+        cos, sin = math.cos(math.pi * angle), math.sin(math.pi * angle)
+        u, v = dy * cos + dx * sin, dx * cos - dy * sin
+        power = 2.0 ** (3 * shape)  # from diamonds over ellipses to rectangles
+        norm = (u.abs() ** power + ((1 + 2 * flat) * v.abs()) ** power) ** (1 / power)
+        cover = (radius * (1 - norm) / (1 + soft) + 0.5).clamp(0, 1)
+        shade = 1 + (slope - 0.5) * u + 0.2 * rough**2 * texture[box]
+        scene[:, box[0], box[1]].lerp_((colour * shade).clamp(0, 1), cover.expand(3, -1, -1))
+    return scene
+
+
 def window(image: Tensor, generator: Generator) -> Tensor:
     """A random view: scaled by 0.5 to 1, at most WINDOW pixels a side."""
     scale = 0.5 + 0.5 * torch.rand((), generator=generator).item()
@@ -68,11 +103,15 @@ def random_crop(image: Tensor, generator: Generator, height: int, width: int) ->
 
 
 @lru_cache(maxsize=1)
-def scenes(task: str, seed: int, recolour: bool = False) -> list[Tensor]:
-    """A random view of every training photograph and its degradation, (6, H, W) each: degraded, then clean."""
+def scenes(task: str, seed: int, recolour: bool = False, leaves: float = 0.0) -> list[Tensor]:
+    """A random view of every training photograph and its degradation, (6, H, W) each: degraded, then clean.
+
+    A share `leaves` of them are dead leaves in the photograph's colours instead.
+    """
     generator = Generator().manual_seed(seed)
-    views = [
-        window(recoloured(photograph, generator) if recolour else photograph, generator)
-        for photograph in photographs("train").values()
-    ]
+    views = []
+    for image in photographs("train").values():
+        if leaves and torch.rand((), generator=generator) < leaves:
+            image = dead_leaves(image, 3 * WINDOW // 4, generator)
+        views.append(window(recoloured(image, generator) if recolour else image, generator))
     return [torch.cat((degrade(view, task, seed * 1009 + i), view)) for i, view in enumerate(views)]

@@ -74,7 +74,7 @@ def synthetic(args: argparse.Namespace) -> Callable[[int, Generator], Pair]:
     """Photographs, degraded anew every epoch."""
 
     def draw(n: int, generator: Generator) -> Pair:
-        views = scenes(args.task, args.seed * STRIDE + n // (EPOCH * args.batch), args.recolour)
+        views = scenes(args.task, args.seed * STRIDE + n // (EPOCH * args.batch), args.recolour, args.dead_leaves)
         view = views[int(torch.randint(len(views), (), generator=generator))]
         return view[:3], view[3:]
 
@@ -211,7 +211,7 @@ class Training:
 
 
 SETTINGS = ("task", "layout", "preset", "exit", "steps", "batch", "crop", "lr", "seed", "progressive", "recolour")
-SETTINGS += ("ema", "clip", "mixed_precision")
+SETTINGS += ("dead_leaves", "ema", "clip", "mixed_precision")
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path) -> sf.SWFormer | None:
@@ -282,6 +282,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="in the last quarter a quarter of the crops, twice as large",
     )
     parser.add_argument("--recolour", action="store_true", help="photographs in other colours and turned (for --task)")
+    parser.add_argument(
+        "--dead-leaves",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of synthetic scenes instead of photographs (for --task; %(default)s)",
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate at the start of the cosine (%(default)s)")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
     parser.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, 0 for none (%(default)s)")
@@ -315,6 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unit = accelerator.num_processes * (4 if args.progressive else 1)
     if args.batch % unit:
         print(f"--batch must be a multiple of {unit}, got {args.batch}", file=sys.stderr)
+        return 2
+    if not 0 <= args.dead_leaves <= 1:
+        print(f"--dead-leaves must be from 0 to 1, got {args.dead_leaves}", file=sys.stderr)
         return 2
     accelerator.init_trackers(args.name)
     try:

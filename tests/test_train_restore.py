@@ -72,6 +72,35 @@ def test_scenes_pair_a_view_with_its_degradation(small: dict[str, Tensor]) -> No
     assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in zip(views, other, strict=True))
 
 
+def test_dead_leaves_are_scenes_in_the_colours_of_a_photograph() -> None:
+    """A red palette gives red scenes, others with every generator; edges are where leaves meet, flat parts between."""
+    palette = torch.tensor([0.8, 0.4, 0.2])[:, None, None].expand(3, 5, 7)
+    scene, again, other = (
+        photographs.dead_leaves(palette, 96, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert scene.shape == (3, 96, 96)
+    assert torch.equal(scene, again)
+    assert not torch.equal(scene, other)
+    assert 0 <= scene.min() < 0.1 < 0.9 < scene.max() <= 1
+    unclipped = scene[0] < 1
+    assert (scene[:2, unclipped] * 0.5 - scene[1:, unclipped]).abs().mean() < 0.005
+    colours = torch.stack((torch.zeros(3), torch.ones(3)), 1)[:, :, None]
+    scene = photographs.dead_leaves(colours, 96, torch.Generator().manual_seed(2))[0]
+    steps = (scene[1:] - scene[:-1]).abs()
+    assert 0.02 < (steps > 0.5).float().mean() < 0.2
+    assert (steps < 0.05).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_scenes_hold_a_share_of_dead_leaves(
+    share: float, small: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photographs, "dead_leaves", lambda palette, side, generator: torch.zeros(3, side, side))
+    leaves = [not view[3:].any() for seed in range(20) for view in photographs.scenes("snow", seed, False, share)]
+    assert len(leaves) == 40
+    assert abs(sum(leaves) / 40 - share) <= 0.2 * (0 < share < 1)
+
+
 def test_crops_show_degraded_and_clean_at_the_same_place() -> None:
     clean = [torch.rand(3, 30, 41), torch.rand(3, 25, 20) + 2]
 
@@ -238,6 +267,7 @@ def test_training_on_files(tmp_path: Path, run: Run, capsys: pytest.CaptureFixtu
     [
         (("--resume",), "checkpoint does not exist"),
         (("--batch", "6"), "--batch must be a multiple of 4, got 6"),
+        (("--dead-leaves", "50"), "--dead-leaves must be from 0 to 1, got 50.0"),
         (("--crop", "100"), "crops of 100 are larger than a picture"),
     ],
 )
