@@ -46,9 +46,12 @@ def small_source(dtype: torch.dtype = torch.float64, **options: Any) -> sdo_fast
     return sdo_fast.SamplerSource(sampler, labels, (1, 8, 8))
 
 
-def small_trainer(source: Any = None, reward: Any = None, prompts: Any = (1, 2, 5), **options: Any) -> Any:
+def small_trainer(
+    source: Any = None, reward: Any = None, prompts: Any = (1, 2, 5), accelerator: Any = None, **options: Any
+) -> Any:
     config = sdo_fast.RewardConfig(**{**SETTINGS, **options})
-    return sdo_fast.RewardTrainer(source or small_source(), reward or Critic(1), prompts, config)
+    source, reward = source or small_source(), reward or Critic(1)
+    return sdo_fast.RewardTrainer(source, reward, prompts, config, accelerator=accelerator)
 
 
 def killed_after(calls: int) -> Any:
@@ -64,9 +67,35 @@ def killed_after(calls: int) -> Any:
     return reward
 
 
+def sharded_on_cpu() -> Any:
+    """An Accelerator with FSDP2 over gloo: accelerate itself offers it on accelerators alone."""
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, step_scheduler_with_optimizer=False)
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Attention", "ResnetBlock2D"],
+        reshard_after_forward=True,
+        state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    return accelerator
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = json.loads(sys.argv[2])
-    kill, resume = options.pop("kill", None), options.pop("resume", False)
-    trainer = small_trainer(reward=None if kill is None else killed_after(kill), output=sys.argv[1], **options)
-    trainer.train(resume)
+    kill, resume, fsdp = (options.pop(name, None) for name in ("kill", "resume", "fsdp"))
+    trainer = small_trainer(
+        reward=None if kill is None else killed_after(kill),
+        output=sys.argv[1],
+        accelerator=sharded_on_cpu() if fsdp else None,
+        **options,
+    )
+    trainer.train(bool(resume))

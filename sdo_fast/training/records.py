@@ -66,9 +66,10 @@ class Records:
         path = self.output / "images" / f"{record['step']:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
+        pixels = _pixels(images).expand(-1, 3, -1, -1).movedim(1, -1).numpy()
         for tracker in self.accelerator.trackers:
-            pixels = torch.as_tensor(_pixels(images)).movedim(1, -1).numpy()
-            tracker.log_images({"samples": pixels}, step=record["step"])
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": pixels}, step=record["step"], **layout)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.main and self.output is not None:

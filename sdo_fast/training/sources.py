@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,6 +37,10 @@ class Source(Protocol):
 
     def modules(self) -> list[nn.Module]:
         """All modules, to be frozen."""
+
+    @property
+    def path(self) -> AnyPath:
+        """The gradient path as it was given."""
 
     @property
     def drawn(self) -> Path:
@@ -100,12 +105,20 @@ class PipelineSource:
         return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
 
     @property
+    def path(self) -> AnyPath:
+        return self.shortcut.path
+
+    @property
     def drawn(self) -> Path:
         return self.shortcut.drawn
 
     @property
     def steps(self) -> int | None:
-        return self.arguments.get("num_inference_steps")
+        """As the pipeline is told, or by its default; other arguments (strength, sigmas) may change it."""
+        parameter = inspect.signature(type(self.pipe).__call__).parameters.get("num_inference_steps")
+        default = None if parameter is None else parameter.default
+        steps = self.arguments.get("num_inference_steps", default)
+        return steps if is_integer(steps) else None
 
 
 class SamplerSource:
@@ -164,6 +177,10 @@ class SamplerSource:
 
     def modules(self) -> list[nn.Module]:
         return [*self.networks.values(), *self.parts]
+
+    @property
+    def path(self) -> AnyPath:
+        return self.sampler.config.path
 
     @property
     def drawn(self) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -23,6 +23,7 @@ from .config import RewardConfig
 from .files import checkpoint_path, checkpoints, delayed_interrupt, prune, replacing
 from .objective import Objective, Outcome, Reward, diversity
 from .parameters import Tuning
+from .plan import Plan, plan_of
 from .records import Records, finite, peak_memory
 from .sources import Source, as_source
 
@@ -104,6 +105,8 @@ class RewardTrainer:
         self.batches = Batches(prompts, config, accelerator.num_processes, accelerator.process_index)
         self._prepare(Objective(self.source, self.tuning, rewards, config.reward_weights, config.kl_weight))
         self.progress = Progress()
+        if config.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("ema_decay must be 0 with FSDP, whose averaged shards no checkpoint would hold")
         self.ema = EMAModel(self.parameters, config.ema_decay) if config.ema_decay else None
         accelerator.register_for_checkpointing(self.progress, *([] if self.ema is None else [self.ema]))
         accelerator.register_save_state_pre_hook(self._save_trained)
@@ -115,7 +118,9 @@ class RewardTrainer:
         optimizer = torch.optim.AdamW(
             list(self.tuning.named().values()), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        schedule = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
+        schedule = get_scheduler(
+            config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+        )
         self.objective, self.optimizer, self.schedule = self.accelerator.prepare(objective, optimizer, schedule)
         # Sharding puts others in their place.
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
@@ -131,6 +136,7 @@ class RewardTrainer:
         """
         self._resume(resume)
         config, progress = self.config, self.progress
+        self.accelerator.gradient_accumulation_steps = config.gradient_accumulation
         self.records.begin(progress.step)
         try:
             with delayed_interrupt() as interrupted:
@@ -164,6 +170,10 @@ class RewardTrainer:
             with replacing(Path(folder)) as partial, self._averaged():
                 self.tuning.save(partial, getattr(self.source, "pipe", None), states)
         self.accelerator.wait_for_everyone()
+
+    def plan(self) -> Plan:
+        """What is trained, the memory to expect and the calls of an update; calls the denoiser once."""
+        return plan_of(self)
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, Any], Tensor]:
