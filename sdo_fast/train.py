@@ -4,7 +4,7 @@
 
     [source]
     pipeline = "stabilityai/sdxl-turbo"     # folder or name for from_pretrained; or factory = "module:function"
-    dtype = "bfloat16"                      # further keys: arguments of from_pretrained
+    dtype = "bfloat16"                      # this and further keys: arguments of from_pretrained
 
     [call]                                  # arguments of the pipeline's call
     num_inference_steps = 4
@@ -81,8 +81,8 @@ def make_source(table: Mapping[str, Any], call: Mapping[str, Any]) -> Any:
         return PipelineSource(made, **call) if call else made
     from diffusers import DiffusionPipeline
 
-    if "dtype" in options:
-        options["torch_dtype"] = getattr(torch, options.pop("dtype"))
+    for key in options.keys() & {"dtype", "torch_dtype"}:
+        options[key] = getattr(torch, options[key])
     return PipelineSource(DiffusionPipeline.from_pretrained(pipeline, **options), **call)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from .parameters import Tuning
 from .plan import Plan, plan_of
 from .records import Records, finite, peak_memory
 from .sources import Source, as_source
+
+OnEvaluation = Callable[[dict[str, Any], Tensor], None]
 
 
 class NonFiniteRewardError(FloatingPointError):
@@ -125,11 +127,12 @@ class RewardTrainer:
         # Sharding puts others in their place.
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
 
-    def train(self, resume: bool = False) -> bool:
+    def train(self, resume: bool = False, on_evaluation: OnEvaluation | None = None) -> bool:
         """Run to the end, an early stop (True) or an interruption by Ctrl-C or SIGTERM (False); save all the same.
 
         Args:
             resume: go on from the last checkpoint in `config.output`, or begin where there is none.
+            on_evaluation: called with what `evaluate` returns, every time.
 
         Writes to `config.output`: `weights`, what was trained as diffusers reads it; `checkpoint-...`;
         `images/....png`; `log.jsonl`, a line a step.
@@ -140,11 +143,11 @@ class RewardTrainer:
         self.records.begin(progress.step)
         try:
             with delayed_interrupt() as interrupted:
-                done = bool(config.evaluate_every) and progress.step == 0 and self._evaluate_and_judge()
+                done = bool(config.evaluate_every) and progress.step == 0 and self._evaluate_and_judge(on_evaluation)
                 while progress.step < config.steps and not done:
                     self._step()
                     if config.evaluate_every and progress.step % config.evaluate_every == 0:
-                        done = self._evaluate_and_judge()
+                        done = self._evaluate_and_judge(on_evaluation)
                     stop = self._anywhere(interrupted())
                     if stop or done or progress.step % config.save_every == 0 or progress.step == config.steps:
                         self._checkpoint()
@@ -196,9 +199,11 @@ class RewardTrainer:
         }
         return record | (named if len(named) > 1 else {}), gathered
 
-    def _evaluate_and_judge(self) -> bool:
+    def _evaluate_and_judge(self, tell: OnEvaluation | None) -> bool:
         """Evaluate, tell, and decide whether to stop."""
         record, images = self.evaluate()
+        if tell is not None:
+            tell(record, images)
         self.records.evaluation(record, images, self.config.evaluation_images)
         reward, spread = record["evaluation/reward"], record["evaluation/diversity"]
         if self.progress.step == 0:
