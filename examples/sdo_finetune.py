@@ -1,7 +1,7 @@
 """Fine-tune a diffusion model to a reward by `sdo_fast.RewardTrainer`: all parameters, and LoRA.
 
     python examples/sdo_finetune.py
-    python examples/sdo_finetune.py --steps 100 --lora-lr 1e-3 --methods lora
+    python examples/sdo_finetune.py --steps 100 --lora-lr 1e-3 --methods lora [--kl-weight 30]
     python examples/sdo_finetune.py --model PIPELINE --critic CLASSIFIER --prompt "a garden" --data PICTURES
 
 The reward is a score of the images: on the digits the thickness of the strokes, as a linear head on the classifier's
@@ -123,6 +123,7 @@ def finetune(method: str, args: argparse.Namespace) -> tuple[RewardTrainer, Repo
             learning_rate=args.lora_lr if method == "lora" else args.lr,
             path=args.path,
             train=method,
+            kl_weight=args.kl_weight,
             lora_rank=args.lora_rank,
             lora_targets=LORA_LAYERS,
             evaluate_every=max(1, args.steps // 10),
@@ -160,6 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(both)")
     parser.add_argument("--lora-rank", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--lora-lr", type=float, default=2e-4, help="learning rate of LoRA (%(default)s)")
+    parser.add_argument(
+        "--kl-weight", type=float, default=0.0, help="of the distance to the model as it was (%(default)s)"
+    )
     parser.add_argument("--data", type=Path, help="folder of pictures to measure the distance to (the training digits)")
     parser.add_argument("--save", type=Path, help="folder for weights and checkpoints, one in it for each method")
     run(parse(parser, argv, steps=3, sampler_steps=5, prompt=["0", "3"]))

@@ -145,7 +145,7 @@ class RewardTrainer:
             with delayed_interrupt() as interrupted:
                 done = bool(config.evaluate_every) and progress.step == 0 and self._evaluate_and_judge(on_evaluation)
                 while progress.step < config.steps and not done:
-                    self._step()
+                    self.records.step(self.update())
                     if config.evaluate_every and progress.step % config.evaluate_every == 0:
                         done = self._evaluate_and_judge(on_evaluation)
                     stop = self._anywhere(interrupted())
@@ -213,8 +213,8 @@ class RewardTrainer:
         alike = config.stop_diversity is not None and first is not None and spread < config.stop_diversity * first
         return enough or alike
 
-    def _step(self) -> None:
-        """One update."""
+    def update(self) -> dict[str, Any]:
+        """One update, for loops of one's own; what log.jsonl has of it."""
         begin, config, accelerator = time.perf_counter(), self.config, self.accelerator
         outcomes, norm = [], 0.0
         for part in range(config.gradient_accumulation):
@@ -231,7 +231,7 @@ class RewardTrainer:
         if self.ema is not None:
             self.ema.step(self.parameters)
         self.progress.step += 1
-        self.records.step(self._record(outcomes, norm, time.perf_counter() - begin))
+        return self._record(outcomes, norm, time.perf_counter() - begin)
 
     def _record(self, outcomes: list[Outcome], norm: float, seconds: float) -> dict[str, Any]:
         config = self.config
