@@ -321,9 +321,14 @@ def test_early_stops(tmp_path: Path) -> None:
         assert trainer.progress.step == 0
     # Images that please by being alike.
     alike = lambda images, prompts: -(images - images.mean(0)).square().flatten(1).mean(1)  # noqa: E731
-    trainer = small_trainer(reward=alike, steps=40, evaluate_every=1, stop_diversity=0.8)
+    options = {"steps": 40, "evaluate_every": 1, "stop_diversity": 0.8}
+    trainer = small_trainer(reward=alike, output=tmp_path, **options)
     trainer.train()
     assert 0 < trainer.progress.step < 40
+    # A run that stopped early has ended.
+    resumed = small_trainer(reward=alike, output=tmp_path, **options)
+    assert resumed.train(resume=True)
+    assert resumed.progress.step == trainer.progress.step
 
 
 def test_a_reward_that_is_not_finite_ends_the_run() -> None:
@@ -612,7 +617,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
         small_trainer(**options)
 
 
-def test_arguments_are_checked() -> None:
+def test_arguments_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = small_source().sampler
     with pytest.raises(TypeError, match=r"source must be SamplerSource\(sampler"):
         small_trainer(sampler)
@@ -623,6 +628,9 @@ def test_arguments_are_checked() -> None:
     reusing = sampler.with_options(reuse=sdo_fast.TrajectoryCache())
     with pytest.raises(ValueError, match="reuse must be None"):
         sdo_fast.SamplerSource(reusing, labels, (1, 8, 8))
+    monkeypatch.setattr("sdo_fast.training.trainer.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="log_with='wandb' needs it installed"):
+        small_trainer(log_with="wandb", output=tmp_path)
     with pytest.raises(TypeError, match="reward 'reward' must be a function"):
         small_trainer(reward=[3])
     with pytest.raises(ValueError, match=r"reward 'reward' must return a tensor of shape \(2,\), got \(\)"):

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class Progress:
 
     def __init__(self) -> None:
         self.step = 0
+        self.stopped = False
+        """Early."""
         self.first_diversity: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,15 +146,17 @@ class RewardTrainer:
         self.records.begin(progress.step)
         try:
             with delayed_interrupt() as interrupted:
-                done = bool(config.evaluate_every) and progress.step == 0 and self._evaluate_and_judge(on_evaluation)
-                while progress.step < config.steps and not done:
+                if config.evaluate_every and progress.step == 0:
+                    self._evaluate_and_judge(on_evaluation)
+                while progress.step < config.steps and not progress.stopped:
                     self.records.step(self.update())
                     if config.evaluate_every and progress.step % config.evaluate_every == 0:
-                        done = self._evaluate_and_judge(on_evaluation)
-                    stop = self._anywhere(interrupted())
-                    if stop or done or progress.step % config.save_every == 0 or progress.step == config.steps:
+                        self._evaluate_and_judge(on_evaluation)
+                    interruption = self._anywhere(interrupted())
+                    last = progress.stopped or progress.step == config.steps
+                    if interruption or last or progress.step % config.save_every == 0:
                         self._checkpoint()
-                    if stop:
+                    if interruption:
                         return False
             if self.output is not None:
                 self.save(self.output / "weights")
@@ -199,7 +204,7 @@ class RewardTrainer:
         }
         return record | (named if len(named) > 1 else {}), gathered
 
-    def _evaluate_and_judge(self, tell: OnEvaluation | None) -> bool:
+    def _evaluate_and_judge(self, tell: OnEvaluation | None) -> None:
         """Evaluate, tell, and decide whether to stop."""
         record, images = self.evaluate()
         if tell is not None:
@@ -211,7 +216,7 @@ class RewardTrainer:
         config, first = self.config, self.progress.first_diversity
         enough = config.stop_reward is not None and reward >= config.stop_reward
         alike = config.stop_diversity is not None and first is not None and spread < config.stop_diversity * first
-        return enough or alike
+        self.progress.stopped = enough or alike
 
     def update(self) -> dict[str, Any]:
         """One update, for loops of one's own; what log.jsonl has of it."""
@@ -351,6 +356,8 @@ def _as_rewards(reward: Any, config: RewardConfig) -> dict[str, Reward]:
 
 
 def _accelerator(config: RewardConfig, networks: int) -> Accelerator:
+    if config.log_with is not None and find_spec(config.log_with) is None:
+        raise ImportError(f"log_with={config.log_with!r} needs it installed: pip install {config.log_with}")
     # A path may leave a denoiser out, and a denoiser parameters; LoRA's layers all run.
     find_unused = config.train != "lora" or networks > 1
     return Accelerator(
