@@ -247,7 +247,7 @@ def test_finetune_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     original = digits_model.load_digits_unet().state_dict()
     assert set(tuned) == set(original)
     assert not torch.equal(tuned["conv_in.weight"], original["conv_in.weight"])
-    with safe_open(tmp_path / "lora" / "weights" / "pytorch_lora_weights.safetensors", "pt") as stored:
+    with safe_open(tmp_path / "lora" / "weights" / "model" / "pytorch_lora_weights.safetensors", "pt") as stored:
         names = set(stored.keys())
         assert names
         assert all(".lora_" in name for name in names)

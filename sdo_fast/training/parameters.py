@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -75,6 +76,8 @@ class Tuning:
     def save(self, folder: Path, pipe: Any, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Writes LoRA as `pipe.load_lora_weights(folder)` reads it, or whole networks as `from_pretrained` does.
 
+        LoRA of a network that the pipeline saves none of lies in a folder of the network's name, under peft's names.
+
         Args:
             pipe: whose `save_lora_weights` is used, or None.
             states: each network's state dict.
@@ -92,17 +95,22 @@ class Tuning:
                 save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
 
     def _save_lora(self, folder: Path, pipe: Any, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        layers, metadata = {}, {}
-        for name, network in self.networks.items():
-            layers[name] = {k: t.contiguous() for k, t in _lora_state(network, states[name]).items()}
-            metadata[name] = getattr(network, "peft_config", {}).get(ADAPTER)
-        if hasattr(pipe, "save_lora_weights"):
-            arguments = {f"{name}_lora_layers": tensors for name, tensors in layers.items()}
-            arguments |= {f"{name}_lora_adapter_metadata": c.to_dict() for name, c in metadata.items() if c is not None}
+        layers = {
+            name: {key: t.contiguous() for key, t in _lora_state(network, states[name]).items()}
+            for name, network in self.networks.items()
+        }
+        taken = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
+        arguments: dict[str, Any] = {}
+        for name in [name for name in layers if f"{name}_lora_layers" in taken]:
+            arguments[f"{name}_lora_layers"] = layers.pop(name)
+            if f"{name}_lora_adapter_metadata" in taken:  # alpha and rank
+                adapter = cast(Any, self.networks[name]).peft_config[ADAPTER]
+                arguments[f"{name}_lora_adapter_metadata"] = adapter.to_dict()
+        if arguments:
             pipe.save_lora_weights(folder, **arguments)
-            return
-        tensors = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.items()}
-        save_file(tensors, folder / "pytorch_lora_weights.safetensors")
+        for name, tensors in layers.items():
+            (folder / name).mkdir()
+            save_file(tensors, folder / name / "pytorch_lora_weights.safetensors")
 
 
 def _add_lora(network: nn.Module, config: RewardConfig) -> None:
