@@ -52,8 +52,10 @@ class Plan:
             lines.append(f"        one call of the denoiser keeps {_size(self.activations)} for backward")
         lines.append("        beside these: the decoder's and the rewards' graphs")
         if self.calls is not None:
-            lines.append(f"an update: {self.images} images; {self.calls} calls of the denoiser for a batch, of them")
-            lines.append(f"           {self.graph_calls} with a graph")
+            lines.append(
+                f"an update: {self.images} images; {self.calls} calls of the denoiser for a batch, {self.graph_calls} "
+                "with a graph"
+            )
         return "\n".join(lines)
 
 
