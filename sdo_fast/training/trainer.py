@@ -67,7 +67,7 @@ class RewardTrainer:
             `SamplerSource(sampler, conditions, shape)`. All its modules are frozen but for what is trained, and in eval
             mode.
         reward: `reward(images, prompts)` -> (B,) with gradients, or several by name. Images are float32, (B, C, H, W)
-            in [0, 1] of a pipeline. A reward that is an nn.Module is moved to the device and frozen.
+            in [0, 1] of a pipeline. A reward that is an nn.Module is moved to the device, frozen and put in eval mode.
         prompts: a list, the path of a text file with a prompt a line, or a dataset whose rows are prompts or hold a
             "prompt". For a SamplerSource whatever its `conditions` takes.
         config: the options.
@@ -105,7 +105,7 @@ class RewardTrainer:
         self.source.to(accelerator.device)
         for module in rewards.values():
             if isinstance(module, nn.Module):
-                module.requires_grad_(False).to(accelerator.device)
+                module.requires_grad_(False).eval().to(accelerator.device)
         self.tuning = Tuning(self.source, config)
         self.batches = Batches(prompts, config, accelerator.num_processes, accelerator.process_index)
         self._prepare(Objective(self.source, self.tuning, rewards, config.reward_weights, config.kl_weight))
