@@ -75,7 +75,7 @@ sanitize: .venv/installed
 
 # HTML in build/docs; a warning is an error.
 docs: build
-	$(PY) -W error -m pdoc --docformat google -o build/docs docs/guide.py swformer_fast sdo_fast swformer_kernels
+	$(PY) -W error -m pdoc --docformat google -o build/docs docs/guide.py swformer_fast sdo_fast sdo_fast.training sdo_fast.train swformer_kernels
 
 # What clangd and clang-tidy read.
 compdb: build

@@ -193,7 +193,7 @@ class NinjaBuild(build_ext):
         subprocess.check_call([shutil.which("ninja") or "ninja", "-C", str(build_dir), *jobs])
 
 
-PACKAGES = ["sdo_fast", "sdo_fast.losses", "sdo_fast.reference", "swformer_kernels"]
+PACKAGES = ["sdo_fast", "sdo_fast.losses", "sdo_fast.reference", "sdo_fast.training", "swformer_kernels"]
 PACKAGES += ["swformer_fast", "swformer_fast.ops", "swformer_fast.reference", "swformer_fast.tools"]
 
 extensions = find_extensions()

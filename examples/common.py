@@ -33,10 +33,8 @@ def path(text: str) -> str | int:
     return int(text) if text.lstrip("-").isdigit() else text
 
 
-def sdo_parser(
-    script: str, description: str, *, steps: int, sampler_steps: int, lr: float, latents: bool = True
-) -> argparse.ArgumentParser:
-    """The options of every example: optimisation (of latents or of a model), sampler, seed and output."""
+def sdo_parser(script: str, description: str, *, steps: int, sampler_steps: int, lr: float) -> argparse.ArgumentParser:
+    """The options of the examples that optimise latents: optimisation, sampler, seed and output."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps, help="optimisation steps (%(default)s)")
     parser.add_argument("--sampler-steps", type=int, default=sampler_steps, help="sampling steps (%(default)s)")
@@ -47,13 +45,12 @@ def sdo_parser(
         help='step that keeps its gradient: "first", "last", "random", "identity" or an index (%(default)s)',
     )
     parser.add_argument("--lr", type=float, default=lr, help="learning rate of Adam (%(default)s)")
-    if latents:
-        parser.add_argument(
-            "--constraint",
-            choices=("norm", "white", "none"),
-            default="norm",
-            help="what optimised noise keeps: its norm, the statistics of white noise, or nothing (%(default)s)",
-        )
+    parser.add_argument(
+        "--constraint",
+        choices=("norm", "white", "none"),
+        default="norm",
+        help="what optimised noise keeps: its norm, the statistics of white noise, or nothing (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUTPUT / f"{script}.png", help="picture to write (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few seconds' run, to see that it works")

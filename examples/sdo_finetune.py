@@ -1,11 +1,13 @@
-"""Fine-tune a diffusion model to a reward, with the gradient of one step of its sampler: all parameters, and LoRA.
+"""Fine-tune a diffusion model to a reward by `sdo_fast.RewardTrainer`: all parameters, and LoRA.
 
     python examples/sdo_finetune.py
+    python examples/sdo_finetune.py --steps 100 --lora-lr 1e-3 --methods lora [--kl-weight 30]
     python examples/sdo_finetune.py --model PIPELINE --critic CLASSIFIER --prompt "a garden" --data PICTURES
 
 The reward is a score of the images: on the digits the thickness of the strokes, as a linear head on the classifier's
-features estimates it. Any reward is over-optimised in the end, so beside it stand the diversity of the images (mean RMS
-distance between those of one prompt) and their mean RMS distance to the nearest picture of the data.
+features estimates it. Any reward is over-optimised in the end (the second line shows it), so beside it stand the
+diversity of the images (mean RMS distance between those of one prompt) and their mean RMS distance to the nearest
+picture of the data.
 """
 
 from __future__ import annotations
@@ -15,127 +17,154 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    Studio,
-    add_model_options,
-    distance_to_data,
-    load_studio,
-    parse,
-    save_picture,
-    sdo_parser,
-    show,
-    show_curves,
-    write_atomically,
+from common import HubClassifier, add_model_options, distance_to_data, parse, save_picture, show, show_curves
+from diffusers import DiffusionPipeline
+from digits_model import (
+    IMAGE_SHAPE,
+    NULL_LABEL,
+    ThicknessScore,
+    digits,
+    load_digits_classifier,
+    load_digits_unet,
+    scheduler,
+    stroke_thickness,
 )
-from digits_model import digits, stroke_thickness
 from matplotlib.figure import Figure
-from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from runs import OUTPUT
+from torch import Tensor
+
+from sdo_fast import PipelineSource, RewardConfig, RewardTrainer, SamplerSource, ShortcutSampler
 
 METHODS = ("all", "lora")
 IMAGES_PER_PROMPT = 4
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
 
 
 @dataclass
 class Report:
-    """What is measured on the same noise before, during and after."""
+    """What is measured on the same noise before, during and after; images are in [0, 1]."""
 
+    data: Tensor | None = None
+    """Pictures to measure the distance to, in [0, 1]."""
     iterations: list[int] = field(default_factory=list)
     reward: list[float] = field(default_factory=list)
     diversity: list[float] = field(default_factory=list)
     distance: list[float] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
 
-    def add(self, iteration: int, images: Tensor, rewards: Tensor, data: Tensor | None) -> None:
-        self.iterations.append(iteration)
+    def add(self, record: dict[str, Any], images: Tensor) -> None:
+        """An evaluation of the trainer."""
+        self.iterations.append(record["step"])
         self.images.append(images.cpu())
-        self.reward.append(rewards.mean().item())
-        rms = images[0].numel() ** -0.5
-        groups = images.flatten(1).unflatten(0, (-1, IMAGES_PER_PROMPT))
-        pairs = IMAGES_PER_PROMPT * (IMAGES_PER_PROMPT - 1)
-        self.diversity.append((torch.cdist(groups, groups).sum((1, 2)) / pairs).mean().item() * rms)
-        if data is not None:
-            self.distance.append(distance_to_data(images, data).mean().item())
+        self.reward.append(record["evaluation/reward"])
+        self.diversity.append(record["evaluation/diversity"])
+        if self.data is not None:
+            self.distance.append(distance_to_data(images, self.data).mean().item())
 
     def line(self, index: int) -> str:
         distance = f", distance to the data {self.distance[index]:.3f}" if self.distance else ""
         return f"reward {self.reward[index]:.3f}, diversity {self.diversity[index]:.3f}{distance}"
 
 
-def trainable(model: nn.Module, method: str, rank: int) -> dict[str, nn.Parameter]:
-    """The parameters that are tuned, by name; every other is frozen."""
-    model.requires_grad_(False)
-    if method == "all":
-        model.requires_grad_()
-    else:
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS), model)
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def digits_source(args: argparse.Namespace) -> SamplerSource:
+    """The digits model; its prompts are class labels."""
+    unet = load_digits_unet().to(args.device)
+
+    def conditions(prompts: Sequence[str]) -> Any:
+        labels = torch.tensor([int(prompt) for prompt in prompts], device=args.device)
+        cond, uncond = {"class_labels": labels}, {"class_labels": torch.full_like(labels, NULL_LABEL)}
+        return cond if args.guidance is None else (cond, uncond)
+
+    sampler = ShortcutSampler(unet, scheduler(), args.sampler_steps, path=args.path, guidance_scale=args.guidance)
+    return SamplerSource(sampler, conditions, IMAGE_SHAPE, decode=lambda x0: (x0 / 2 + 0.5).clamp(0, 1))
 
 
-def load_data(folder: Path | None, studio: Studio) -> Tensor | None:
-    """Pictures to compare with: the training digits, or those of a folder in the images' size."""
-    if folder is None:
-        return digits("train")[0] if studio.digits else None
-    with torch.no_grad():
-        height, width = studio.decode(studio.latents[:1]).shape[-2:]
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in Image.registered_extensions())
-    pictures = [np.array(Image.open(file).convert("RGB").resize((width, height))) for file in files]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+def pipeline_source(args: argparse.Namespace) -> PipelineSource:
+    pipe = DiffusionPipeline.from_pretrained(args.model, local_files_only=True).to(args.device)
+    guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
+    return PipelineSource(pipe, num_inference_steps=args.sampler_steps, **guidance)
 
 
-def finetune(
-    studio: Studio,
-    parameters: Sequence[nn.Parameter],
-    reward: Callable[[Tensor], Tensor],
-    data: Tensor | None,
-    args: argparse.Namespace,
-    title: str,
-) -> Report:
+def load_critic(args: argparse.Namespace) -> tuple[Callable[[Tensor], Tensor], str]:
+    """Images in [-1, 1] to the score to raise (B,), and its name."""
+    if args.model is None:
+        thickness = ThicknessScore(load_digits_classifier()).to(args.device)
+        return thickness, f"estimated thickness (R² {thickness.r2:.2f})"
+    critic = HubClassifier(args.critic).eval().requires_grad_(False).to(args.device)
+    return lambda images: critic(images)[:, args.score_index], f"critic's output {args.score_index}"
+
+
+def load_data(args: argparse.Namespace, size: tuple[int, int]) -> Tensor | None:
+    """Pictures to compare with, in [0, 1]: the training digits, or those of a folder in the images' size."""
+    if args.data is None:
+        return (digits("train")[0] + 1) / 2 if args.model is None else None
+    files = sorted(file for file in args.data.iterdir() if file.suffix.lower() in Image.registered_extensions())
+    pictures = [np.array(Image.open(file).convert("RGB").resize(size[::-1])) for file in files]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+
+
+def finetune(method: str, args: argparse.Namespace) -> tuple[RewardTrainer, Report, str]:
     """Raise the mean reward of samples of fresh noise; Ctrl-C ends it early with what was done."""
-    report = Report()
+    critic, name = load_critic(args)
+    trainer = RewardTrainer(
+        digits_source(args) if args.model is None else pipeline_source(args),
+        lambda images, prompts: critic(2 * images - 1),
+        args.prompt,
+        RewardConfig(
+            steps=args.steps,
+            batch_size=IMAGES_PER_PROMPT * len(args.prompt),
+            images_per_prompt=IMAGES_PER_PROMPT,
+            learning_rate=args.lora_lr if method == "lora" else args.lr,
+            path=args.path,
+            train=method,
+            kl_weight=args.kl_weight,
+            lora_rank=args.lora_rank,
+            lora_targets=LORA_LAYERS,
+            evaluate_every=max(1, args.steps // 10),
+            evaluation_prompts=len(args.prompt),
+            evaluation_images=IMAGES_PER_PROMPT,
+            output=args.save and args.save / method,
+            seed=args.seed,
+        ),
+    )
+    report = Report(load_data(args, trainer.evaluate()[1].shape[-2:]))
+    trainer.train(on_evaluation=report.add)
+    if report.iterations[-1] < trainer.progress.step:
+        report.add(*trainer.evaluate())
+    return trainer, report, name
 
-    @torch.no_grad()
-    def evaluate(iteration: int) -> None:
-        images = studio.decode(studio.sampler(studio.latents))
-        report.add(iteration, images, reward(images), data)
 
-    adam = torch.optim.Adam(parameters, lr=args.lr)
-    generator = torch.Generator().manual_seed(args.seed + 1)
-    steps_generator = torch.Generator(studio.latents.device).manual_seed(args.seed)
-    done = 0
-    evaluate(done)
-    try:
-        for done in (bar := tqdm(range(1, args.steps + 1), desc=title)):
-            latents = studio.sampler.prepare_latents(generator)
-            loss = -reward(studio.decode(studio.sampler(latents, generator=steps_generator))).mean()
-            adam.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            adam.step()
-            bar.set_postfix(reward=f"{-loss.item():.3f}")
-            if done % max(1, args.steps // 10) == 0 or done == args.steps:
-                evaluate(done)
-    except KeyboardInterrupt:
-        evaluate(done)
-    return report
+def path(text: str) -> str | int:
+    """The sampler's path from the command line: a name or an index."""
+    return int(text) if text.isdigit() else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = sdo_parser("sdo_finetune", __doc__, steps=20, sampler_steps=10, lr=5e-6, latents=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="updates (%(default)s)")
+    parser.add_argument("--sampler-steps", type=int, default=10, help="sampling steps (%(default)s)")
+    parser.add_argument(
+        "--path", type=path, default="first", help="which step keeps its gradient, of sdo_fast.paths (%(default)s)"
+    )
+    parser.add_argument("--lr", type=float, default=5e-6, help="learning rate of all parameters (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and of LoRA's first weights (%(default)s)")
+    parser.add_argument("--out", type=Path, default=OUTPUT / "sdo_finetune.png", help="picture to write (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a few seconds' run, to see that it works")
     add_model_options(parser, prompts=("0", "3", "4", "7"), guidance=None, critic="one of whose outputs is the reward")
     parser.add_argument("--score-index", type=int, default=0, help="output of the critic to raise (%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(both)")
     parser.add_argument("--lora-rank", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--lora-lr", type=float, default=2e-4, help="learning rate of LoRA (%(default)s)")
+    parser.add_argument(
+        "--kl-weight", type=float, default=0.0, help="of the distance to the model as it was (%(default)s)"
+    )
     parser.add_argument("--data", type=Path, help="folder of pictures to measure the distance to (the training digits)")
-    parser.add_argument("--save", type=Path, help="folder for the tuned parameters, one safetensors file per method")
+    parser.add_argument("--save", type=Path, help="folder for weights and checkpoints, one in it for each method")
     run(parse(parser, argv, steps=3, sampler_steps=5, prompt=["0", "3"]))
     return 0
 
@@ -143,24 +172,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     reports: dict[str, Report] = {}
     for method in args.methods:
-        studio = load_studio(args, images_per_prompt=IMAGES_PER_PROMPT)
-        reward, reward_name = studio.score(args.score_index)
-        torch.manual_seed(args.seed)  # LoRA's initial weights
-        tuned = trainable(studio.sampler.network, method, args.lora_rank)
-        options = argparse.Namespace(**{**vars(args), "lr": args.lora_lr if method == "lora" else args.lr})
-        data = load_data(args.data, studio)
-        report = reports[method] = finetune(studio, list(tuned.values()), reward, data, options, method)
-
-        print(f"\n{method}: {sum(p.numel() for p in tuned.values())} parameters, {report.iterations[-1]} steps")
+        trainer, report, reward_name = finetune(method, args)
+        reports[method] = report
+        count = sum(p.numel() for p in trainer.parameters)
+        print(f"\n{method}: {count} parameters, {report.iterations[-1]} steps")
         print(f"  before: {report.line(0)}\n  after:  {report.line(-1)}")
-        if studio.digits:
-            before, after = (stroke_thickness(report.images[i]).mean() for i in (0, -1))
+        if args.model is None:
+            before, after = (stroke_thickness(2 * report.images[i] - 1).mean() for i in (0, -1))
             print(f"  measured stroke thickness: {before:.2f} -> {after:.2f} pixels")
-        if args.save:
-            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in tuned.items()}
-            write_atomically(
-                args.save / f"{method}.safetensors", lambda path, weights=weights: save_file(weights, path)
-            )
     draw(reports, reward_name, args.out)
 
 
@@ -176,7 +195,7 @@ def draw(reports: dict[str, Report], reward_name: str, out: Path) -> None:
         grid = part.subplots(2, 2 * columns, squeeze=False)
         for column in range(columns):
             for k, axes in enumerate(grid[:, 2 * column : 2 * column + 2].flat):
-                show(axes, images[column * IMAGES_PER_PROMPT + k])
+                show(axes, 2 * images[column * IMAGES_PER_PROMPT + k] - 1)
     for axes, measure, label in zip(
         bottom.subplots(1, 3),
         ("reward", "diversity", "distance"),

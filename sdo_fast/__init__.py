@@ -1,5 +1,7 @@
 """Shortcut Diffusion Optimization: gradients through a sampler at the price of one step (arXiv 2505.07477)."""
 
+from typing import Any
+
 from . import functional, losses, paths, reference
 from .backend import backends, use_backend, why_not
 from .constraints import whitened
@@ -35,3 +37,14 @@ __all__ = [
     "whitened",
     "why_not",
 ]
+
+_TRAINING = ("PipelineSource", "RewardConfig", "RewardTrainer", "SamplerSource")
+
+
+def __getattr__(name: str) -> Any:
+    """What trains needs more than torch, and is imported when it is asked for."""
+    if name in _TRAINING:
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -209,9 +209,9 @@ def config(scheduler: Any, name: str, default: Any = None) -> Any:
 
 
 def _detached_copy(scheduler: Any) -> Any:
-    # A scheduler that was used before may hold tensors of a graph, which deepcopy refuses; set_timesteps drops them.
+    # A scheduler that was used before may hold tensors of a graph, which deepcopy refuses.
     graph = [leaf for leaf in tree_leaves(vars(scheduler)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    scheduler = copy.deepcopy(scheduler, {id(tensor): tensor for tensor in graph})
+    scheduler = copy.deepcopy(scheduler, {id(tensor): tensor.detach() for tensor in graph})
     for attribute, value in vars(scheduler).items():
         if isinstance(value, Tensor):
             setattr(scheduler, attribute, value.cpu())
