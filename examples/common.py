@@ -140,11 +140,8 @@ class Studio:
         return lambda images: self.critic(images)[:, index], f"critic's output {index}"
 
 
-def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1, start: int = 0) -> Studio:
-    """The digits model, or the pipeline and the critic of the options; ``images_per_prompt`` images of each prompt.
-
-    The sampler begins at step ``start``.
-    """
+def load_studio(args: argparse.Namespace, *, start: int = 0) -> Studio:
+    """The digits model, or the pipeline and the critic of the options; the sampler begins at step ``start``."""
     prompts = list(args.prompt)
     options: dict[str, Any] = {
         "num_inference_steps": args.sampler_steps,
@@ -155,7 +152,6 @@ def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1, start: 
     if args.model is None:
         unet = load_digits_unet().to(args.device)
         labels = torch.tensor([int(prompt) for prompt in prompts], device=args.device)
-        labels = labels.repeat_interleave(images_per_prompt)
         conditions = ({"class_labels": labels}, None)
         if args.guidance is not None:
             conditions = ({"class_labels": labels}, {"class_labels": torch.full_like(labels, NULL_LABEL)})
@@ -169,9 +165,8 @@ def load_studio(args: argparse.Namespace, *, images_per_prompt: int = 1, start: 
         if hasattr(pipe, "encode_prompt"):
             options |= {"prompt": prompts}
         else:
-            options |= {"guidance_scale": None}
-            images_per_prompt *= len(prompts)
-        sampler = from_pipeline(pipe, images_per_prompt=images_per_prompt, **options)
+            options |= {"guidance_scale": None, "images_per_prompt": len(prompts)}
+        sampler = from_pipeline(pipe, **options)
     critic = (
         load_digits_classifier() if args.critic is None else HubClassifier(args.critic).eval().requires_grad_(False)
     )
