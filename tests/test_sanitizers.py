@@ -88,6 +88,7 @@ def build(folder: Path, sanitizer: str, program: str) -> Path:
 def report(*command: str | Path) -> str:
     """What the sanitizer reports; nothing where the program ends well."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment["TSAN_OPTIONS"] = "halt_on_error=1"  # what a race has broken may not end
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "unexpected memory mapping" in result.stderr:
         pytest.skip("this compiler's thread sanitizer does not run where the system randomises addresses so much")
