@@ -271,10 +271,7 @@ class _Run:
         if not self.count:
             pipe, path = self.owner.pipe, self.owner._recipe
             self.count = getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
-            schedule = Schedule(
-                range(self.count), lambda: affine_sensitivities(self._solver())[1].tolist()[-self.count :]
-            )
-            drawn = draw(path, schedule, self.owner.generator)
+            drawn = draw(path, Schedule(range(self.count), self._coefficients), self.owner.generator)
             if drawn.noises:
                 raise ValueError(f"path must have no noises in a pipeline, for which ShortcutSampler is, got {path!r}")
             if drawn.stop is not None:
@@ -340,6 +337,7 @@ class _CountedStep:
 
     def __init__(self, run: _Run, step: Callable[..., Any]) -> None:
         self.run, self.call = run, step
+        self.template: Any = None  # what a step returns, for those after a stop
         update_wrapper(self, step)  # pipelines read its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

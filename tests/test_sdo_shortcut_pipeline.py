@@ -22,7 +22,7 @@ from test_sdo_shortcut_families import (
 )
 from torch import Tensor, nn
 
-from sdo_fast import NotAffineError, ShortcutPipeline, from_pipeline, paths
+from sdo_fast import NotAffineError, ShortcutPipeline, from_pipeline, paths, shortcut_pipeline
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 4
@@ -168,6 +168,20 @@ def test_recipes_are_those_of_a_sampler(pipe, name, true_guidance):
         assert torch.equal(result.images, plain.images)
     for one, other in zip(gradient(result, z, *pipe.unet.parameters()), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * other.abs().max().item())
+
+
+def test_weights_are_measured_once_a_schedule(pipe, monkeypatch):
+    measured, measure = [], shortcut_pipeline.affine_sensitivities
+    monkeypatch.setattr(
+        shortcut_pipeline, "affine_sensitivities", lambda solver: measured.append(len(solver)) or measure(solver)
+    )
+    z = noise(1, 4, 8, 8).requires_grad_()
+    shortcut = ShortcutPipeline(pipe, "leapalign")
+    for steps in (4, 4, 4, 5, 5):
+        shortcut(latents=z, **{**TEXT, "num_inference_steps": steps})
+    assert measured == [4, 5]
+    shortcut(latents=z, eta=0.5, **{**TEXT, "num_inference_steps": 5})
+    assert measured == [4, 5, 5]
 
 
 def test_a_stop_ends_the_denoisers_calls(pipe):
