@@ -107,10 +107,19 @@ class Schedule:
     """What a recipe draws from: the steps that run, those whose output reaches x_0, and the outputs' weights."""
 
     def __init__(
-        self, steps: range, coefficients: Callable[[], Sequence[float]], usable: Sequence[int] | None = None
+        self,
+        steps: range,
+        coefficients: Callable[[], Sequence[float]],
+        reaching: Sequence[int] | None = None,
+        direct: bool = True,
     ) -> None:
         self.steps = steps
-        self.usable = list(usable or steps)
+        self.reaching = list(steps if reaching is None else reaching)
+        """Steps whose output reaches x_0."""
+        self.direct = direct
+        """Whether the latents reach x_0 without the model."""
+        self.usable = self.reaching or list(steps)
+        """Those to draw from."""
         self._coefficients = coefficients
 
     @cached_property

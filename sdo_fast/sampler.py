@@ -281,7 +281,7 @@ class ShortcutSampler:
 
     def _check(self, path: Path) -> None:
         """Raise where a path does nothing, or not with these options."""
-        refuse_vanishing(self.solver, path)
+        refuse_vanishing(self.solver, self._schedule, path)
         if path.stop is None and not path.noises:
             return
         if self.config.reuse is not None:
@@ -350,12 +350,12 @@ class ShortcutSampler:
         """x with the gradient, and nothing of the value, of posterior means at x noised to the last step."""
         last = self.solver.steps.stop - 1
         alpha, sigma = noise_level(self.solver, last)
-        here, time = self.stepper_from(last), self.timesteps[last].to(x.device)
+        here, time = self.solver.starting_at(last), self.timesteps[last].to(x.device)
         factor = posterior_mean(self.solver, last)[1] / (path.noises + 1)
         for _ in range(path.noises):
             noise = randn(x.shape, generator, x.device, x.dtype)
             noised = alpha * x.detach() + sigma * noise
-            output = eps.combine(*self.evaluate(eps, here.begin().scale_input(noised, last), time, True))
+            output = eps.combine(*self.evaluate(eps, here.scale_input(noised, last), time, True))
             mean = factor * output[:, : x.shape[1]]
             x = x + (mean - mean.detach())
         return x
@@ -458,7 +458,8 @@ class _Attached:
         if slopes is None:
             return x
         if stop is None or posterior is None:
-            return self._joined(x, lambda source: slopes[source][max(slopes[source])])
+            end = max(slopes[None])
+            return self._joined(x, lambda source: slopes[source][end])
         p, q = posterior
         return self._joined(x, lambda source: p * slopes[source][stop] + q * (source == stop))
 

@@ -232,12 +232,12 @@ def usable_steps(solver: Solver) -> tuple[list[int], bool]:
 
 def schedule_of(solver: Solver) -> Schedule:
     """What a path is drawn from."""
-    return Schedule(solver.steps, lambda: affine_sensitivities(solver)[1].tolist(), usable_steps(solver)[0])
+    return Schedule(solver.steps, lambda: affine_sensitivities(solver)[1].tolist(), *usable_steps(solver))
 
 
-def refuse_vanishing(solver: Solver, path: Path) -> None:
+def refuse_vanishing(solver: Solver, schedule: Schedule, path: Path) -> None:
     """ValueError, naming the way out, where no gradient can flow through the path."""
-    usable, direct = usable_steps(solver)
+    usable, direct = schedule.reaching, schedule.direct
     if path.stop is not None or any(i in usable for i in path.shares):
         return
     if path.shares:
