@@ -433,6 +433,14 @@ def contents(path: Path) -> tuple[list[np.ndarray], list[Fraction], list[bytes]]
     return [frame.to_ndarray(format="rgb24") for frame in frames], [f.pts * f.time_base for f in frames], sound
 
 
+def stored(path: Path) -> list[np.ndarray]:
+    """Frames in the pixel format of the file."""
+    import av
+
+    with av.open(str(path)) as reader:
+        return [frame.to_ndarray() for frame in reader.decode(video=0)]
+
+
 @pytest.mark.parametrize(
     ("suffix", "codec", "sound"),
     [
@@ -492,7 +500,7 @@ def test_frames_of_odd_sides_and_of_rgb(identity: str, folder: Path, av: Any) ->
 def test_description_of_colours_is_kept(identity: str, folder: Path, av: Any) -> None:
     make_video(Path("plain.mp4"), "libx264")
     with av.open("plain.mp4") as reader, av.open("v.mp4", "w") as writer:
-        stream = writer.add_stream("libx264", rate=30, options={"crf": "1"})
+        stream = writer.add_stream("libx264", rate=30, options={"crf": "0"})
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         context = stream.codec_context
         context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 2
@@ -501,13 +509,15 @@ def test_description_of_colours_is_kept(identity: str, folder: Path, av: Any) ->
             rgb = frame.reformat(format="rgb24")
             writer.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace=1, dst_color_range=2)))
         writer.mux(stream.encode())
-    assert main(["v.mp4", "--weights", identity, "--crf", "1"]) == 0
+    assert main(["v.mp4", "--weights", identity, "--dtype", "fp32", "--crf", "0"]) == 0
     with av.open("v_restored.mp4") as reader:
         context = reader.streams.video[0].codec_context
         assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 2)
         assert reader.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
-    (before, *_), (after, *_) = contents(Path("v.mp4")), contents(Path("v_restored.mp4"))
-    assert abs(before[3].astype(int) - after[3]).mean() < 1
+    # As stored and without loss: RGB doubles an error of chroma, and what a lossy encoder drops depends on its threads.
+    before, after = stored(Path("v.mp4")), stored(Path("v_restored.mp4"))
+    for a, b in zip(before, after, strict=True):
+        assert abs(a.astype(int) - b).mean() < 0.5  # another matrix or range is off by 6
 
 
 def test_videos_of_telephones_are_turned_upright(identity: str, folder: Path, av: Any) -> None:
