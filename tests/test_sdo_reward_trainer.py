@@ -176,6 +176,27 @@ def test_checkpointed_blocks_change_nothing() -> None:
     assert equal(weights(plain), weights(blocks))
 
 
+@pytest.mark.parametrize("kind", ["sampler", "pipeline"])
+def test_checkpoint_changes_calls_alone(kind: str) -> None:
+    """A step's call is repeated in backward, or not; None leaves it to the source."""
+
+    def trained(checkpoint: bool | None, own: bool = True) -> tuple[dict[str, Tensor], int]:
+        if kind == "sampler":
+            trainer = small_trainer(small_source(path=1, checkpoint=own), checkpoint=checkpoint, steps=1)
+            trainer.train()
+            return weights(trainer), trainer.source.sampler.model_calls
+        pipe = sdo_fast.ShortcutPipeline(tiny_stable_diffusion(), 1, own)
+        source = sdo_fast.PipelineSource(pipe, num_inference_steps=4, guidance_scale=1.0)
+        trainer = small_trainer(source, Critic(3), ["a cat", "a dog"], checkpoint=checkpoint, steps=1)
+        trainer.train()
+        return weights(trainer), trainer.source.shortcut.model_calls
+
+    (first, repeats), (second, once) = trained(True), trained(False)
+    assert (repeats, once) == (5, 4)
+    assert equal(first, second)
+    assert (trained(None, False)[1], trained(None, True)[1], trained(True, False)[1]) == (4, 5, 5)
+
+
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_keeps_weights_and_images_in_fp32(precision: str) -> None:
@@ -314,6 +335,19 @@ def test_what_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert images.shape == (6, 1, 8, 8)
     assert record["evaluation/reward"] == pytest.approx(Critic(1)(images, [0] * 6).mean().item(), rel=1e-5)
     assert record["evaluation/reward"] == lines[-1]["evaluation/reward"]
+
+
+def test_a_run_on_wandb_lies_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    trainer = small_trainer(output="out", log_with="wandb", evaluate_every=2, evaluation_prompts=2)
+    assert trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
+    written = run.read_bytes()
+    assert all(name.encode() in written for name in ("reward", "images_per_second", "evaluation/diversity"))
+    assert len(list((tmp_path / "out" / "wandb").rglob("media/images/samples*.png"))) == 3 * 2 * 4
 
 
 def test_early_stops(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ class RewardConfig:
     """`target_modules` of `peft.LoraConfig`: ends of module names, or one regular expression."""
     mixed_precision: str | None = None
     """"no", "bf16" or "fp16": autocast of the sampler, not of the rewards. None for what `accelerate launch` says."""
+    checkpoint: bool | None = None
+    """Call the denoiser of the path's steps again in backward, instead of keeping what one call keeps beside the
+    decoder's and the rewards' graphs. None takes the source's, True for a bare pipeline."""
     gradient_checkpointing: bool = False
     """Recompute block by block in the denoiser too (its `enable_gradient_checkpointing`)."""
     ema_decay: float = 0.0
@@ -108,6 +111,8 @@ class RewardConfig:
         for name in ("lora_alpha", "stop_reward", "stop_diversity"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name))
+        if self.checkpoint is not None:
+            check_flag("checkpoint", self.checkpoint)
         check_flag("gradient_checkpointing", self.gradient_checkpointing)
         check_flag("progress", self.progress)
         check_mapping("reward_weights", self.reward_weights)

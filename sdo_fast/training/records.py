@@ -36,7 +36,8 @@ class Records:
     def begin(self, step: int) -> None:
         """The run goes on after `step`."""
         if self.config.log_with is not None:
-            self.accelerator.init_trackers("reward", config=self.config.as_json())
+            where = {"wandb": {"dir": str(self.output)}} if self.config.log_with == "wandb" else {}
+            self.accelerator.init_trackers("reward", config=self.config.as_json(), init_kwargs=where)
         if self.main and self.output is not None:
             cut_lines(self.output / "log.jsonl", step)
         show = self.config.progress and self.main

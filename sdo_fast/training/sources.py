@@ -29,8 +29,8 @@ class Source(Protocol):
     def __call__(self, prompts: Sequence[Any], noise: Generators, path: torch.Generator) -> Tensor:
         """Images (B, C, H, W), with the graph of a path that `path` draws, of B prompts and B generators of noise."""
 
-    def take(self, path: AnyPath | None) -> None:
-        """Sample with this gradient path from now on; None for its own."""
+    def take(self, path: AnyPath | None, checkpoint: bool | None) -> None:
+        """Sample with this gradient path from now on, its calls repeated in backward or not; None for its own."""
 
     def to(self, device: torch.device) -> None:
         """Move all modules."""
@@ -85,16 +85,17 @@ class PipelineSource:
         self.shortcut.generator = path
         return torch.as_tensor(self.shortcut(**self.conditions(prompts), **self.arguments, generator=list(noise))[0])
 
-    def take(self, path: AnyPath | None) -> None:
+    def take(self, path: AnyPath | None, checkpoint: bool | None) -> None:
+        if path is None and checkpoint is None:
+            return
         old = self.shortcut
-        if path is not None:
-            self.shortcut = ShortcutPipeline(
-                self.pipe,
-                path,
-                old.checkpoint,
-                checkpoint_decoder=old.checkpoint_decoder,
-                denoisers=old.denoisers,
-            )
+        self.shortcut = ShortcutPipeline(
+            self.pipe,
+            old.path if path is None else path,
+            old.checkpoint if checkpoint is None else checkpoint,
+            checkpoint_decoder=old.checkpoint_decoder,
+            denoisers=old.denoisers,
+        )
 
     def to(self, device: torch.device) -> None:
         # A pipeline whose modules accelerate moves stays where it is.
@@ -167,9 +168,11 @@ class SamplerSource:
         drawn = self.sampler.draw_path(path)
         return self.decode(self.sampler.sample(latents, drawn, model_kwargs, uncond_kwargs, list(noise)))
 
-    def take(self, path: AnyPath | None) -> None:
-        if path is not None:
-            self.sampler = self.sampler.with_options(path=path)
+    def take(self, path: AnyPath | None, checkpoint: bool | None) -> None:
+        options = {"path": path, "checkpoint": checkpoint}
+        changes = {name: value for name, value in options.items() if value is not None}
+        if changes:
+            self.sampler = self.sampler.with_options(**changes)
 
     def to(self, device: torch.device) -> None:
         for module in self.modules():

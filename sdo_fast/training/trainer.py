@@ -101,7 +101,7 @@ class RewardTrainer:
         self.accelerator = accelerator = (
             _accelerator(config, len(self.source.networks)) if accelerator is None else accelerator
         )
-        self.source.take(config.path)
+        self.source.take(config.path, config.checkpoint)
         self.source.to(accelerator.device)
         for module in rewards.values():
             if isinstance(module, nn.Module):
@@ -291,7 +291,7 @@ class RewardTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to go on bit for bit."""
-        free = ("output", "progress", "log_with", "save_every", "keep")
+        free = ("output", "progress", "log_with", "save_every", "keep", "checkpoint", "gradient_checkpointing")
         settings = {name: value for name, value in self.config.as_json().items() if name not in free}
         shapes = {name: list(p.shape) for name, p in self.tuning.named().items()}
         return settings | {"processes": self.accelerator.num_processes, "parameters": shapes}
