@@ -30,8 +30,8 @@ def labels(prompts: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"class_labels": torch.tensor(prompts)}
 
 
-def trainer_of(steps: int, path: str = "random", checkpoint: bool = True, **options: Any) -> RewardTrainer:
-    sampler = ShortcutSampler(load_digits_unet(), scheduler(), steps, path=path, checkpoint=checkpoint)
+def trainer_of(steps: int, **options: Any) -> RewardTrainer:
+    sampler = ShortcutSampler(load_digits_unet(), scheduler(), steps, path="random", checkpoint=True)
     score = ThicknessScore(load_digits_classifier())
     config = RewardConfig(batch_size=BATCH, learning_rate=1e-6, progress=False, steps=10**6, **options)
     source = SamplerSource(sampler, labels, IMAGE_SHAPE)

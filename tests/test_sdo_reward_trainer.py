@@ -183,7 +183,10 @@ def test_checkpoint_changes_calls_alone(kind: str) -> None:
     def trained(checkpoint: bool | None, own: bool = True) -> tuple[dict[str, Tensor], int]:
         if kind == "sampler":
             trainer = small_trainer(small_source(path=1, checkpoint=own), checkpoint=checkpoint, steps=1)
+            planned = trainer.plan().calls
+            trainer.source.sampler.model_calls = 0
             trainer.train()
+            assert trainer.source.sampler.model_calls == planned
             return weights(trainer), trainer.source.sampler.model_calls
         pipe = sdo_fast.ShortcutPipeline(tiny_stable_diffusion(), 1, own)
         source = sdo_fast.PipelineSource(pipe, num_inference_steps=4, guidance_scale=1.0)

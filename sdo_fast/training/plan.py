@@ -35,7 +35,7 @@ class Plan:
     """An update, of all processes."""
     calls: int | None
     """Of the denoiser, forward, for one batch: sampling, and for each of the path's steps its repetition in backward
-    (left out by `checkpoint=False`) and the base model's for `kl_weight`. None where the number of steps is unknown."""
+    (with `checkpoint`) and the base model's for `kl_weight`. None where the number of steps is unknown."""
     graph_calls: int | None
     """Those of them that keep a graph."""
 
@@ -68,7 +68,8 @@ def plan_of(trainer: RewardTrainer) -> Plan:
         path = draw(as_path(trainer.source.path), Schedule(range(steps), lambda: [1.0] * steps), generator_of(0))
         active = len(path.shares) + path.noises
         sampled = (steps if path.stop is None else path.stop + 1) + path.noises
-        calls, graph_calls = sampled + active * (2 if config.kl_weight else 1), active
+        calls = sampled + active * (trainer.source.checkpoint + bool(config.kl_weight))
+        graph_calls = active
     return Plan(
         parameters={name: p.numel() for name, p in named.items()},
         weights=_distinct(p for module in modules for p in module.parameters()),

@@ -47,6 +47,10 @@ class Source(Protocol):
         """The path of the last call."""
 
     @property
+    def checkpoint(self) -> bool:
+        """Whether calls with a graph are repeated in backward."""
+
+    @property
     def steps(self) -> int | None:
         """Steps of the sampler, where they are known beforehand."""
 
@@ -112,6 +116,10 @@ class PipelineSource:
     @property
     def drawn(self) -> Path:
         return self.shortcut.drawn
+
+    @property
+    def checkpoint(self) -> bool:
+        return self.shortcut.checkpoint
 
     @property
     def steps(self) -> int | None:
@@ -188,6 +196,10 @@ class SamplerSource:
     @property
     def drawn(self) -> Path:
         return self.sampler.drawn
+
+    @property
+    def checkpoint(self) -> bool:
+        return self.sampler.config.checkpoint
 
     @property
     def steps(self) -> int | None:
