@@ -195,8 +195,8 @@ def _identity(schedule: Schedule, generator: torch.Generator | None) -> Path:
 
 def sdo(step: str | int = "first") -> Recipe:
     """Shortcut Diffusion Optimization (arXiv 2505.07477): one step, "first", "last", "random" or an index."""
-    if not is_integer(step) and step not in ("first", "last", "random"):
-        raise ValueError(f"step must be 'first', 'last', 'random' or an index, got {step!r}")
+    if not (step >= 0 if is_integer(step) else step in ("first", "last", "random")):
+        raise ValueError(f"step must be 'first', 'last', 'random' or an index from 0 on, got {step!r}")
     return Recipe("sdo", _sdo, {"step": step})
 
 
@@ -383,7 +383,8 @@ def _flowbp_lagrange(
         integrals = _quadrature(schedule, nodes, start, end)
         chosen = nodes[:active]
         total, kept = sum(map(abs, integrals)), sum(map(abs, integrals[: len(chosen)]))
-        factor = 1 + rescale * (total / kept - 1)
+        # Of two equal steps the first carries nothing: there is nothing to make up by.
+        factor = 1 + rescale * (total / kept - 1) if kept > 1e-4 * total else 1.0
         for p, (i, integral) in enumerate(zip(chosen, integrals, strict=False)):
             weights[i] = factor * (further if p else 1.0) * integral / schedule.coefficients[i]
     return Path(dict.fromkeys(weights, 0.0) | {j: alpha}, weights)
