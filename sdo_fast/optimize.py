@@ -99,7 +99,8 @@ def optimize_latents(
     stochastic scheduler draws fresh noise each time. Model parameters get no gradient.
 
     Where evaluations are estimates (a sampler with `reuse`, or `coarse_steps`), `latents`, `image` and `best` come from
-    exact ones alone, a callback that asks to stop is asked again at an exact one, and the last one is exact.
+    exact ones alone, a callback that asks to stop is asked again at an exact one, and the last one is exact. With a
+    path that stops early all evaluations but the last are of the posterior mean, so `best` may be too.
 
     Args:
         sampler: a ShortcutSampler; a ShortcutPipeline, which takes the latents by the keyword `latents`; or any
@@ -108,7 +109,8 @@ def optimize_latents(
         latents: a tensor (B, C, ...), or a mapping of names to tensors that are optimised together, for instance
             `{"latents": z, "prompt_embeds": e}`. All are then given by keyword; a ShortcutSampler takes "latents", and
             gives the others to its model beside `model_kwargs` (what a PipelineSampler encoded is kept; a
-            TrajectoryCache reuses nothing while they change).
+            TrajectoryCache reuses nothing while they change). For a prompt alone, on latents that stay as they are:
+            `optimize_latents(functools.partial(pipeline, latents=z), {"prompt_embeds": e}, ...)`.
         loss_fn: x_0 -> a scalar tensor; a batch is optimised together, so sum over it for independent samples. With
             two required positional parameters it is called as loss_fn(x_0, iteration), with one or none (`*args`, or
             defaults) as loss_fn(x_0): parameters with a default, those that functools.partial has filled and a bound
@@ -156,9 +158,10 @@ def optimize_latents(
     else:
         call = Call(sampler, sampler_kwargs, by_keyword=isinstance(sampler, ShortcutPipeline) or not single)
     loss = _of_image_and_iteration(loss_fn)
-    variables = _Variables(tensors, constraint, single)
-    update = _optimizer(optimizer, lr, betas, list(variables.leaves.values()))
-    return _Run(call, variables, loss, estimate, update, clip_grad, steps).loop(callback, progress)
+    with torch.inference_mode(False):  # as under torch.no_grad, whose caller too asks for gradients here
+        variables = _Variables(tensors, constraint, single)
+        update = _optimizer(optimizer, lr, betas, list(variables.leaves.values()))
+        return _Run(call, variables, loss, estimate, update, clip_grad, steps).loop(callback, progress)
 
 
 def _check_settings(

@@ -199,6 +199,10 @@ def test_conditions_made_under_inference_mode():
     assert model.condition.weight.grad.abs().sum() > 0
     result = optimize_latents(sampled, x, reward, steps=2, progress=False, model_kwargs={"cond": cond})
     assert len(result.history) == 3
+    with torch.inference_mode():  # in which what is optimised has its gradients all the same
+        within = optimize_latents(sampled, x, reward, steps=2, progress=False, model_kwargs={"cond": cond})
+    assert torch.equal(within.latents, result.latents)
+    assert not torch.equal(within.latents, x)
 
 
 def peak(function):
