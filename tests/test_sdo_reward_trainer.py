@@ -19,6 +19,7 @@ for package in ("accelerate", "diffusers", "peft", "safetensors", "tqdm", "trans
     pytest.importorskip(package)
 
 import diffusers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from reward_models import Critic, brightness, labels, small_source, small_trainer
 from safetensors.torch import load_file
@@ -110,6 +111,13 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     theirs.train()
     for name, p in weights(ours).items():
         torch.testing.assert_close(p, weights(theirs)[name], rtol=1e-6, atol=1e-8)
+
+
+def test_an_accelerator_of_the_user_accumulates_too() -> None:
+    trainers = [small_trainer(accelerator=own, gradient_accumulation=2) for own in (None, Accelerator())]
+    for trainer in trainers:
+        trainer.update()
+    assert equal(*map(weights, trainers))
 
 
 def test_rewards_are_summed_with_their_weights(tmp_path: Path) -> None:
@@ -648,6 +656,10 @@ def test_reward_of_digits_rises() -> None:
         ({"reward_weights": {"other": 1.0}}, "reward_weights must be of 'reward', got"),
         ({"train": "unet.*"}, "train must be 'lora', 'all' or patterns of parameter names like 'model"),
         ({"ema_decay": 1.0}, "ema_decay must be below 1"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be greater than 0"),
+        ({"warmup_steps": 5}, "warmup_steps must be 0 with lr_schedule='constant', got 5"),
+        ({"lr_schedule": "piecewise_constant"}, "lr_schedule must be one of 'constant'"),
+        ({"path": paths.Path(stop=1)}, "path must have an active step"),
     ],
     ids=str,
 )
@@ -662,6 +674,11 @@ def test_arguments_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         small_trainer(sampler)
     with pytest.raises(TypeError, match="source must be a diffusers pipeline"):
         small_trainer(3)
+    for options in ({"train": []}, {"train": 3}, {"lora_targets": []}, {"output": 3}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be a"):
+            sdo_fast.RewardConfig(**options)
+    with pytest.raises(ValueError, match=r"path must have an active step, .* got 'identity'"):
+        small_trainer(small_source(path="identity"))
     with pytest.raises(ValueError, match="shape must be that of one latent"):
         sdo_fast.SamplerSource(sampler, labels)
     reusing = sampler.with_options(reuse=sdo_fast.TrajectoryCache())

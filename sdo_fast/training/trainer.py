@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .batches import Batches, read_prompts
-from .config import RewardConfig
+from .config import RewardConfig, check_active
 from .files import checkpoint_path, checkpoints, delayed_interrupt, prune, replacing
 from .objective import Objective, Outcome, Reward, diversity
 from .parameters import Tuning
@@ -102,6 +102,7 @@ class RewardTrainer:
             _accelerator(config, len(self.source.networks)) if accelerator is None else accelerator
         )
         self.source.take(config.path, config.checkpoint)
+        check_active(self.source.path)
         self.source.to(accelerator.device)
         for module in rewards.values():
             if isinstance(module, nn.Module):
@@ -142,7 +143,6 @@ class RewardTrainer:
         """
         self._resume(resume)
         config, progress = self.config, self.progress
-        self.accelerator.gradient_accumulation_steps = config.gradient_accumulation
         self.records.begin(progress.step)
         try:
             with delayed_interrupt() as interrupted:
@@ -222,6 +222,7 @@ class RewardTrainer:
         """One update, for loops of one's own; what log.jsonl has of it."""
         begin, config, accelerator = time.perf_counter(), self.config, self.accelerator
         outcomes, norm = [], 0.0
+        accelerator.gradient_accumulation_steps = config.gradient_accumulation  # whoever made it
         for part in range(config.gradient_accumulation):
             with accelerator.accumulate(self.objective):
                 outcome = self.objective(self.batches.train(self.progress.step, part))
