@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from reward_models import Critic, brightness, labels, small_source, small_trainer
 from safetensors.torch import load_file
-from sdo_models import tiny_stable_diffusion, tiny_unet
+from sdo_models import tiny_conditional_unet, tiny_stable_diffusion, tiny_unet
 
 import sdo_fast
 from sdo_fast import paths
@@ -547,6 +547,73 @@ def test_lora_weights_load_into_a_plain_pipeline(name: str, tmp_path: Path) -> N
     torch.testing.assert_close(sampled(fresh), before)
     fresh.pipe.load_lora_weights(tmp_path / "weights")
     torch.testing.assert_close(sampled(fresh), after, rtol=0, atol=1e-6)
+
+
+def tiny_wan() -> Any:
+    """With two denoisers."""
+    from test_sdo_shortcut_families import wan_two_denoisers
+
+    pipe, arguments, _ = wan_two_denoisers()
+    embeds = {name: arguments.pop(name).detach() for name in ("prompt_embeds", "negative_prompt_embeds")}
+    del arguments["latents"]
+    repeat = lambda prompts: {k: t.repeat(len(prompts), 1, 1) for k, t in embeds.items()}  # noqa: E731
+    return sdo_fast.PipelineSource(pipe, repeat, **{**arguments, "num_inference_steps": 4})
+
+
+def test_lora_weights_of_two_denoisers_load_into_a_plain_pipeline(tmp_path: Path) -> None:
+    source = tiny_wan()
+    reward = lambda frames, prompts: frames.mean((1, 2, 3, 4))  # noqa: E731
+    options = {"lora_rank": 4, "lora_alpha": 7.0, "learning_rate": 0.05, "path": "full", "steps": 2}
+    small_trainer(source, reward, ["a"], train="lora", output=tmp_path, **options).train()
+    after, fresh = sampled(source), tiny_wan()
+    fresh.pipe.load_lora_weights(tmp_path / "weights")
+    assert (sampled(fresh) - after).abs().max() > 1e-3
+    fresh.pipe.load_lora_weights(tmp_path / "weights" / "transformer_2", load_into_transformer_2=True)
+    torch.testing.assert_close(sampled(fresh), after, rtol=0, atol=1e-6)
+
+
+def test_lora_weights_of_a_samplers_network_load_into_a_plain_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet, text = tiny_conditional_unet(), torch.randn(1, 3, 16)
+    plain = copy.deepcopy(unet)
+    sampler = sdo_fast.ShortcutSampler(unet, diffusers.DDIMScheduler(clip_sample=False), 3, path="random")
+    conditions = lambda prompts: {"encoder_hidden_states": text.repeat(len(prompts), 1, 1)}  # noqa: E731
+    source = sdo_fast.SamplerSource(sampler, conditions, (4, 8, 8))
+    small_trainer(source, Critic(4), [""], train="lora", output=tmp_path, lora_rank=4, lora_alpha=7.0).train()
+    call = torch.randn(1, 4, 8, 8), 3, text
+    with torch.no_grad():
+        after = unet(*call).sample
+        assert (plain(*call).sample - after).abs().max() > 1e-3
+        plain.load_lora_adapter(tmp_path / "weights" / "model", prefix=None, use_safetensors=True)
+        torch.testing.assert_close(plain(*call).sample, after, rtol=0, atol=1e-6)
+
+
+def test_a_pipeline_with_lora_takes_it_into_its_weights_first(tmp_path: Path) -> None:
+    small_trainer(tiny_sd(), Critic(), ["a"], train="lora", learning_rate=0.05, output=tmp_path).train()
+    source = tiny_sd()
+    source.pipe.load_lora_weights(tmp_path / "weights")
+    loaded = sampled(source)
+    with pytest.raises(ValueError, match=r"source must have no LoRA yet .* got unet with 'default_0'"):
+        small_trainer(source, Critic(), ["a"], train="lora")
+    source.pipe.fuse_lora()
+    source.pipe.unload_lora_weights()
+    small_trainer(source, Critic(), ["a"], train="lora")
+    torch.testing.assert_close(sampled(source), loaded, rtol=0, atol=1e-5)
+
+
+def test_saving_leaves_other_files_alone(tmp_path: Path) -> None:
+    trainer = small_trainer(steps=2, output=tmp_path / "out")
+    trainer.train()
+    trainer.save(tmp_path / "out")
+    trainer.save(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "checkpoint-000002",
+        "log.jsonl",
+        "model",
+        "weights",
+    }
+    file = Path("model", "diffusion_pytorch_model.safetensors")
+    assert equal(load_file(tmp_path / "out" / file), load_file(tmp_path / "out" / "weights" / file))
 
 
 @pytest.mark.parametrize(("name", "part"), [("stable diffusion", "unet"), ("flux", "transformer")])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .batches import Batches, read_prompts
 from .config import RewardConfig, check_active
-from .files import checkpoint_path, checkpoints, delayed_interrupt, prune, replacing
+from .files import adding, checkpoint_path, checkpoints, delayed_interrupt, prune, replacing
 from .objective import Objective, Outcome, Reward, diversity
 from .parameters import Tuning
 from .plan import Plan, plan_of
@@ -166,7 +166,9 @@ class RewardTrainer:
 
     def save(self, folder: str | Path) -> None:
         """Write what is trained (averaged, with EMA), for plain diffusers: LoRA for `pipe.load_lora_weights(folder)`,
-        whole networks in subfolders of their names for `from_pretrained`. All processes must call it."""
+        whole networks in subfolders of their names for `from_pretrained`. LoRA of a second transformer lies in
+        `transformer_2`, for `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`. Other
+        files in the folder stay. All processes must call it."""
         with self._averaged():
             state = self.accelerator.get_state_dict(self.objective)
         if self.accelerator.is_main_process:
@@ -175,7 +177,7 @@ class RewardTrainer:
             for key, t in state.items():
                 name, _, rest = key.partition(".")
                 states[name][rest] = t.detach()
-            with replacing(Path(folder)) as partial, self._averaged():
+            with adding(Path(folder)) as partial, self._averaged():
                 self.tuning.save(partial, getattr(self.source, "pipe", None), states)
         self.accelerator.wait_for_everyone()
 
