@@ -461,6 +461,19 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:
         small_trainer(output=tmp_path, steps=2, learning_rate=0.02).train(resume=True)
 
 
+def test_a_run_goes_on_for_more_steps_where_no_learning_rate_depends_on_them(tmp_path: Path) -> None:
+    options = {"lr_schedule": "constant_with_warmup", "warmup_steps": 3}
+    whole, parts = small_trainer(steps=4, **options), small_trainer(output=tmp_path / "constant", steps=2, **options)
+    assert whole.train()
+    assert parts.train()
+    parts = small_trainer(output=tmp_path / "constant", steps=4, **options)
+    assert parts.train(resume=True)
+    assert equal(*map(weights, (whole, parts)))
+    small_trainer(output=tmp_path / "cosine", steps=2, lr_schedule="cosine").train()
+    with pytest.raises(ValueError, match="steps 2, now 4"):
+        small_trainer(output=tmp_path / "cosine", steps=4, lr_schedule="cosine").train(resume=True)
+
+
 def run_worker(output: Path, processes: int, code: int = 0, **options: Any) -> None:
     command = [sys.executable]
     if processes > 1:

@@ -135,7 +135,8 @@ class RewardTrainer:
         """Run to the end, an early stop (True) or an interruption by Ctrl-C or SIGTERM (False); save all the same.
 
         Args:
-            resume: go on from the last checkpoint in `config.output`, or begin where there is none.
+            resume: go on from the last checkpoint in `config.output`, or begin where there is none. With another number
+                of `steps` too, if the learning rate does not depend on it.
             on_evaluation: called with what `evaluate` returns, every time.
 
         Writes to `config.output`: `weights`, what was trained as diffusers reads it; `checkpoint-...`;
@@ -294,7 +295,9 @@ class RewardTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to go on bit for bit."""
-        free = ("output", "progress", "log_with", "save_every", "keep", "checkpoint", "gradient_checkpointing")
+        free = ["output", "progress", "log_with", "save_every", "keep", "checkpoint", "gradient_checkpointing"]
+        if self.config.lr_schedule.startswith("constant"):
+            free.append("steps")
         settings = {name: value for name, value in self.config.as_json().items() if name not in free}
         shapes = {name: list(p.shape) for name, p in self.tuning.named().items()}
         return settings | {"processes": self.accelerator.num_processes, "parameters": shapes}
