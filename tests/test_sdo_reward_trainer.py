@@ -380,8 +380,20 @@ def test_early_stops(tmp_path: Path) -> None:
 
 def test_a_reward_that_is_not_finite_ends_the_run() -> None:
     trainer = small_trainer(reward=lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
-    with pytest.raises(NonFiniteRewardError, match="step 1"):
+    with pytest.raises(NonFiniteRewardError, match=r"rewards must be finite, .* step 1"):
         trainer.train()
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:
+    def root_at_zero(images: Tensor, prompts: list[Any]) -> Tensor:
+        return images.mean((1, 2, 3)) + (images - images.detach()).square().sum((1, 2, 3)).sqrt()
+
+    trainer = small_trainer(reward=root_at_zero, output=tmp_path, save_every=1, gradient_accumulation=2)
+    before = weights(trainer)
+    with pytest.raises(NonFiniteRewardError, match="finite gradients, got a norm of nan at step 1"):
+        trainer.train()
+    assert equal(weights(trainer), before)
+    assert not checkpoints(tmp_path)
 
 
 # Interruptions
@@ -689,6 +701,8 @@ def test_plan() -> None:
     others = [part for part in (trainer.source.pipe.vae, trainer.source.pipe.text_encoder)]
     assert plan.weights == 8 * count + 4 * sum(p.numel() for part in others for p in part.parameters())
     assert (plan.images, plan.calls, plan.graph_calls) == (2, 3 + 2 + 2, 2)
+    scheduler = diffusers.HeunDiscreteScheduler()  # of 5 steps, where the pipeline is told 3
+    assert small_trainer(tiny_sd(scheduler), Critic(), ["a"], path=4).plan().graph_calls == 1
     seen: list[int] = []
     batch = torch.randn(4, 4, 8, 8), 1, torch.randn(4, 16, 16)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.untyped_storage().nbytes()), lambda t: t):

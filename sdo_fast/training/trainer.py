@@ -32,7 +32,7 @@ OnEvaluation = Callable[[dict[str, Any], Tensor], None]
 
 
 class NonFiniteRewardError(FloatingPointError):
-    """A reward or the loss became inf or NaN."""
+    """A reward, the loss or its gradient became inf or NaN; the weights are those of the update before."""
 
 
 class Progress:
@@ -79,7 +79,7 @@ class RewardTrainer:
 
     Raises:
         ValueError, TypeError: an argument is wrong, or a reward returns something else.
-        NonFiniteRewardError: in `train`.
+        NonFiniteRewardError: in `train` and `update`.
     """
 
     def __init__(
@@ -224,26 +224,37 @@ class RewardTrainer:
     def update(self) -> dict[str, Any]:
         """One update, for loops of one's own; what log.jsonl has of it."""
         begin, config, accelerator = time.perf_counter(), self.config, self.accelerator
-        outcomes, norm = [], 0.0
+        outcomes: list[Outcome] = []
+        told: dict[str, Any] = {}
         accelerator.gradient_accumulation_steps = config.gradient_accumulation  # whoever made it
         for part in range(config.gradient_accumulation):
             with accelerator.accumulate(self.objective):
                 outcome = self.objective(self.batches.train(self.progress.step, part))
                 accelerator.backward(outcome.loss)
+                outcomes.append(outcome._replace(loss=outcome.loss.detach()))
                 if accelerator.sync_gradients:
                     norm = float(accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm))
+                    told = self._told(outcomes, norm)
                 self.optimizer.step()
                 if accelerator.sync_gradients:
                     self.schedule.step()
                 self.optimizer.zero_grad()
-            outcomes.append(outcome._replace(loss=outcome.loss.detach()))
         if self.ema is not None:
             self.ema.step(self.parameters)
         self.progress.step += 1
-        return self._record(outcomes, norm, time.perf_counter() - begin)
+        images = config.batch_size * config.gradient_accumulation * accelerator.num_processes
+        return {
+            "step": self.progress.step,
+            **told,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "path": sorted(self.source.drawn.shares),
+            "images_per_second": images / (time.perf_counter() - begin),
+            "memory": peak_memory(),
+        }
 
-    def _record(self, outcomes: list[Outcome], norm: float, seconds: float) -> dict[str, Any]:
-        config = self.config
+    def _told(self, outcomes: list[Outcome], norm: float) -> dict[str, Any]:
+        """Of all processes; raises before the weights take in what is not finite."""
+        config, step = self.config, self.progress.step + 1
         names = list(outcomes[0].rewards)
         group = config.images_per_prompt if config.images_per_prompt > 1 else config.batch_size
         rows = [
@@ -253,21 +264,19 @@ class RewardTrainer:
         values = self.accelerator.gather_for_metrics(torch.stack(rows)).mean(0).tolist()
         rewards, (kl, loss, spread) = dict(zip(names, values, strict=False)), values[len(names) :]
         if not all(map(math.isfinite, values[: len(names) + 2])):
-            raise NonFiniteRewardError(f"rewards must be finite, got {rewards}, kl {kl} at step {self.progress.step}")
-        images = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
-        drawn = self.source.drawn
+            raise NonFiniteRewardError(f"rewards must be finite, got {rewards}, kl {kl} at step {step}")
+        # GradScaler leaves such steps out.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise NonFiniteRewardError(
+                f"rewards must have finite gradients, got a norm of {norm} at step {step}: a root or a quotient at 0?"
+            )
         return {
-            "step": self.progress.step,
             "reward": self._weighted(rewards),
             **({f"reward/{name}": value for name, value in rewards.items()} if len(names) > 1 else {}),
             "diversity": finite(spread),
             **({"kl": kl} if config.kl_weight else {}),
             "loss": loss,
             "gradient_norm": finite(norm),
-            "learning_rate": self.schedule.get_last_lr()[0],
-            "path": sorted(drawn.shares),
-            "images_per_second": images / seconds,
-            "memory": peak_memory(),
         }
 
     def _weighted(self, rewards: Mapping[str, float]) -> float:
