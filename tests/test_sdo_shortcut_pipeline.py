@@ -197,6 +197,27 @@ def test_a_stop_ends_the_denoisers_calls(pipe):
     assert torch.equal(full.images, pipe(latents=z.detach(), output_type="pt", **TEXT).images)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        diffusers.EulerDiscreteScheduler,
+        diffusers.HeunDiscreteScheduler,
+        diffusers.LMSDiscreteScheduler,
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.PNDMScheduler,
+    ],
+)
+@pytest.mark.parametrize("stop", [0, 2])
+def test_a_stop_gives_the_posterior_mean_of_its_step(pipe, kind, stop):
+    """Some schedulers count from the scaling of the first input on, before the first call of the denoiser."""
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    z, path = noise(1, 4, 8, 8), paths.Path({stop: 0.0}, stop=stop)
+    sampler = from_pipeline(pipe, "a cat", STEPS, path=path, guidance_scale=5.0, fused=False)
+    wanted = sampler(z * sampler.solver.scheduler.init_noise_sigma)
+    result = ShortcutPipeline(pipe, path)(latents=z, output_type="latent", **TEXT)
+    torch.testing.assert_close(result.images, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("make", [flux, flux_true_guidance, wan, stable_diffusion_xl])
 @pytest.mark.parametrize("name", ["refl", "flowbp_bridge", "flowbp_lagrange"])
 def test_recipes_run_in_other_families(make, name):
