@@ -218,6 +218,18 @@ def test_a_stop_gives_the_posterior_mean_of_its_step(pipe, kind, stop):
     torch.testing.assert_close(result.images, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["leapalign", "flowbp_bridge", "flowbp_lagrange", "flowbp_sparse"])
+def test_weights_are_of_steps_that_have_one(pipe, name):
+    """Every second output of DPM2 has none."""
+    pipe.scheduler = diffusers.KDPM2DiscreteScheduler.from_config(pipe.scheduler.config)
+    z, sampler = noise(1, 4, 8, 8), from_pipeline(pipe, "a cat", STEPS, path=RECIPES[name])
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    shortcut = ShortcutPipeline(pipe, RECIPES[name], generator=generators[0])
+    for _ in range(6):
+        shortcut(latents=z, output_type="latent", **TEXT)
+        assert shortcut.drawn == sampler.draw_path(generators[1])
+
+
 @pytest.mark.parametrize("make", [flux, flux_true_guidance, wan, stable_diffusion_xl])
 @pytest.mark.parametrize("name", ["refl", "flowbp_bridge", "flowbp_lagrange"])
 def test_recipes_run_in_other_families(make, name):
