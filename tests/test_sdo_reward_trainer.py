@@ -382,6 +382,8 @@ def test_a_reward_that_is_not_finite_ends_the_run() -> None:
     trainer = small_trainer(reward=lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
     with pytest.raises(NonFiniteRewardError, match=r"rewards must be finite, .* step 1"):
         trainer.train()
+    with pytest.raises(NonFiniteRewardError, match="nan} in the evaluation at 0"):
+        trainer.evaluate()
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:

@@ -751,6 +751,8 @@ def test_arguments_are_checked_before_work(pipe):
     for names in (("unet", "net"), ("scheduler",), ()):
         with pytest.raises(TypeError, match="pipe must have modules named"):
             ShortcutPipeline(pipe, denoisers=names)
+    with pytest.raises(TypeError, match="denoisers must be a list or tuple, got str"):
+        ShortcutPipeline(pipe, denoisers="unet")
     with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None"):
         ShortcutPipeline(pipe, generator=3)
     with pytest.raises(TypeError, match="checkpoint must be True or False"):

@@ -79,7 +79,7 @@ class RewardTrainer:
 
     Raises:
         ValueError, TypeError: an argument is wrong, or a reward returns something else.
-        NonFiniteRewardError: in `train` and `update`.
+        NonFiniteRewardError: in `train`, `update` and `evaluate`.
     """
 
     def __init__(
@@ -197,14 +197,19 @@ class RewardTrainer:
                 rewards.append(torch.stack(list(outcome.rewards.values()), 1))
         count = min(self.config.evaluation_prompts, len(self.batches.prompts)) * self.config.evaluation_images
         gathered = self.accelerator.gather_for_metrics(torch.cat(images))[:count]
-        values = self.accelerator.gather_for_metrics(torch.cat(rewards))[:count].mean(0)
-        named = {f"evaluation/{name}": v for name, v in zip(outcome.rewards, values.tolist(), strict=True)}
+        means = self.accelerator.gather_for_metrics(torch.cat(rewards))[:count].mean(0).tolist()
+        values = dict(zip(outcome.rewards, means, strict=True))
+        if not all(map(math.isfinite, means)):
+            raise NonFiniteRewardError(
+                f"rewards must be finite, got {values} in the evaluation at {self.progress.step}"
+            )
         group = self.config.evaluation_images if self.config.evaluation_images > 1 else count
         record = {
             "step": self.progress.step,
-            "evaluation/reward": self._weighted(dict(zip(outcome.rewards, values.tolist(), strict=True))),
+            "evaluation/reward": self._weighted(values),
             "evaluation/diversity": finite(diversity(gathered, group).item()),
         }
+        named = {f"evaluation/{name}": value for name, value in values.items()}
         return record | (named if len(named) > 1 else {}), gathered
 
     def _evaluate_and_judge(self, tell: OnEvaluation | None) -> None:
