@@ -65,9 +65,9 @@ def plan_of(trainer: RewardTrainer) -> Plan:
     trained = sum(map(_bytes, named.values()))
     steps, calls, graph_calls = trainer.source.steps, None, None
     if steps is not None:
-        recipe = as_path(trainer.source.path)
-        drawn = Schedule(range(steps), lambda: [1.0] * steps), generator_of(0)
-        path = recipe if isinstance(recipe, Path) else recipe.draw(*drawn)
+        path = as_path(trainer.source.path)
+        if not isinstance(path, Path):
+            path = path.draw(Schedule(range(steps), lambda: [1.0] * steps), generator_of(0))
         active = len(path.shares) + path.noises
         sampled = (steps if path.stop is None else path.stop + 1) + path.noises
         calls = sampled + active * (trainer.source.checkpoint + bool(config.kl_weight))
