@@ -683,6 +683,13 @@ def test_half_precision_pipeline_has_lora_in_fp32() -> None:
         small_trainer(source, Critic(), ["a cat", "b"], train="all")
 
 
+def test_a_float16_pipeline_without_loss_scaling_is_told() -> None:
+    source = tiny_sd()
+    source.pipe.to(torch.float16)
+    with pytest.warns(UserWarning, match="source is float16, in which small gradients vanish"):
+        small_trainer(source, Critic(), ["a cat"], train="lora")
+
+
 def test_unconditional_pipeline() -> None:
     unet = tiny_unet(in_channels=3, out_channels=3, num_class_embeds=None)
     pipe = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())

@@ -67,7 +67,8 @@ class RewardConfig:
     lora_targets: str | Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     """`target_modules` of `peft.LoraConfig`: ends of module names, or one regular expression."""
     mixed_precision: str | None = None
-    """"no", "bf16" or "fp16": autocast of the sampler, not of the rewards. None for what `accelerate launch` says."""
+    """"no", "bf16" or "fp16": autocast of the sampler, not of the rewards. None for what `accelerate launch` says. A
+    float16 pipeline takes "fp16", which scales the loss: else small gradients vanish."""
     checkpoint: bool | None = None
     """Call the denoiser of the path's steps again in backward, instead of keeping what one call keeps beside the
     decoder's and the rewards' graphs. None takes the source's, True for a bare pipeline."""

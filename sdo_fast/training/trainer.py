@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -104,6 +105,13 @@ class RewardTrainer:
         self.source.take(config.path, config.checkpoint)
         check_active(self.source.path)
         self.source.to(accelerator.device)
+        halves = any(p.dtype == torch.float16 for module in self.source.modules() for p in module.parameters())
+        if halves and accelerator.scaler is None:
+            warnings.warn(
+                "source is float16, in which small gradients vanish: mixed_precision='fp16' scales them (on a GPU), "
+                "bfloat16 holds them",
+                stacklevel=2,
+            )
         for module in rewards.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval().to(accelerator.device)
