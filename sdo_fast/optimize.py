@@ -94,7 +94,9 @@ def optimize_latents(
     r"""Minimise loss_fn(sampler(z, **sampler_kwargs)) over z, from z = latents, by `steps` updates of Adam.
 
     There are steps + 1 evaluations: the last is of the final latents and needs no gradient. Tensors of lower precision
-    than float32 are optimised as float32 copies. A `generator` in `sampler_kwargs`, one or one an image, gives every
+    than float32 are optimised as float32 copies. With float16 latents or images the loss is scaled on its way back, by
+    2^15, or from the first overflow on by less (which evaluates once more), so that small gradients do not vanish; the
+    optimiser gets them unscaled. A `generator` in `sampler_kwargs`, one or one an image, gives every
     iteration the same noise, so that the losses can be compared (its state moves on by one pass in all); without one a
     stochastic scheduler draws fresh noise each time. Model parameters get no gradient.
 
@@ -292,6 +294,8 @@ class _Run:
     optimizer: torch.optim.Optimizer
     clip_grad: float | None
     steps: int
+    scale: float = 2.0**15
+    """Of float16's loss."""
 
     def __post_init__(self) -> None:
         self.result = Result(self.variables.copied(self.variables.seen()))
@@ -326,7 +330,11 @@ class _Run:
             loss = self.evaluate(image, k)
         constant = image.detach().clone()  # a function may have returned the latents themselves
         if k < self.steps:
-            self.variables.set_gradients(self.gradients(loss, image, k))
+            gradients = self.gradients(loss, image, k)
+            if gradients is None:
+                self.scale /= 32
+                return self.iterate(k, exactly)
+            self.variables.set_gradients(gradients)
             if self.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.variables.leaves.values(), self.clip_grad)
             self.optimizer.step()
@@ -352,12 +360,13 @@ class _Run:
             )
         return loss
 
-    def gradients(self, loss: Tensor, image: Tensor, k: int) -> dict[str, Tensor]:
-        """Those of the leaves, by name, finite."""
+    def gradients(self, loss: Tensor, image: Tensor, k: int) -> dict[str, Tensor] | None:
+        """Those of the leaves, by name, finite; None where it is their scale that overflows."""
         names, leaves = list(self.variables.leaves), list(self.variables.leaves.values())
-        output, cotangent = loss, None
+        scale = self.scale if torch.float16 in (image.dtype, *self.variables.dtypes.values()) else 1.0
+        output, cotangent = loss if scale == 1 else loss * scale, None
         if self.estimate is not None:
-            output, cotangent = image, self.estimate.gradient(lambda x: self.loss_fn(x, k), image.detach())
+            output, cotangent = image, scale * self.estimate.gradient(lambda x: self.loss_fn(x, k), image.detach())
         found: Sequence[Tensor | None] = [None] * len(leaves)
         try:
             if output.requires_grad:
@@ -369,6 +378,8 @@ class _Run:
             _raise_unreached(image, [name for name in names if name not in gradients], not gradients)
         for name, gradient in gradients.items():
             if not gradient.isfinite().all():
+                if scale > 1:
+                    return None
                 worst = "nan" if gradient.isnan().any() else "infinity"
                 raise NonFiniteLossError(
                     f"loss_fn must have a finite gradient, got one of {worst} at iteration {k} for {name} and a loss "
@@ -376,7 +387,7 @@ class _Run:
                     ".result holds what was done before)",
                     self.result,
                 )
-        return gradients
+        return gradients if scale == 1 else {name: gradient / scale for name, gradient in gradients.items()}
 
 
 def _raise_unreached(image: Tensor, names: Sequence[str], none: bool) -> None:
