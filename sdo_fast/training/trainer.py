@@ -176,8 +176,11 @@ class RewardTrainer:
     def save(self, folder: str | Path) -> None:
         """Write what is trained (averaged, with EMA), for plain diffusers: LoRA for `pipe.load_lora_weights(folder)`,
         whole networks in subfolders of their names for `from_pretrained`. LoRA of a second transformer lies in
-        `transformer_2`, for `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`. Other
-        files in the folder stay. All processes must call it."""
+        `transformer_2`, for `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`, that of
+        a network for which the pipeline loads none, or there is no pipeline, in a subfolder of its name, for
+        `network.load_lora_adapter(folder / name, prefix=None, use_safetensors=True)`, or for peft where the network has
+        no such method (`set_peft_model_state_dict`; the `LoraConfig` is in the file's metadata). Other files in the
+        folder stay. All processes must call it."""
         with self._averaged():
             state = self.accelerator.get_state_dict(self.objective)
         if self.accelerator.is_main_process:
