@@ -103,7 +103,7 @@ def _closest(y: Tensor, magnitude: Tensor, power: Tensor) -> Tensor:
     mean = m.cumsum(-1) / j
     variance = (m.square().cumsum(-1) / j - mean.square()).clamp_min(0)
     v = torch.where(j > rho, variance * rho / (j - rho), torch.inf).sqrt()
-    last = (m > mean - v).sum(-1, keepdim=True) - 1
+    last = (m > mean - v).sum(-1, keepdim=True).clamp_min(1) - 1  # none of NaNs, which stay NaN
     mean, v = mean.gather(-1, last), v.gather(-1, last)
     r = l1 / ((last + 1) * v) * (m - mean + v).relu()
     return torch.where(y == 0, 1, y.sgn()) * torch.zeros_like(r).scatter(-1, order, r)

@@ -94,12 +94,15 @@ def optimize_latents(
     r"""Minimise loss_fn(sampler(z, **sampler_kwargs)) over z, from z = latents, by `steps` updates of Adam.
 
     There are steps + 1 evaluations: the last is of the final latents and needs no gradient. Tensors of lower precision
-    than float32 are optimised as float32 copies. A `generator` in `sampler_kwargs`, one or one an image, gives every
+    than float32 are optimised as float32 copies. With float16 latents or images the loss is scaled on its way back, by
+    2^15, or from the first overflow on by less (which evaluates once more), so that small gradients do not vanish; the
+    optimiser gets them unscaled. A `generator` in `sampler_kwargs`, one or one an image, gives every
     iteration the same noise, so that the losses can be compared (its state moves on by one pass in all); without one a
     stochastic scheduler draws fresh noise each time. Model parameters get no gradient.
 
     Where evaluations are estimates (a sampler with `reuse`, or `coarse_steps`), `latents`, `image` and `best` come from
-    exact ones alone, a callback that asks to stop is asked again at an exact one, and the last one is exact.
+    exact ones alone, a callback that asks to stop is asked again at an exact one, and the last one is exact. With a
+    path that stops early all evaluations but the last are of the posterior mean, so `best` may be too.
 
     Args:
         sampler: a ShortcutSampler; a ShortcutPipeline, which takes the latents by the keyword `latents`; or any
@@ -108,7 +111,8 @@ def optimize_latents(
         latents: a tensor (B, C, ...), or a mapping of names to tensors that are optimised together, for instance
             `{"latents": z, "prompt_embeds": e}`. All are then given by keyword; a ShortcutSampler takes "latents", and
             gives the others to its model beside `model_kwargs` (what a PipelineSampler encoded is kept; a
-            TrajectoryCache reuses nothing while they change).
+            TrajectoryCache reuses nothing while they change). For a prompt alone, on latents that stay as they are:
+            `optimize_latents(functools.partial(pipeline, latents=z), {"prompt_embeds": e}, ...)`.
         loss_fn: x_0 -> a scalar tensor; a batch is optimised together, so sum over it for independent samples. With
             two required positional parameters it is called as loss_fn(x_0, iteration), with one or none (`*args`, or
             defaults) as loss_fn(x_0): parameters with a default, those that functools.partial has filled and a bound
@@ -156,9 +160,10 @@ def optimize_latents(
     else:
         call = Call(sampler, sampler_kwargs, by_keyword=isinstance(sampler, ShortcutPipeline) or not single)
     loss = _of_image_and_iteration(loss_fn)
-    variables = _Variables(tensors, constraint, single)
-    update = _optimizer(optimizer, lr, betas, list(variables.leaves.values()))
-    return _Run(call, variables, loss, estimate, update, clip_grad, steps).loop(callback, progress)
+    with torch.inference_mode(False):  # as under torch.no_grad, whose caller too asks for gradients here
+        variables = _Variables(tensors, constraint, single)
+        update = _optimizer(optimizer, lr, betas, list(variables.leaves.values()))
+        return _Run(call, variables, loss, estimate, update, clip_grad, steps).loop(callback, progress)
 
 
 def _check_settings(
@@ -289,6 +294,8 @@ class _Run:
     optimizer: torch.optim.Optimizer
     clip_grad: float | None
     steps: int
+    scale: float = 2.0**15
+    """Of float16's loss."""
 
     def __post_init__(self) -> None:
         self.result = Result(self.variables.copied(self.variables.seen()))
@@ -323,7 +330,11 @@ class _Run:
             loss = self.evaluate(image, k)
         constant = image.detach().clone()  # a function may have returned the latents themselves
         if k < self.steps:
-            self.variables.set_gradients(self.gradients(loss, image, k))
+            gradients = self.gradients(loss, image, k)
+            if gradients is None:
+                self.scale /= 32
+                return self.iterate(k, exactly)
+            self.variables.set_gradients(gradients)
             if self.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.variables.leaves.values(), self.clip_grad)
             self.optimizer.step()
@@ -349,12 +360,13 @@ class _Run:
             )
         return loss
 
-    def gradients(self, loss: Tensor, image: Tensor, k: int) -> dict[str, Tensor]:
-        """Those of the leaves, by name, finite."""
+    def gradients(self, loss: Tensor, image: Tensor, k: int) -> dict[str, Tensor] | None:
+        """Those of the leaves, by name, finite; None where it is their scale that overflows."""
         names, leaves = list(self.variables.leaves), list(self.variables.leaves.values())
-        output, cotangent = loss, None
+        scale = self.scale if torch.float16 in (image.dtype, *self.variables.dtypes.values()) else 1.0
+        output, cotangent = loss if scale == 1 else loss * scale, None
         if self.estimate is not None:
-            output, cotangent = image, self.estimate.gradient(lambda x: self.loss_fn(x, k), image.detach())
+            output, cotangent = image, scale * self.estimate.gradient(lambda x: self.loss_fn(x, k), image.detach())
         found: Sequence[Tensor | None] = [None] * len(leaves)
         try:
             if output.requires_grad:
@@ -366,6 +378,8 @@ class _Run:
             _raise_unreached(image, [name for name in names if name not in gradients], not gradients)
         for name, gradient in gradients.items():
             if not gradient.isfinite().all():
+                if scale > 1:
+                    return None
                 worst = "nan" if gradient.isnan().any() else "infinity"
                 raise NonFiniteLossError(
                     f"loss_fn must have a finite gradient, got one of {worst} at iteration {k} for {name} and a loss "
@@ -373,7 +387,7 @@ class _Run:
                     ".result holds what was done before)",
                     self.result,
                 )
-        return gradients
+        return gradients if scale == 1 else {name: gradient / scale for name, gradient in gradients.items()}
 
 
 def _raise_unreached(image: Tensor, names: Sequence[str], none: bool) -> None:

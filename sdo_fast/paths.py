@@ -127,6 +127,11 @@ class Schedule:
         """B_i of the steps, by index."""
         return self._coefficients()
 
+    @cached_property
+    def weighed(self) -> list[int]:
+        """Those to draw from where weights are shares of B_i."""
+        return [i for i in self.usable if self.coefficients[i] != 0]
+
     def length(self, steps: Collection[int]) -> float:
         """sum_i |B_i|: for flow matching the length of the steps in sigma."""
         return sum(abs(self.coefficients[i]) for i in steps)
@@ -195,8 +200,8 @@ def _identity(schedule: Schedule, generator: torch.Generator | None) -> Path:
 
 def sdo(step: str | int = "first") -> Recipe:
     """Shortcut Diffusion Optimization (arXiv 2505.07477): one step, "first", "last", "random" or an index."""
-    if not is_integer(step) and step not in ("first", "last", "random"):
-        raise ValueError(f"step must be 'first', 'last', 'random' or an index, got {step!r}")
+    if not (step >= 0 if is_integer(step) else step in ("first", "last", "random")):
+        raise ValueError(f"step must be 'first', 'last', 'random' or an index from 0 on, got {step!r}")
     return Recipe("sdo", _sdo, {"step": step})
 
 
@@ -272,13 +277,13 @@ def leapalign(alpha: float = 0.3) -> Recipe:
 
 
 def _leapalign(schedule: Schedule, generator: torch.Generator | None, alpha: float) -> Path:
-    k, j = _two(schedule, generator, "leapalign")
+    k, j = _two(schedule.weighed, generator, "leapalign")
     leaps = {i: sum(schedule.coefficients[i:end]) / schedule.coefficients[i] for i, end in ((k, j), (j, None))}
     return Path({k: 0.0, j: alpha}, leaps)
 
 
-def _two(schedule: Schedule, generator: torch.Generator | None, recipe: str) -> list[int]:
-    two = _drawn(schedule.usable, generator, 2)
+def _two(candidates: Sequence[int], generator: torch.Generator | None, recipe: str) -> list[int]:
+    two = _drawn(candidates, generator, 2)
     if len(two) < 2:
         raise ValueError(f"path {recipe} must have two steps to draw from, got {len(two)} that reach x_0")
     return two
@@ -300,7 +305,7 @@ def flowbp_sparse(steps: int = 4, late_bias: float = 2.0, rescale: float = 0.0) 
 def _flowbp_sparse(
     schedule: Schedule, generator: torch.Generator | None, steps: int, late_bias: float, rescale: float
 ) -> Path:
-    active = _drawn(schedule.usable, generator, steps, late_bias)
+    active = _drawn(schedule.weighed if rescale else schedule.usable, generator, steps, late_bias)
     return Path(dict.fromkeys(active, 0.0), _rescaled(schedule, active, rescale))
 
 
@@ -328,11 +333,12 @@ def flowbp_bridge(steps: int = 5, late_bias: float = 2.0, alpha: float = 0.1, re
 def _flowbp_bridge(
     schedule: Schedule, generator: torch.Generator | None, steps: int, late_bias: float, alpha: float, rescale: float
 ) -> Path:
-    _, j = _two(schedule, generator, "flowbp_bridge")
-    before, after = ([i for i in schedule.usable if (i < j) == early] for early in (True, False))
-    steps = min(steps, len(schedule.usable))
+    usable = schedule.weighed if rescale else schedule.usable
+    _, j = _two(usable, generator, "flowbp_bridge")
+    before, after = ([i for i in usable if (i < j) == early] for early in (True, False))
+    steps = min(steps, len(usable))
     # At least one on either side, and no more than there are.
-    share = round(steps * len(before) / len(schedule.usable))
+    share = round(steps * len(before) / len(usable))
     early = min(max(share, 1, steps - len(after)), len(before), steps - 1)
     active = [
         *_drawn(before, generator, early, late_bias),
@@ -375,15 +381,16 @@ def _flowbp_lagrange(
     further: float,
     rescale: float,
 ) -> Path:
-    k, j = _two(schedule, generator, "flowbp_lagrange")
+    k, j = _two(schedule.weighed, generator, "flowbp_lagrange")
     weights: dict[int, float] = {}
     for start, end in ((k, j), (j, schedule.steps.stop)):
-        inside = [i for i in schedule.usable if start <= i < end]
+        inside = [i for i in schedule.weighed if start <= i < end]
         nodes = [inside[p] for p in _spread(len(inside), supports)]
         integrals = _quadrature(schedule, nodes, start, end)
         chosen = nodes[:active]
         total, kept = sum(map(abs, integrals)), sum(map(abs, integrals[: len(chosen)]))
-        factor = 1 + rescale * (total / kept - 1)
+        # Of two equal steps the first carries nothing: there is nothing to make up by.
+        factor = 1 + rescale * (total / kept - 1) if kept > 1e-4 * total else 1.0
         for p, (i, integral) in enumerate(zip(chosen, integrals, strict=False)):
             weights[i] = factor * (further if p else 1.0) * integral / schedule.coefficients[i]
     return Path(dict.fromkeys(weights, 0.0) | {j: alpha}, weights)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .arguments import check_generator, check_mapping, is_integer
 from .model import GuidedModel
 from .noise import Generators, randn
+from .paths import AnyPath
 from .sampler import ShortcutSampler, check_latents
 
 
@@ -122,7 +123,7 @@ def from_pipeline(
     prompt: str | list[str] | None = None,
     num_inference_steps: int | None = 50,
     start: int = 0,
-    path: str | int = "first",
+    path: AnyPath = "first",
     guidance_scale: float | None = None,
     *,
     negative_prompt: str | list[str] | None = None,

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _contextlib
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .arguments import check_flag
+from .arguments import check_flag, check_sequence
 from .gradients import Slopes, scaled
 from .model import unwrapped
 from .paths import AnyPath, Path, Schedule, as_path, draw, identity, sdo
@@ -106,6 +106,8 @@ class ShortcutPipeline:
         self.path, self._recipe = path, as_path(path)
         if not callable(getattr(getattr(pipe, "scheduler", None), "step", None)):
             raise TypeError(f"pipe must be a pipeline with a scheduler that has a step, got {type(pipe).__name__}")
+        if denoisers is not None:
+            check_sequence("denoisers", denoisers)
         names = (*DENOISERS, *BESIDE) if denoisers is None else tuple(denoisers)
         self.denoisers = tuple(name for name in names if isinstance(getattr(pipe, name, None), nn.Module))
         if not set(self.denoisers) - set(BESIDE) or (denoisers is not None and len(self.denoisers) < len(names)):

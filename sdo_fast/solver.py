@@ -88,7 +88,10 @@ class Solver:
         """Of a scheduler whose timesteps are set."""
         solver = cls.__new__(cls)
         solver.name, solver.schedule_kwargs = type(scheduler).__name__, {}
-        solver._take(_detached_copy(scheduler), start, step_kwargs)
+        scheduler = _detached_copy(scheduler)
+        if hasattr(scheduler, "_step_index"):
+            scheduler._step_index = None  # of the pass under way, as soon as it has scaled an input
+        solver._take(scheduler, start, step_kwargs)
         return solver
 
     def _take(self, scheduler: Any, start: int, step_kwargs: Mapping[str, Any] | None) -> None:

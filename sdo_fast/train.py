@@ -47,9 +47,9 @@ def read_toml(text: str) -> dict[str, Any]:
 
 
 def named(name: str, dotted: Any) -> Any:
-    """What "module:attribute" names."""
-    module, colon, attribute = str(dotted).partition(":")
-    if not colon:
+    """What "module:function" names."""
+    module, _, attribute = str(dotted).partition(":")
+    if not (module and attribute):
         raise ValueError(f"{name} must be 'module:function', got {dotted!r}")
     try:
         found = importlib.import_module(module)
@@ -57,6 +57,8 @@ def named(name: str, dotted: Any) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name} must name something to import, got {dotted!r}: {error}") from error
+    if not callable(found):
+        raise TypeError(f"{name} must name a function, got {dotted!r}, a {type(found).__name__}")
     return found
 
 
@@ -82,16 +84,23 @@ def make_source(table: Mapping[str, Any], call: Mapping[str, Any]) -> Any:
     from diffusers import DiffusionPipeline
 
     for key in options.keys() & {"dtype", "torch_dtype"}:
-        options[key] = getattr(torch, options[key])
+        dtype = getattr(torch, str(options[key]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"source.{key} must be the name of a torch.dtype, as 'bfloat16', got {options[key]!r}")
+        options[key] = dtype
     return PipelineSource(DiffusionPipeline.from_pretrained(pipeline, **options), **call)
 
 
-def make_trainer(config: Mapping[str, Any]) -> RewardTrainer:
+def make_trainer(config: Mapping[str, Any], flags: Mapping[str, Any]) -> RewardTrainer:
+    """What the file says, and options of the trainer beside it."""
     if unknown := config.keys() - set(TABLES):
         raise ValueError(f"config must have {', '.join(TABLES)}, got {sorted(unknown)}")
     if missing := [name for name in ("prompts", "source", "rewards") if name not in config]:
         raise ValueError(f"config must have {', '.join(missing)}")
-    options = dict(config.get("trainer", {}))
+    for name in ("source", "call", "rewards", "trainer"):
+        if not isinstance(config.get(name, {}), Mapping):
+            raise TypeError(f"{name} must be a table, got {config[name]!r}")
+    options = {**config.get("trainer", {}), **flags}
     known = {option.name for option in fields(RewardConfig)}
     if unknown := options.keys() - known:
         raise ValueError(f"trainer must have options of RewardConfig, got {sorted(unknown)}")
@@ -127,16 +136,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     sys.path.insert(0, os.getcwd())  # rewards beside the config, under torchrun too
+    given = {option.name: getattr(args, option.name) for option in fields(RewardConfig)}
+    trainer = None
     try:
-        config = read_toml(args.config.read_text(encoding="utf-8"))
-        given = {option.name: getattr(args, option.name) for option in fields(RewardConfig)}
-        flags = {name: value for name, value in given.items() if value is not None}
-        trainer = make_trainer({**config, "trainer": {**config.get("trainer", {}), **flags}})
+        config = read_toml(args.config.read_text(encoding="utf-8-sig"))
+        trainer = make_trainer(config, {name: value for name, value in given.items() if value is not None})
         if args.dry_run:
             trainer.accelerator.print(trainer.plan())
             return 0
         done = trainer.train(args.resume)
     except (OSError, TypeError, ValueError) as error:
+        if trainer is not None and trainer.records.begun:
+            raise  # the traceback tells which reward or model
         print(f"{args.config}: {error}", file=sys.stderr)
         return 2
     if not done:

@@ -116,6 +116,16 @@ def test_ties_are_broken_in_one_way() -> None:
         torch.testing.assert_close(w.flatten(1).norm(dim=1), torch.full((2,), math.sqrt(z[0].numel())))
 
 
+def test_a_sample_that_is_not_finite_is_nan_and_the_others_are_not() -> None:
+    z = torch.randn(3, 4, 8, 8)
+    for number in (torch.nan, torch.inf):
+        broken = z.clone()
+        broken[1, 2, 3, 4] = number
+        w = whitened(broken)
+        assert w[1].isnan().all()
+        assert torch.equal(w[[0, 2]], whitened(z)[[0, 2]])
+
+
 def test_too_few_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"z must have 3 numbers a sample or more, got shape \(4, 2\)"):
         whitened(torch.randn(4, 2))

@@ -305,6 +305,19 @@ class TestRecipes:
                     assert path.weights[i] == pytest.approx(0.25 * factor * full.weights[i])
                 assert not any(i in path.shares for i in inside[2:])
 
+    def test_lagrange_of_two_equal_steps_has_nothing_to_make_up_by(self):
+        """The quadrature from the first of them on is the second's alone: 1/2 = 0 * w_0 + 1/2 * w_1."""
+        for noise in (0.0, 1e-8):
+            equal = Schedule(range(9), lambda noise=noise: [-1 / 9 + noise * (i % 2) for i in range(9)])
+            pairs = 0
+            for k in range(60):
+                path = paths.flowbp_lagrange(active=1).draw(equal, seeded(k))
+                starts = sorted(path.shares)
+                for start, end in itertools.pairwise([*starts, 9]):
+                    pairs += end - start == 2
+                    assert (abs(path.weights[start]) < 1e-6) == (end - start == 2)
+            assert pairs > 3
+
     def test_bridge_shares_its_steps_out_by_length(self):
         for k in range(100):
             path = paths.draw(paths.flowbp_bridge(5, alpha=0.2), schedule(20), seeded(k))
@@ -387,6 +400,7 @@ class TestErrors:
             lambda: paths.flowbp_lagrange(0),
             lambda: paths.draft_lv(0),
             lambda: paths.sdo("middle"),
+            lambda: paths.sdo(-1),
         ],
     )
     def test_settings(self, make):

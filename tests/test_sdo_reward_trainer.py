@@ -19,10 +19,11 @@ for package in ("accelerate", "diffusers", "peft", "safetensors", "tqdm", "trans
     pytest.importorskip(package)
 
 import diffusers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from reward_models import Critic, brightness, labels, small_source, small_trainer
 from safetensors.torch import load_file
-from sdo_models import tiny_stable_diffusion, tiny_unet
+from sdo_models import tiny_conditional_unet, tiny_stable_diffusion, tiny_unet
 
 import sdo_fast
 from sdo_fast import paths
@@ -110,6 +111,13 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     theirs.train()
     for name, p in weights(ours).items():
         torch.testing.assert_close(p, weights(theirs)[name], rtol=1e-6, atol=1e-8)
+
+
+def test_an_accelerator_of_the_user_accumulates_too() -> None:
+    trainers = [small_trainer(accelerator=own, gradient_accumulation=2) for own in (None, Accelerator())]
+    for trainer in trainers:
+        trainer.update()
+    assert equal(*map(weights, trainers))
 
 
 def test_rewards_are_summed_with_their_weights(tmp_path: Path) -> None:
@@ -372,8 +380,22 @@ def test_early_stops(tmp_path: Path) -> None:
 
 def test_a_reward_that_is_not_finite_ends_the_run() -> None:
     trainer = small_trainer(reward=lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
-    with pytest.raises(NonFiniteRewardError, match="step 1"):
+    with pytest.raises(NonFiniteRewardError, match=r"rewards must be finite, .* step 1"):
         trainer.train()
+    with pytest.raises(NonFiniteRewardError, match="nan} in the evaluation at 0"):
+        trainer.evaluate()
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:
+    def root_at_zero(images: Tensor, prompts: list[Any]) -> Tensor:
+        return images.mean((1, 2, 3)) + (images - images.detach()).square().sum((1, 2, 3)).sqrt()
+
+    trainer = small_trainer(reward=root_at_zero, output=tmp_path, save_every=1, gradient_accumulation=2)
+    before = weights(trainer)
+    with pytest.raises(NonFiniteRewardError, match="finite gradients, got a norm of nan at step 1"):
+        trainer.train()
+    assert equal(weights(trainer), before)
+    assert not checkpoints(tmp_path)
 
 
 # Interruptions
@@ -451,6 +473,19 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:
         small_trainer(output=tmp_path, steps=2).train()
     with pytest.raises(ValueError, match=r"learning_rate 0\.01, now 0\.02"):
         small_trainer(output=tmp_path, steps=2, learning_rate=0.02).train(resume=True)
+
+
+def test_a_run_goes_on_for_more_steps_where_no_learning_rate_depends_on_them(tmp_path: Path) -> None:
+    options = {"lr_schedule": "constant_with_warmup", "warmup_steps": 3}
+    whole, parts = small_trainer(steps=4, **options), small_trainer(output=tmp_path / "constant", steps=2, **options)
+    assert whole.train()
+    assert parts.train()
+    parts = small_trainer(output=tmp_path / "constant", steps=4, **options)
+    assert parts.train(resume=True)
+    assert equal(*map(weights, (whole, parts)))
+    small_trainer(output=tmp_path / "cosine", steps=2, lr_schedule="cosine").train()
+    with pytest.raises(ValueError, match="steps 2, now 4"):
+        small_trainer(output=tmp_path / "cosine", steps=4, lr_schedule="cosine").train(resume=True)
 
 
 def run_worker(output: Path, processes: int, code: int = 0, **options: Any) -> None:
@@ -541,6 +576,73 @@ def test_lora_weights_load_into_a_plain_pipeline(name: str, tmp_path: Path) -> N
     torch.testing.assert_close(sampled(fresh), after, rtol=0, atol=1e-6)
 
 
+def tiny_wan() -> Any:
+    """With two denoisers."""
+    from test_sdo_shortcut_families import wan_two_denoisers
+
+    pipe, arguments, _ = wan_two_denoisers()
+    embeds = {name: arguments.pop(name).detach() for name in ("prompt_embeds", "negative_prompt_embeds")}
+    del arguments["latents"]
+    repeat = lambda prompts: {k: t.repeat(len(prompts), 1, 1) for k, t in embeds.items()}  # noqa: E731
+    return sdo_fast.PipelineSource(pipe, repeat, **{**arguments, "num_inference_steps": 4})
+
+
+def test_lora_weights_of_two_denoisers_load_into_a_plain_pipeline(tmp_path: Path) -> None:
+    source = tiny_wan()
+    reward = lambda frames, prompts: frames.mean((1, 2, 3, 4))  # noqa: E731
+    options = {"lora_rank": 4, "lora_alpha": 7.0, "learning_rate": 0.05, "path": "full", "steps": 2}
+    small_trainer(source, reward, ["a"], train="lora", output=tmp_path, **options).train()
+    after, fresh = sampled(source), tiny_wan()
+    fresh.pipe.load_lora_weights(tmp_path / "weights")
+    assert (sampled(fresh) - after).abs().max() > 1e-3
+    fresh.pipe.load_lora_weights(tmp_path / "weights" / "transformer_2", load_into_transformer_2=True)
+    torch.testing.assert_close(sampled(fresh), after, rtol=0, atol=1e-6)
+
+
+def test_lora_weights_of_a_samplers_network_load_into_a_plain_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet, text = tiny_conditional_unet(), torch.randn(1, 3, 16)
+    plain = copy.deepcopy(unet)
+    sampler = sdo_fast.ShortcutSampler(unet, diffusers.DDIMScheduler(clip_sample=False), 3, path="random")
+    conditions = lambda prompts: {"encoder_hidden_states": text.repeat(len(prompts), 1, 1)}  # noqa: E731
+    source = sdo_fast.SamplerSource(sampler, conditions, (4, 8, 8))
+    small_trainer(source, Critic(4), [""], train="lora", output=tmp_path, lora_rank=4, lora_alpha=7.0).train()
+    call = torch.randn(1, 4, 8, 8), 3, text
+    with torch.no_grad():
+        after = unet(*call).sample
+        assert (plain(*call).sample - after).abs().max() > 1e-3
+        plain.load_lora_adapter(tmp_path / "weights" / "model", prefix=None, use_safetensors=True)
+        torch.testing.assert_close(plain(*call).sample, after, rtol=0, atol=1e-6)
+
+
+def test_a_pipeline_with_lora_takes_it_into_its_weights_first(tmp_path: Path) -> None:
+    small_trainer(tiny_sd(), Critic(), ["a"], train="lora", learning_rate=0.05, output=tmp_path).train()
+    source = tiny_sd()
+    source.pipe.load_lora_weights(tmp_path / "weights")
+    loaded = sampled(source)
+    with pytest.raises(ValueError, match=r"source must have no LoRA yet .* got unet with 'default_0'"):
+        small_trainer(source, Critic(), ["a"], train="lora")
+    source.pipe.fuse_lora()
+    source.pipe.unload_lora_weights()
+    small_trainer(source, Critic(), ["a"], train="lora")
+    torch.testing.assert_close(sampled(source), loaded, rtol=0, atol=1e-5)
+
+
+def test_saving_leaves_other_files_alone(tmp_path: Path) -> None:
+    trainer = small_trainer(steps=2, output=tmp_path / "out")
+    trainer.train()
+    trainer.save(tmp_path / "out")
+    trainer.save(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "checkpoint-000002",
+        "log.jsonl",
+        "model",
+        "weights",
+    }
+    file = Path("model", "diffusion_pytorch_model.safetensors")
+    assert equal(load_file(tmp_path / "out" / file), load_file(tmp_path / "out" / "weights" / file))
+
+
 @pytest.mark.parametrize(("name", "part"), [("stable diffusion", "unet"), ("flux", "transformer")])
 def test_whole_weights_load_into_a_plain_pipeline(name: str, part: str, tmp_path: Path) -> None:
     source = SOURCES[name]()
@@ -581,6 +683,13 @@ def test_half_precision_pipeline_has_lora_in_fp32() -> None:
         small_trainer(source, Critic(), ["a cat", "b"], train="all")
 
 
+def test_a_float16_pipeline_without_loss_scaling_is_told() -> None:
+    source = tiny_sd()
+    source.pipe.to(torch.float16)
+    with pytest.warns(UserWarning, match="source is float16, in which small gradients vanish"):
+        small_trainer(source, Critic(), ["a cat"], train="lora")
+
+
 def test_unconditional_pipeline() -> None:
     unet = tiny_unet(in_channels=3, out_channels=3, num_class_embeds=None)
     pipe = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
@@ -601,6 +710,8 @@ def test_plan() -> None:
     others = [part for part in (trainer.source.pipe.vae, trainer.source.pipe.text_encoder)]
     assert plan.weights == 8 * count + 4 * sum(p.numel() for part in others for p in part.parameters())
     assert (plan.images, plan.calls, plan.graph_calls) == (2, 3 + 2 + 2, 2)
+    scheduler = diffusers.HeunDiscreteScheduler()  # of 5 steps, where the pipeline is told 3
+    assert small_trainer(tiny_sd(scheduler), Critic(), ["a"], path=4).plan().graph_calls == 1
     seen: list[int] = []
     batch = torch.randn(4, 4, 8, 8), 1, torch.randn(4, 16, 16)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.untyped_storage().nbytes()), lambda t: t):
@@ -648,6 +759,10 @@ def test_reward_of_digits_rises() -> None:
         ({"reward_weights": {"other": 1.0}}, "reward_weights must be of 'reward', got"),
         ({"train": "unet.*"}, "train must be 'lora', 'all' or patterns of parameter names like 'model"),
         ({"ema_decay": 1.0}, "ema_decay must be below 1"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be greater than 0"),
+        ({"warmup_steps": 5}, "warmup_steps must be 0 with lr_schedule='constant', got 5"),
+        ({"lr_schedule": "piecewise_constant"}, "lr_schedule must be one of 'constant'"),
+        ({"path": paths.Path(stop=1)}, "path must have an active step"),
     ],
     ids=str,
 )
@@ -662,6 +777,11 @@ def test_arguments_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         small_trainer(sampler)
     with pytest.raises(TypeError, match="source must be a diffusers pipeline"):
         small_trainer(3)
+    for options in ({"train": []}, {"train": 3}, {"lora_targets": []}, {"output": 3}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be a"):
+            sdo_fast.RewardConfig(**options)
+    with pytest.raises(ValueError, match=r"path must have an active step, .* got 'identity'"):
+        small_trainer(small_source(path="identity"))
     with pytest.raises(ValueError, match="shape must be that of one latent"):
         sdo_fast.SamplerSource(sampler, labels)
     reusing = sampler.with_options(reuse=sdo_fast.TrajectoryCache())

@@ -197,6 +197,39 @@ def test_a_stop_ends_the_denoisers_calls(pipe):
     assert torch.equal(full.images, pipe(latents=z.detach(), output_type="pt", **TEXT).images)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        diffusers.EulerDiscreteScheduler,
+        diffusers.HeunDiscreteScheduler,
+        diffusers.LMSDiscreteScheduler,
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.PNDMScheduler,
+    ],
+)
+@pytest.mark.parametrize("stop", [0, 2])
+def test_a_stop_gives_the_posterior_mean_of_its_step(pipe, kind, stop):
+    """Some schedulers count from the scaling of the first input on, before the first call of the denoiser."""
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    z, path = noise(1, 4, 8, 8), paths.Path({stop: 0.0}, stop=stop)
+    sampler = from_pipeline(pipe, "a cat", STEPS, path=path, guidance_scale=5.0, fused=False)
+    wanted = sampler(z * sampler.solver.scheduler.init_noise_sigma)
+    result = ShortcutPipeline(pipe, path)(latents=z, output_type="latent", **TEXT)
+    torch.testing.assert_close(result.images, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["leapalign", "flowbp_bridge", "flowbp_lagrange", "flowbp_sparse"])
+def test_weights_are_of_steps_that_have_one(pipe, name):
+    """Every second output of DPM2 has none."""
+    pipe.scheduler = diffusers.KDPM2DiscreteScheduler.from_config(pipe.scheduler.config)
+    z, sampler = noise(1, 4, 8, 8), from_pipeline(pipe, "a cat", STEPS, path=RECIPES[name])
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    shortcut = ShortcutPipeline(pipe, RECIPES[name], generator=generators[0])
+    for _ in range(6):
+        shortcut(latents=z, output_type="latent", **TEXT)
+        assert shortcut.drawn == sampler.draw_path(generators[1])
+
+
 @pytest.mark.parametrize("make", [flux, flux_true_guidance, wan, stable_diffusion_xl])
 @pytest.mark.parametrize("name", ["refl", "flowbp_bridge", "flowbp_lagrange"])
 def test_recipes_run_in_other_families(make, name):
@@ -718,6 +751,8 @@ def test_arguments_are_checked_before_work(pipe):
     for names in (("unet", "net"), ("scheduler",), ()):
         with pytest.raises(TypeError, match="pipe must have modules named"):
             ShortcutPipeline(pipe, denoisers=names)
+    with pytest.raises(TypeError, match="denoisers must be a list or tuple, got str"):
+        ShortcutPipeline(pipe, denoisers="unet")
     with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None"):
         ShortcutPipeline(pipe, generator=3)
     with pytest.raises(TypeError, match="checkpoint must be True or False"):

@@ -134,6 +134,18 @@ def test_path_of_a_table() -> None:
         ("factory", "folder", "source must have either a pipeline or a factory"),
         ("reward_models:brightness", "brightness", "rewards.reward must be 'module:function', got 'brightness'"),
         ("reward_models:brightness", "reward_models:no", "rewards.reward must name something to import"),
+        (
+            "reward_models:brightness",
+            "reward_models:",
+            "rewards.reward must be 'module:function', got 'reward_models:'",
+        ),
+        ("reward_models:small_source", "reward_models:SETTINGS", "source.factory must name a function, got"),
+        ("[rewards]\nreward = ", "[[rewards]]\nreward = ", "rewards must be a table, got [{'reward'"),
+        (
+            'factory = "reward_models:small_source"',
+            'pipeline = "."\ndtype = "bf16"',
+            "source.dtype must be the name of a",
+        ),
         ("steps = 2", "steps = ", "config.toml: "),
     ],
 )
@@ -144,6 +156,22 @@ def test_errors_are_told_in_a_line(
     assert train.main([str(config)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_errors_of_a_reward_have_their_traceback(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(images: Any, prompts: Any) -> Any:
+        return images + None
+
+    monkeypatch.setattr("reward_models.brightness", broken)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        train.main([str(config)])
+
+
+def test_files_that_begin_with_a_byte_order_mark(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("1\n2\n", encoding="utf-8-sig")
+    prompts = json.dumps(str(tmp_path / "prompts.txt"))
+    config.write_text(SAMPLER.replace('["1", "2", "5"]', prompts), encoding="utf-8-sig")
+    assert train.main([str(config)]) == 0
 
 
 def test_values_of_flags() -> None:

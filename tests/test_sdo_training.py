@@ -12,7 +12,7 @@ from sdo_models import ConvModel, gradients, tiny_unet
 from torch import nn
 
 from benchmarks.harness import peak_bytes, saved_bytes
-from sdo_fast import ShortcutSampler, TrajectoryCache, optimize_latents
+from sdo_fast import NonFiniteLossError, ShortcutSampler, TrajectoryCache, optimize_latents
 from sdo_fast.reference import full_backprop, path_loop
 
 diffusers = pytest.importorskip("diffusers")
@@ -199,6 +199,33 @@ def test_conditions_made_under_inference_mode():
     assert model.condition.weight.grad.abs().sum() > 0
     result = optimize_latents(sampled, x, reward, steps=2, progress=False, model_kwargs={"cond": cond})
     assert len(result.history) == 3
+    with torch.inference_mode():  # in which what is optimised has its gradients all the same
+        within = optimize_latents(sampled, x, reward, steps=2, progress=False, model_kwargs={"cond": cond})
+    assert torch.equal(within.latents, result.latents)
+    assert not torch.equal(within.latents, x)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e4], ids=["vanishing", "plain", "overflowing"])
+def test_float16_keeps_small_gradients_and_large_ones(factor):
+    """Against float64, one step of SGD; the loss's own float16 takes the scale as well."""
+    torch.manual_seed(0)
+    z = torch.randn(2, 3, 8, 8).half()
+    model, reference = ConvModel().half(), ConvModel().double()
+    weight = torch.randn(z.shape)
+
+    def updated(network, latents, loss):
+        sampler = ShortcutSampler(network, diffusers.FlowMatchEulerDiscreteScheduler(), 3)
+        sgd = lambda tensors: torch.optim.SGD(tensors, lr=1e-2 / factor)  # noqa: E731
+        done = optimize_latents(sampler, latents, loss, steps=1, optimizer=sgd, progress=False)
+        return done.latents.double() - latents.double(), done
+
+    wanted, _ = updated(reference, z.double(), lambda image: factor * (image * weight).sum())
+    for whole in (torch.Tensor.float, torch.Tensor.half) if factor == 1 else (torch.Tensor.float,):
+        ours, done = updated(model, z, lambda image, whole=whole: factor * (whole(image) * whole(weight)).sum())
+        assert (ours - wanted).norm() < 0.02 * wanted.norm()
+        assert [record.iteration for record in done.history] == [0, 1]
+    with pytest.raises(NonFiniteLossError, match="finite gradient, got one of nan at iteration 0"):
+        optimize_latents(lambda latents: latents, z, lambda image: (image - image).square().sum().sqrt(), steps=1)
 
 
 def peak(function):

@@ -32,7 +32,7 @@ def read_prompts(prompts: Any) -> Sequence[Any]:
         file = Path(prompts)
         if not file.is_file():
             raise ValueError(f"prompts must be a list, a dataset or a text file, got {str(prompts)!r}, no such file")
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__") or isinstance(prompts, Mapping):
         raise TypeError(f"prompts must be a list, a dataset or a text file, got {type(prompts).__name__}")
     if not len(prompts):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..arguments import check_choice, check_flag, check_mapping, is_integer, number
 from ..paths import AnyPath, as_path, identity
+from ..paths import Path as GradientPath
 
 COUNTS = {
     "steps": 1,
@@ -24,6 +25,7 @@ COUNTS = {
     "keep": 1,
     "seed": 0,
 }
+LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 NUMBERS = ("learning_rate", "weight_decay", "max_grad_norm", "ema_decay", "kl_weight")
 
 
@@ -46,13 +48,14 @@ class RewardConfig:
     learning_rate: float = 1e-4
     """Of AdamW, betas (0.9, 0.999). Published runs take 1e-4 to 3e-4 for LoRA, a tenth or less for all parameters."""
     lr_schedule: str = "constant"
-    """A name that `diffusers.optimization.get_scheduler` knows: "constant", "constant_with_warmup", "linear", "cosine"
-    ..."""
+    """Of `diffusers.optimization.get_scheduler`: "constant", "constant_with_warmup", "linear", "cosine",
+    "cosine_with_restarts" or "polynomial"."""
     warmup_steps: int = 0
+    """Updates in which the learning rate rises from 0; all schedules but "constant" have them."""
     weight_decay: float = 0.0
     """AdamW's, towards zero: of LoRA weights that is towards the base model."""
     max_grad_norm: float = 1.0
-    """The gradient's norm is clipped to this."""
+    """The gradient's norm is clipped to this, a number greater than 0."""
     path: AnyPath | None = None
     """Of `sdo_fast.paths`: which steps of the sampler keep their gradient. None takes that of the ShortcutPipeline or
     ShortcutSampler that is given, and for a bare pipeline "random", one step drawn anew for each batch."""
@@ -64,7 +67,8 @@ class RewardConfig:
     lora_targets: str | Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     """`target_modules` of `peft.LoraConfig`: ends of module names, or one regular expression."""
     mixed_precision: str | None = None
-    """"no", "bf16" or "fp16": autocast of the sampler, not of the rewards. None for what `accelerate launch` says."""
+    """"no", "bf16" or "fp16": autocast of the sampler, not of the rewards. None for what `accelerate launch` says. A
+    float16 pipeline takes "fp16", which scales the loss: else small gradients vanish."""
     checkpoint: bool | None = None
     """Call the denoiser of the path's steps again in backward, instead of keeping what one call keeps beside the
     decoder's and the rewards' graphs. None takes the source's, True for a bare pipeline."""
@@ -115,18 +119,33 @@ class RewardConfig:
             check_flag("checkpoint", self.checkpoint)
         check_flag("gradient_checkpointing", self.gradient_checkpointing)
         check_flag("progress", self.progress)
+        for name in ("train", "lora_targets"):
+            value = getattr(self, name)
+            many = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+            if not many or not all(isinstance(one, str) for one in many):
+                raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+        if self.output is not None and not isinstance(self.output, (str, Path)):
+            raise TypeError(f"output must be a folder or None, got {self.output!r}")
         check_mapping("reward_weights", self.reward_weights)
         for name, weight in self.reward_weights.items():
             number(f"reward_weights[{name!r}]", weight)
         if self.mixed_precision is not None:
             check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         if self.log_with is not None:
             check_choice("log_with", self.log_with, ("tensorboard", "wandb"))
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.path is not None and as_path(self.path) == identity():
-            raise ValueError("path must have an active step, for parameters have no other gradient, got 'identity'")
+        if self.path is not None:
+            check_active(self.path)
+        if self.max_grad_norm == 0:
+            raise ValueError("max_grad_norm must be greater than 0, got 0, of which no gradient remains")
+        if self.warmup_steps and self.lr_schedule == "constant":
+            raise ValueError(
+                f"warmup_steps must be 0 with lr_schedule='constant', got {self.warmup_steps}; "
+                "'constant_with_warmup' has them"
+            )
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay must be below 1, got {self.ema_decay}")
         if self.batch_size % self.images_per_prompt:
@@ -145,3 +164,10 @@ class RewardConfig:
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         plain = (bool, int, float, str, type(None))
         return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items()}
+
+
+def check_active(path: AnyPath) -> None:
+    """Raise where no model output keeps its graph."""
+    known = as_path(path)
+    if known == identity() or (isinstance(known, GradientPath) and not known.shares):
+        raise ValueError(f"path must have an active step, for parameters have no other gradient, got {path!r}")

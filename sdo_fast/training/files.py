@@ -32,6 +32,20 @@ def replacing(folder: Path, write: bool = True) -> Iterator[Path]:
         os.replace(partial, folder)
 
 
+@contextmanager
+def adding(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose parts take the place of those of their names in `folder` at the end."""
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for part in partial.iterdir():
+        if (folder / part.name).is_dir():
+            shutil.rmtree(folder / part.name)
+        os.replace(part, folder / part.name)
+    partial.rmdir()
+
+
 def checkpoints(output: Path) -> list[Path]:
     """The complete checkpoints, the oldest first."""
     found = {int(p.name.removeprefix(PREFIX)): p for p in output.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()}

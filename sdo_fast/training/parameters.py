@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -38,8 +39,8 @@ class Tuning:
             module.requires_grad_(False).eval()
         self.config, self.lora = config, config.train == "lora"
         if self.lora:
-            for network in source.networks.values():
-                _add_lora(network, config)
+            for name, network in source.networks.items():
+                _add_lora(name, network, config)
         else:
             _thaw(source.networks, config.train)
         self.networks = {
@@ -76,7 +77,9 @@ class Tuning:
     def save(self, folder: Path, pipe: Any, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Writes LoRA as `pipe.load_lora_weights(folder)` reads it, or whole networks as `from_pretrained` does.
 
-        LoRA of a network that the pipeline saves none of lies in a folder of the network's name, under peft's names.
+        LoRA of a network that the pipeline saves none of lies in a folder of the network's name: as
+        `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)` reads it, or, of another name
+        or without a pipeline, as `network.load_lora_adapter(folder / name, prefix=None, use_safetensors=True)` does.
 
         Args:
             pipe: whose `save_lora_weights` is used, or None.
@@ -95,26 +98,32 @@ class Tuning:
                 save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
 
     def _save_lora(self, folder: Path, pipe: Any, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        layers = {
-            name: {key: t.contiguous() for key, t in _lora_state(network, states[name]).items()}
-            for name, network in self.networks.items()
-        }
         taken = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
-        arguments: dict[str, Any] = {}
-        for name in [name for name in layers if f"{name}_lora_layers" in taken]:
-            arguments[f"{name}_lora_layers"] = layers.pop(name)
-            if f"{name}_lora_adapter_metadata" in taken:  # alpha and rank
-                adapter = cast(Any, self.networks[name]).peft_config[ADAPTER]
-                arguments[f"{name}_lora_adapter_metadata"] = adapter.to_dict()
-        if arguments:
-            pipe.save_lora_weights(folder, **arguments)
-        for name, tensors in layers.items():
-            (folder / name).mkdir()
-            save_file(tensors, folder / name / "pytorch_lora_weights.safetensors")
+        of_pipe: dict[Path, dict[str, Any]] = {}
+        for name, network in self.networks.items():
+            state = get_peft_model_state_dict(network, dict(states[name]), adapter_name=ADAPTER)
+            layers = {key: t.contiguous() for key, t in state.items()}
+            adapter = cast(Any, network).peft_config[ADAPTER].to_dict()  # alpha and rank
+            # A second denoiser has a file of its own, under the names of the first.
+            known = name if f"{name}_lora_layers" in taken else name.removesuffix("_2")
+            if f"{known}_lora_layers" not in taken:
+                LoraBaseMixin.write_lora_layers(layers, str(folder / name), True, None, None, True, adapter)
+                continue
+            arguments = of_pipe.setdefault(folder if known == name else folder / name, {})
+            arguments[f"{known}_lora_layers"] = layers
+            if f"{known}_lora_adapter_metadata" in taken:
+                arguments[f"{known}_lora_adapter_metadata"] = adapter
+        for place, arguments in of_pipe.items():
+            pipe.save_lora_weights(place, **arguments)
 
 
-def _add_lora(network: nn.Module, config: RewardConfig) -> None:
+def _add_lora(name: str, network: nn.Module, config: RewardConfig) -> None:
     targets = config.lora_targets
+    if present := getattr(network, "peft_config", None):
+        raise ValueError(
+            f"source must have no LoRA yet for train='lora', which would put it out of use, got {name} with "
+            f"{', '.join(map(repr, present))}: pipe.fuse_lora() and pipe.unload_lora_weights() add it to the weights"
+        )
     adapter = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,  # type: ignore[arg-type]
@@ -166,12 +175,6 @@ def _without_lora(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-def _lora_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if hasattr(network, "peft_config"):
-        return get_peft_model_state_dict(network, dict(state), adapter_name=ADAPTER)
-    return {key.replace(f".{ADAPTER}.", "."): t for key, t in state.items() if ".lora_" in key}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..paths import Schedule, as_path, draw
+from ..paths import Path, Schedule, as_path
 from .batches import Batch, generator_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def plan_of(trainer: RewardTrainer) -> Plan:
     trained = sum(map(_bytes, named.values()))
     steps, calls, graph_calls = trainer.source.steps, None, None
     if steps is not None:
-        path = draw(as_path(trainer.source.path), Schedule(range(steps), lambda: [1.0] * steps), generator_of(0))
+        path = as_path(trainer.source.path)
+        if not isinstance(path, Path):
+            path = path.draw(Schedule(range(steps), lambda: [1.0] * steps), generator_of(0))
         active = len(path.shares) + path.noises
         sampled = (steps if path.stop is None else path.stop + 1) + path.noises
         calls = sampled + active * (trainer.source.checkpoint + bool(config.kl_weight))

@@ -43,6 +43,10 @@ class Records:
         show = self.config.progress and self.main
         self.bar = tqdm(total=self.config.steps, initial=step, disable=not show, dynamic_ncols=True)
 
+    @property
+    def begun(self) -> bool:
+        return self.bar is not None
+
     def end(self) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .batches import Batches, read_prompts
-from .config import RewardConfig
-from .files import checkpoint_path, checkpoints, delayed_interrupt, prune, replacing
+from .config import RewardConfig, check_active
+from .files import adding, checkpoint_path, checkpoints, delayed_interrupt, prune, replacing
 from .objective import Objective, Outcome, Reward, diversity
 from .parameters import Tuning
 from .plan import Plan, plan_of
@@ -32,7 +33,7 @@ OnEvaluation = Callable[[dict[str, Any], Tensor], None]
 
 
 class NonFiniteRewardError(FloatingPointError):
-    """A reward or the loss became inf or NaN."""
+    """A reward, the loss or its gradient became inf or NaN; the weights are those of the update before."""
 
 
 class Progress:
@@ -79,7 +80,7 @@ class RewardTrainer:
 
     Raises:
         ValueError, TypeError: an argument is wrong, or a reward returns something else.
-        NonFiniteRewardError: in `train`.
+        NonFiniteRewardError: in `train`, `update` and `evaluate`.
     """
 
     def __init__(
@@ -102,7 +103,15 @@ class RewardTrainer:
             _accelerator(config, len(self.source.networks)) if accelerator is None else accelerator
         )
         self.source.take(config.path, config.checkpoint)
+        check_active(self.source.path)
         self.source.to(accelerator.device)
+        halves = any(p.dtype == torch.float16 for module in self.source.modules() for p in module.parameters())
+        if halves and accelerator.scaler is None:
+            warnings.warn(
+                "source is float16, in which small gradients vanish: mixed_precision='fp16' scales them (on a GPU), "
+                "bfloat16 holds them",
+                stacklevel=2,
+            )
         for module in rewards.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval().to(accelerator.device)
@@ -134,7 +143,8 @@ class RewardTrainer:
         """Run to the end, an early stop (True) or an interruption by Ctrl-C or SIGTERM (False); save all the same.
 
         Args:
-            resume: go on from the last checkpoint in `config.output`, or begin where there is none.
+            resume: go on from the last checkpoint in `config.output`, or begin where there is none. With another number
+                of `steps` too, if the learning rate does not depend on it.
             on_evaluation: called with what `evaluate` returns, every time.
 
         Writes to `config.output`: `weights`, what was trained as diffusers reads it; `checkpoint-...`;
@@ -142,7 +152,6 @@ class RewardTrainer:
         """
         self._resume(resume)
         config, progress = self.config, self.progress
-        self.accelerator.gradient_accumulation_steps = config.gradient_accumulation
         self.records.begin(progress.step)
         try:
             with delayed_interrupt() as interrupted:
@@ -166,7 +175,12 @@ class RewardTrainer:
 
     def save(self, folder: str | Path) -> None:
         """Write what is trained (averaged, with EMA), for plain diffusers: LoRA for `pipe.load_lora_weights(folder)`,
-        whole networks in subfolders of their names for `from_pretrained`. All processes must call it."""
+        whole networks in subfolders of their names for `from_pretrained`. LoRA of a second transformer lies in
+        `transformer_2`, for `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`, that of
+        a network for which the pipeline loads none, or there is no pipeline, in a subfolder of its name, for
+        `network.load_lora_adapter(folder / name, prefix=None, use_safetensors=True)`, or for peft where the network has
+        no such method (`set_peft_model_state_dict`; the `LoraConfig` is in the file's metadata). Other files in the
+        folder stay. All processes must call it."""
         with self._averaged():
             state = self.accelerator.get_state_dict(self.objective)
         if self.accelerator.is_main_process:
@@ -175,7 +189,7 @@ class RewardTrainer:
             for key, t in state.items():
                 name, _, rest = key.partition(".")
                 states[name][rest] = t.detach()
-            with replacing(Path(folder)) as partial, self._averaged():
+            with adding(Path(folder)) as partial, self._averaged():
                 self.tuning.save(partial, getattr(self.source, "pipe", None), states)
         self.accelerator.wait_for_everyone()
 
@@ -194,14 +208,19 @@ class RewardTrainer:
                 rewards.append(torch.stack(list(outcome.rewards.values()), 1))
         count = min(self.config.evaluation_prompts, len(self.batches.prompts)) * self.config.evaluation_images
         gathered = self.accelerator.gather_for_metrics(torch.cat(images))[:count]
-        values = self.accelerator.gather_for_metrics(torch.cat(rewards))[:count].mean(0)
-        named = {f"evaluation/{name}": v for name, v in zip(outcome.rewards, values.tolist(), strict=True)}
+        means = self.accelerator.gather_for_metrics(torch.cat(rewards))[:count].mean(0).tolist()
+        values = dict(zip(outcome.rewards, means, strict=True))
+        if not all(map(math.isfinite, means)):
+            raise NonFiniteRewardError(
+                f"rewards must be finite, got {values} in the evaluation at {self.progress.step}"
+            )
         group = self.config.evaluation_images if self.config.evaluation_images > 1 else count
         record = {
             "step": self.progress.step,
-            "evaluation/reward": self._weighted(dict(zip(outcome.rewards, values.tolist(), strict=True))),
+            "evaluation/reward": self._weighted(values),
             "evaluation/diversity": finite(diversity(gathered, group).item()),
         }
+        named = {f"evaluation/{name}": value for name, value in values.items()}
         return record | (named if len(named) > 1 else {}), gathered
 
     def _evaluate_and_judge(self, tell: OnEvaluation | None) -> None:
@@ -221,25 +240,37 @@ class RewardTrainer:
     def update(self) -> dict[str, Any]:
         """One update, for loops of one's own; what log.jsonl has of it."""
         begin, config, accelerator = time.perf_counter(), self.config, self.accelerator
-        outcomes, norm = [], 0.0
+        outcomes: list[Outcome] = []
+        told: dict[str, Any] = {}
+        accelerator.gradient_accumulation_steps = config.gradient_accumulation  # whoever made it
         for part in range(config.gradient_accumulation):
             with accelerator.accumulate(self.objective):
                 outcome = self.objective(self.batches.train(self.progress.step, part))
                 accelerator.backward(outcome.loss)
+                outcomes.append(outcome._replace(loss=outcome.loss.detach()))
                 if accelerator.sync_gradients:
                     norm = float(accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm))
+                    told = self._told(outcomes, norm)
                 self.optimizer.step()
                 if accelerator.sync_gradients:
                     self.schedule.step()
                 self.optimizer.zero_grad()
-            outcomes.append(outcome._replace(loss=outcome.loss.detach()))
         if self.ema is not None:
             self.ema.step(self.parameters)
         self.progress.step += 1
-        return self._record(outcomes, norm, time.perf_counter() - begin)
+        images = config.batch_size * config.gradient_accumulation * accelerator.num_processes
+        return {
+            "step": self.progress.step,
+            **told,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "path": sorted(self.source.drawn.shares),
+            "images_per_second": images / (time.perf_counter() - begin),
+            "memory": peak_memory(),
+        }
 
-    def _record(self, outcomes: list[Outcome], norm: float, seconds: float) -> dict[str, Any]:
-        config = self.config
+    def _told(self, outcomes: list[Outcome], norm: float) -> dict[str, Any]:
+        """Of all processes; raises before the weights take in what is not finite."""
+        config, step = self.config, self.progress.step + 1
         names = list(outcomes[0].rewards)
         group = config.images_per_prompt if config.images_per_prompt > 1 else config.batch_size
         rows = [
@@ -249,21 +280,19 @@ class RewardTrainer:
         values = self.accelerator.gather_for_metrics(torch.stack(rows)).mean(0).tolist()
         rewards, (kl, loss, spread) = dict(zip(names, values, strict=False)), values[len(names) :]
         if not all(map(math.isfinite, values[: len(names) + 2])):
-            raise NonFiniteRewardError(f"rewards must be finite, got {rewards}, kl {kl} at step {self.progress.step}")
-        images = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
-        drawn = self.source.drawn
+            raise NonFiniteRewardError(f"rewards must be finite, got {rewards}, kl {kl} at step {step}")
+        # GradScaler leaves such steps out.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise NonFiniteRewardError(
+                f"rewards must have finite gradients, got a norm of {norm} at step {step}: a root or a quotient at 0?"
+            )
         return {
-            "step": self.progress.step,
             "reward": self._weighted(rewards),
             **({f"reward/{name}": value for name, value in rewards.items()} if len(names) > 1 else {}),
             "diversity": finite(spread),
             **({"kl": kl} if config.kl_weight else {}),
             "loss": loss,
             "gradient_norm": finite(norm),
-            "learning_rate": self.schedule.get_last_lr()[0],
-            "path": sorted(drawn.shares),
-            "images_per_second": images / seconds,
-            "memory": peak_memory(),
         }
 
     def _weighted(self, rewards: Mapping[str, float]) -> float:
@@ -291,7 +320,9 @@ class RewardTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to go on bit for bit."""
-        free = ("output", "progress", "log_with", "save_every", "keep", "checkpoint", "gradient_checkpointing")
+        free = ["output", "progress", "log_with", "save_every", "keep", "checkpoint", "gradient_checkpointing"]
+        if self.config.lr_schedule.startswith("constant"):
+            free.append("steps")
         settings = {name: value for name, value in self.config.as_json().items() if name not in free}
         shapes = {name: list(p.shape) for name, p in self.tuning.named().items()}
         return settings | {"processes": self.accelerator.num_processes, "parameters": shapes}
