@@ -162,6 +162,37 @@ def test_what_is_refused_before_any_work(
     assert written(folder) == before
 
 
+@pytest.mark.parametrize("out", [[], ["--out", "."]])
+def test_a_picture_of_another_format_is_not_replaced(
+    out: list[str], identity: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(PIXELS[::-1]).save("a.jpg")
+    Path("b.png").unlink()
+    before = Path("a.png").read_bytes()
+    argv = [".", "--suffix", "", "--format", "png", "--weights", identity, *out]
+    for overwrite in ([], ["--overwrite"]):
+        assert "would replace an input: give --suffix or --out" in refused(capsys, *argv, *overwrite)
+    assert Path("a.png").read_bytes() == before
+    Path("a.png").unlink()
+    for _ in range(2):  # what an interrupted run left is gone on with
+        assert main([*argv, "--skip-existing"]) == 0
+    assert written(folder) == {"a.jpg"}
+
+
+def test_hidden_files_and_folders_are_left_out(identity: str, folder: Path) -> None:
+    for name in (".hidden/d.png", "deep/.thumbnails/e.png", "deep/.f.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(Path("a.png").read_bytes())
+    assert main([".", "--recursive", "--out", "new", "--weights", identity]) == 0
+    assert {str(file.relative_to("new")) for file in Path("new").rglob("*.png")} == {
+        "a_restored.png",
+        "b_restored.png",
+        "deep/c_restored.png",
+    }
+    assert main([".hidden", "--weights", identity]) == 0  # but for one that is named
+    assert Path(".hidden/d_restored.png").exists()
+
+
 def test_either_task_or_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "one of the arguments --task --weights is required" in refused(capsys, "a.png")
     assert "not allowed with" in refused(capsys, "a.png", "--task", "haze", "--weights", "x.pth")

@@ -38,7 +38,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     else:
         if args.out is not None and args.out.suffix and len(found) == 1 and not args.out.is_dir():
             raise ValueError(f"--out {args.out} must end in {', '.join((*PICTURES, *VIDEOS))}, or be a folder")
-        jobs = _without_results([Job(file.path, _target(file, args)) for file in found])
+        jobs = _without_results([Job(file.path, _target(file, args)) for file in found], args)
     _check(jobs, args)
     return [job for job in jobs if not (args.skip_existing and job.target.exists())]
 
@@ -56,10 +56,16 @@ def _suffix(path: Path, asked: str | None) -> str:
     return path.suffix if path.suffix.lower() in kind else ".png"
 
 
-def _without_results(jobs: list[Job]) -> list[Job]:
+def _without_results(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
     """An earlier run's results are no inputs, where they lie among them."""
-    results = {job.target.resolve() for job in jobs if job.target.resolve() != job.source.resolve()}
-    return [job for job in jobs if job.source.resolve() not in results]
+    places = [(job.source.resolve(), job.target.resolve()) for job in jobs]
+    results = {
+        target
+        for source, target in places
+        # Beside its source and without a suffix a picture may as well be another one, which is not replaced.
+        if target != source and (args.suffix or args.skip_existing or target.parent != source.parent)
+    }
+    return [job for job, (source, _) in zip(jobs, places, strict=True) if source not in results]
 
 
 def _check(jobs: list[Job], args: argparse.Namespace) -> None:

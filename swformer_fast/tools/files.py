@@ -74,8 +74,13 @@ def _within(folder: Path, recursive: bool) -> list[Found]:
     return [
         Found(file, file.relative_to(folder).parent)
         for file in files
-        if file.suffix.lower() in known and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in known and not is_hidden(file, folder) and file.is_file()
     ]
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether its name or that of a folder on the way to it begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def check_writable(path: Path) -> None:
