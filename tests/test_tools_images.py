@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,41 @@ def test_every_orientation_is_as_pillow_turns_it(orientation: int, tmp_path: Pat
     )
     deep = pictures._upright(WORDS[..., :3], orientation)
     assert np.array_equal(np.rint(pictures.read(tmp_path / "a.tif").pixels * 65535), deep)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".avif", "16.png"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_words_of_other_languages_are_kept(encoding: str, suffix: str, tmp_path: Path) -> None:
+    exif, artist, owner = Image.Exif(), "Jörg Müller ©".encode(encoding), "Zoë".encode(encoding)
+    exif[ARTIST] = artist
+    exif[ExifTags.IFD.Exif] = {int(ExifTags.Base.CameraOwnerName): owner}
+    Image.fromarray(BYTES[..., :3]).save(tmp_path / "a.jpg", exif=exif)
+    picture = pictures.read(tmp_path / "a.jpg")
+    pictures.write(replace(picture, dtype="uint16" if "16" in suffix else "uint8"), tmp_path / f"b{suffix}")
+    stored = (tmp_path / f"b{suffix}").read_bytes()
+    assert artist in stored
+    assert owner in stored
+    assert exif_of(tmp_path / f"b{suffix}")[ARTIST].encode("latin-1") == artist
+
+
+def exif_bytes(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of entries (tag, type, count, the four bytes of value or offset)."""
+    lines = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + lines + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_tags_of_a_wrong_type_are_left_out(suffix: str, tmp_path: Path) -> None:
+    """Fractions that are written as text."""
+    make, text, gps = (int(ExifTags.Base.Make), 2, 4, b"Own\0"), (2, 4, b"abc\0"), int(ExifTags.IFD.GPSInfo)
+    resolution = (int(ExifTags.Base.XResolution), *text)
+    first = exif_bytes(make, resolution, (gps, 4, 1, struct.pack("<I", 8 + 2 + 3 * 12 + 4)))
+    altitude = struct.pack("<HHHI", 1, int(ExifTags.GPS.GPSAltitude), *text[:2]) + text[2] + bytes(4)
+    Image.fromarray(BYTES[..., :3]).save(tmp_path / "a.jpg", exif=first + altitude)
+    kept = exif_of(through(tmp_path / "a.jpg", suffix))
+    assert kept[ExifTags.Base.Make] == "Own"
+    assert kept.get(resolution[0]) != "abc"
+    assert ExifTags.GPS.GPSAltitude not in kept.get_ifd(gps)
 
 
 def test_tags_of_a_tiff_stay_out_of_other_formats(tmp_path: Path) -> None:

@@ -173,14 +173,32 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _kept(exif: Image.Exif, tiff: bool) -> bytes | None:
-    """All but orientation and thumbnail, which are of the old picture."""
+    """All but orientation and thumbnail, which are of the old picture, and what is damaged."""
     kept = Image.Exif()
-    for tag, value in exif.items():
+    for tag in exif:
+        value = _as_stored(exif.get(tag))
         if tag in DIRECTORIES:
-            kept[tag] = {key: v for key, v in exif.get_ifd(tag).items() if key != ExifTags.IFD.Interop}
-        elif tag != ExifTags.Base.Orientation and (not tiff or tag in TEXTS):
+            lines = ((key, _as_stored(v)) for key, v in exif.get_ifd(tag).items())
+            kept[tag] = {key: v for key, v in lines if key != ExifTags.IFD.Interop and _is_sound(tag, {key: v})}
+        elif tag != ExifTags.Base.Orientation and (not tiff or tag in TEXTS) and _is_sound(tag, value):
             kept[tag] = value
     return kept.tobytes() if len(kept) else None
+
+
+def _as_stored(value: Any) -> Any:
+    """Text of more than ASCII as the bytes that it is, which Pillow reads as Latin-1 and would write as "?"."""
+    return value.encode("latin-1") if isinstance(value, str) and not value.isascii() else value
+
+
+def _is_sound(tag: int, value: Any) -> bool:
+    """Whether it can be written again: some cameras and editors give a tag a type that is not its own."""
+    exif = Image.Exif()
+    exif[tag] = value
+    try:
+        exif.tobytes()
+    except Exception:  # Pillow raises whatever comes of the wrong type
+        return False
+    return True
 
 
 # TIFF of more than eight bits, of which Pillow reads grey alone
@@ -286,7 +304,7 @@ def _write_tiff(picture: Picture, pixels: np.ndarray, path: Path) -> None:
         iccprofile=picture.profile,
         metadata=None,
         software=False,
-        extratags=[(int(tag), "s", 0, str(exif[tag]), True) for tag in TEXTS if tag in exif],
+        extratags=[(int(tag), "s", 0, str(exif[tag]).encode("latin-1"), True) for tag in TEXTS if tag in exif],
     )
     _append_directories(path, {tag: exif.get_ifd(tag) for tag in DIRECTORIES if tag in exif})
 
@@ -302,9 +320,9 @@ def _append_directories(path: Path, directories: dict[int, dict[int, Any]]) -> N
         entries = [file.read(12) for _ in range(count)]
         for tag, directory in directories.items():
             offset = _even_end(file)
-            lines = ImageFileDirectory_v2(ifh=b"II*\0\0\0\0\0")
+            lines = ImageFileDirectory_v2(ifh=b"II*\0\0\0\0\0", group=tag)
             for key, value in directory.items():
-                lines[key] = value
+                lines[key] = _as_stored(value)
             file.write(lines.tobytes(offset))
             entries.append(struct.pack("<HHII", tag, 4, 1, offset))
         offset = _even_end(file)
