@@ -301,6 +301,25 @@ def test_dtype_is_bf16_where_the_processor_multiplies_it(monkeypatch: pytest.Mon
         assert networks.best_dtype(torch.device("cpu")) == dtype
 
 
+@pytest.mark.parametrize("name", ["a.png", "deep.png", "deep.tif"])
+def test_more_than_eight_bits_are_computed_in_fp32(
+    name: str, random: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import imagecodecs
+    import tifffile
+
+    words = np.random.default_rng(1).integers(0, 65536, (20, 30, 3), np.uint16)
+    Path("deep.png").write_bytes(imagecodecs.png_encode(words))
+    tifffile.imwrite("deep.tif", (words / 65535).astype(np.float32), photometric="rgb")
+    monkeypatch.setattr(sf.backend, "multiplies_bf16", lambda: True)
+    assert main([name, "--weights", random, "--out", "auto.tif"]) == 0
+    for dtype in ("bf16", "fp32"):
+        assert main([name, "--weights", random, "--out", f"{dtype}.tif", "--dtype", dtype]) == 0
+    auto, bf16, fp32 = (pictures.read(Path(f"{dtype}.tif")).pixels for dtype in ("auto", "bf16", "fp32"))
+    assert not np.array_equal(bf16, fp32)
+    assert np.array_equal(auto, bf16 if name == "a.png" else fp32)
+
+
 def test_weights_for_other_channels(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sf.pretrained.save_weights(network(in_channels=1), "grey.safetensors")
     assert "is for images of 1 channels, not for RGB" in refused(capsys, "a.png", "--weights", "grey.safetensors")
@@ -309,7 +328,16 @@ def test_weights_for_other_channels(folder: Path, capsys: pytest.CaptureFixture[
 # failures
 
 
-def test_a_bad_file_stops_nothing(identity: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_file_stops_nothing(
+    identity: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    computed: list[Tensor] = []
+
+    def restorer(self: networks.Restorer, image: Tensor) -> Tensor:
+        computed.append(image)
+        return image
+
+    monkeypatch.setattr(networks.Restorer, "__call__", restorer)
     Path("aa.png").write_bytes(Path("a.png").read_bytes()[:200])
     Path("ab.jpg").write_text("no picture")
     Image.fromarray(np.zeros((50, 50), np.uint8)).save("ac.png")
@@ -324,6 +352,7 @@ def test_a_bad_file_stops_nothing(identity: str, folder: Path, capsys: pytest.Ca
     assert "cannot identify" in reasons["ab.jpg"]
     assert reasons["ac.png"] == "has 50 x 50 pixels, more than --max-pixels 2000"
     assert reasons["ad.mp4"].startswith("cannot be restored: ")
+    assert len(computed) == 2  # what cannot be written is not computed
     assert reasons["ae.png"] == "has transparency, which JPEG cannot hold: try --format png"
     assert {file.name for file in Path("out").iterdir()} == {"a_restored.jpg", "b_restored.jpg"}
 
@@ -374,18 +403,20 @@ def test_interrupt_keeps_what_is_done(
 
 
 SLOW = """
-import signal, sys, time
-from swformer_fast.tools import networks, restore
-def slow(self, image, exit=None):
+import sys, time
+from swformer_fast.tools import pictures, restore
+def slow(picture, path, quality):
+    path.write_bytes(b"half")
     print("begun", flush=True)
-    time.sleep(0 if "once" in vars(slow) else 60)
-networks.Restorer.__call__ = slow
+    time.sleep(60)
+pictures.write = slow
 sys.exit(restore.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="no SIGINT for a process")
-def test_ctrl_c_from_a_terminal(identity: str, folder: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="no signals for a process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_from_a_terminal_and_the_end_of_a_job(number: signal.Signals, identity: str, folder: Path) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, ".", "--weights", identity],
@@ -396,7 +427,7 @@ def test_ctrl_c_from_a_terminal(identity: str, folder: Path) -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors

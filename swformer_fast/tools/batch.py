@@ -97,9 +97,15 @@ def _check(jobs: list[Job], args: argparse.Namespace) -> None:
 
 
 def run(
-    jobs: Iterable[Job], restore: Callable[[Tensor], Tensor], args: argparse.Namespace, outcomes: dict[Path, str | None]
+    jobs: Iterable[Job],
+    restore: Callable[[Tensor, bool], Tensor],
+    args: argparse.Namespace,
+    outcomes: dict[Path, str | None],
 ) -> None:
-    """Restore one after another, and say of each input why it could not be; None: it is done."""
+    """Restore one after another, and say of each input why it could not be; None: it is done.
+
+    `restore` takes an image (3, H, W) and whether it has more than eight bits.
+    """
     bar = tqdm(jobs, unit="file", disable=None)
     for source, target in bar:
         bar.set_postfix_str(source.name)
@@ -111,7 +117,9 @@ def run(
                     restore_video(restore, source, partial, args.codec, args.crf)
                 else:
                     picture = pictures.read(source, args.max_pixels or pictures.MAX_PIXELS)
-                    pictures.write(picture.restored(restore(picture.rgb())), partial, args.quality)
+                    pictures.check_alpha(picture, target)
+                    restored = restore(picture.rgb(), picture.dtype != "uint8")
+                    pictures.write(picture.restored(restored), partial, args.quality)
             outcomes[source] = None
         except Exception as error:  # whatever a library says of a damaged file
             outcomes[source] = _sentence(error)

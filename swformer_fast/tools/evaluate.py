@@ -5,7 +5,7 @@
 
 Prints the means of PSNR and SSIM, degraded beside restored, and writes those of each picture. Restored pictures are
 clipped to [0, 1] and not rounded. SSIM has the Gaussian window of its paper (11 pixels, sigma 1.5, inside the picture).
-Ctrl-C keeps what is measured by then.
+Ctrl-C and SIGTERM keep what is measured by then.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from ..reference import EXITS
 from . import datasets, networks
 from .files import check_writable
-from .restore import EXTRA
+from .restore import EXTRA, end_as_interrupt
 
 STATUSES = """\
 exit status:
@@ -51,6 +51,7 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line()
     args = parser.parse_args(argv)
+    end_as_interrupt()
     try:
         from . import measuring
 
@@ -70,12 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = measuring.Results(args, exits)
     with contextlib.suppress(KeyboardInterrupt):
         results.measure(pairs, restorer, others)
-    results.write()
     print(results.summary())
     for name, reason in results.failed.items():
         print(f"{name} {reason}", file=sys.stderr)
     if not results.complete:
         print(f"interrupted: {len(results.images)} of {len(pairs)} pairs are measured", file=sys.stderr)
+    try:
+        results.write()
+    except OSError as error:
+        print(f"not written: {error}", file=sys.stderr)
+        return 1
+    if not results.complete:
         return 130
     return 1 if results.failed else 0
 

@@ -85,7 +85,7 @@ class Results:
         for path, text in ((args.json, self._json), (args.markdown, self._markdown)):
             if path is not None:
                 with replacing(path) as partial:
-                    partial.write_text(text())
+                    partial.write_text(text(), "utf-8", "backslashreplace")
 
     def _json(self) -> str:
         args = self.args

@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", *DTYPES),
-        help="what the network computes in; auto: bf16 where the processor multiplies it, else fp32 (%(default)s)",
+        help="what the network computes in; auto: bf16 where the processor multiplies it, for pictures and videos of "
+        "eight bits, else fp32 (%(default)s)",
     )
     network.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
     network.add_argument(
@@ -104,8 +105,8 @@ class Restorer:
         return restored.clamp(0, 1)
 
 
-def load(args: argparse.Namespace, exit: str | None = None) -> Restorer:
-    """The network of the arguments that `add_arguments` added, up to an exit.
+def load(args: argparse.Namespace, exit: str | None = None, deep: bool = False) -> Restorer:
+    """The network of the arguments that `add_arguments` added, up to an exit; `deep`: for more than eight bits.
 
     Raises ValueError, OSError or RuntimeError in words, for weights and devices that there are none of.
     """
@@ -114,7 +115,7 @@ def load(args: argparse.Namespace, exit: str | None = None) -> Restorer:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"there is no GPU for --device {args.device}")
-    dtype = DTYPES.get(args.dtype) or best_dtype(device)
+    dtype = DTYPES.get(args.dtype) or (torch.float32 if deep else best_dtype(device))  # bf16 has eight bits itself
     name = args.weights or f"tiny-{args.task}"
     model = SWFormer.from_pretrained(name, exit=exit).eval().requires_grad_(False).to(device, dtype)
     if model.in_channels != 3:

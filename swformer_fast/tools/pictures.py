@@ -258,6 +258,7 @@ def write(picture: Picture, path: Path, quality: int = 95) -> None:
 
     Raises ValueError where alpha would be lost.
     """
+    check_alpha(picture, path)
     form = PICTURES[path.suffix.lower()]
     pixels = _encoded(picture, form)
     if form.name == "TIFF":
@@ -268,9 +269,14 @@ def write(picture: Picture, path: Path, quality: int = 95) -> None:
         _write_with_pillow(picture, pixels, path, form, quality)
 
 
-def _encoded(picture: Picture, form: Format) -> np.ndarray:
+def check_alpha(picture: Picture, path: Path) -> None:
+    """Raises ValueError where the format of the suffix has none and the picture has."""
+    form = PICTURES[path.suffix.lower()]
     if picture.pixels.shape[2] > picture.colours and not form.alpha:
         raise ValueError(f"has transparency, which {form.name} cannot hold: try --format png")
+
+
+def _encoded(picture: Picture, form: Format) -> np.ndarray:
     dtype = picture.dtype if picture.dtype in form.dtypes else form.dtypes[-1]
     pixels = picture.pixels.clip(0, 1) * np.float32(WHITE[dtype])
     return pixels if dtype == "float32" else np.rint(pixels).astype(dtype)

@@ -44,10 +44,15 @@ def codec_for(path: Path, codec: str | None) -> str:
 
 
 def restore_video(
-    restore: Callable[[Tensor], Tensor], source: Path, target: Path, codec: str | None = None, crf: int | None = None
+    restore: Callable[[Tensor, bool], Tensor],
+    source: Path,
+    target: Path,
+    codec: str | None = None,
+    crf: int | None = None,
 ) -> None:
     """Every frame restored, at its own time; sound is copied as it is.
 
+    `restore` takes an image (3, H, W) and whether it has more than eight bits.
     Frames are stored upright, in the source's pixel format where the codec has it, with its description of colours.
     """
     with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
@@ -86,12 +91,13 @@ def _depth(video_format: av.VideoFormat) -> int:
     return max(component.bits for component in video_format.components)
 
 
-def _restored(restore: Callable[[Tensor], Tensor], frame: av.VideoFrame) -> np.ndarray:
+def _restored(restore: Callable[[Tensor, bool], Tensor], frame: av.VideoFrame) -> np.ndarray:
     """(H, W, 3), upright; of 16 bits where the frame has more than 8."""
-    kind, white = ("rgb48le", 65535) if _depth(frame.format) > 8 else ("rgb24", 255)
+    deep = _depth(frame.format) > 8
+    kind, white = ("rgb48le", 65535) if deep else ("rgb24", 255)
     rgb = frame.reformat(format=kind, **TO_RGB).to_ndarray()
     upright = np.rot90(rgb, frame.rotation // 90).astype(np.float32) / np.float32(white)
-    restored = restore(torch.from_numpy(upright).permute(2, 0, 1).contiguous())
+    restored = restore(torch.from_numpy(upright).permute(2, 0, 1).contiguous(), deep)
     return np.ascontiguousarray(np.rint(restored.permute(1, 2, 0).numpy() * white).astype(rgb.dtype))
 
 
