@@ -595,6 +595,108 @@ def test_videos_of_telephones_are_turned_upright(identity: str, folder: Path, av
     assert abs(np.rot90(before[3], -1).astype(int) - after[3]).mean() < 3  # a quarter clockwise
 
 
+def test_a_cover_is_not_the_video(identity: str, folder: Path, av: Any) -> None:
+    make_video(Path("plain.mkv"), "libx264", sound="aac")
+    with av.open("plain.mkv") as reader, av.open("v.mkv", "w") as writer:
+        cover = writer.add_stream("mjpeg")
+        cover.height, cover.width, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        copies = [writer.add_stream_from_template(stream) for stream in reader.streams]
+        frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 99, np.uint8), format="rgb24")
+        frame.pts = 0
+        for packet in cover.encode(frame.reformat(format="yuvj420p")):
+            writer.mux(packet)
+        for packet in reader.demux():
+            if packet.size:
+                packet.stream = copies[packet.stream.index]
+                writer.mux(packet)
+    with av.open("v.mkv") as reader:
+        assert reader.streams[0].width == 32
+    assert main(["v.mkv", "--weights", identity]) == 0
+    (before, *_), (after, *_) = contents(Path("plain.mkv")), contents(Path("v_restored.mkv"))
+    assert len(before) == len(after)
+    assert abs(before[3].astype(int) - after[3]).mean() < 3
+
+
+def test_what_is_said_of_each_sound_is_kept(identity: str, folder: Path, av: Any) -> None:
+    make_video(Path("plain.mkv"), "libx264", sound="aac")
+    with av.open("plain.mkv") as reader, av.open("v.mkv", "w") as writer:
+        picture, sound = reader.streams
+        copies = [writer.add_stream_from_template(stream) for stream in (picture, sound, sound)]
+        for copy, language in zip(copies[1:], ("ger", "fre"), strict=True):
+            copy.metadata["language"] = language
+        copies[2].disposition = av.stream.Disposition.default
+        for packet in reader.demux(picture):
+            if packet.size:
+                packet.stream = copies[0]
+                writer.mux(packet)
+        for copy in copies[1:]:
+            reader.seek(0)
+            for packet in reader.demux(sound):
+                if packet.size:
+                    packet.stream = copy
+                    writer.mux(packet)
+    assert main(["v.mkv", "--weights", identity]) == 0
+    for name in ("v.mkv", "v_restored.mkv"):
+        with av.open(name) as reader:
+            said = [(s.metadata["language"], bool(s.disposition.value)) for s in reader.streams.audio]
+            assert said == [("ger", False), ("fre", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "kind"),
+    [
+        ("v.mkv", "libx264rgb", "rgb24"),
+        ("v.mov", "png", "rgb24"),
+        ("v.mkv", "ffv1", "gray"),
+        ("v.avi", "mjpeg", "yuvj420p"),
+    ],
+)
+def test_colours_that_the_result_stores_in_another_way(
+    name: str, codec: str, kind: str, identity: str, folder: Path, av: Any
+) -> None:
+    """RGB, grey, and full range in a file that cannot say so."""
+    make_video(Path(name), codec, kind=kind)
+    assert main([name, "--weights", identity, "--dtype", "fp32"]) == 0
+    (before, *_), (after, *_) = contents(Path(name)), contents(Path(f"v_restored{name[1:]}"))
+    assert abs(before[3].astype(int) - after[3]).mean() < 3
+
+
+@pytest.mark.parametrize(("name", "form"), [("v.avi", "avi"), ("v.mkv", "h264")])
+def test_frames_without_times_of_their_own(name: str, form: str, identity: str, folder: Path, av: Any) -> None:
+    """AVI keeps no times of H.264's frames, which come in disorder, a bare stream none at all."""
+    with av.open(name, "w", format=form) as writer:
+        stream = writer.add_stream("libx264", rate=25, options={"bf": "3"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for i in range(24):
+            pixels = np.full((48, 64, 3), 10 * i, np.uint8)
+            pixels[:, 2 * i : 2 * i + 4] = 255
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        writer.mux(stream.encode())
+    assert main([name, "--weights", identity]) == 0
+    after, times, _ = contents(Path(name.replace("v", "v_restored", 1)))
+    assert len(after) == len(stored(Path(name))) == 24
+    assert sorted(set(times)) == times
+    assert times[-1] - times[0] == pytest.approx(23 / 25, abs=2 / 25)
+
+
+def test_a_damaged_packet_costs_its_frames_alone(
+    identity: str, folder: Path, av: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_video(Path("v.mkv"), "libx264", sound="flac")
+    with av.open("v.mkv") as reader:
+        packet = [bytes(packet) for packet in reader.demux(video=0)][3]
+    data = Path("v.mkv").read_bytes()
+    assert data.count(packet) == 1
+    Path("v.mkv").write_bytes(data.replace(packet, b"\xff" * len(packet)))
+    assert main(["v.mkv", "--weights", identity]) == 0
+    assert "v.mkv is damaged: 1 packets and their frames are left out" in capsys.readouterr().err
+    frames, _, sound = contents(Path("v_restored.mkv"))
+    assert 0 < len(frames) < 6
+    with av.open("v.mkv") as reader:
+        assert sound == [bytes(packet) for packet in reader.demux(audio=0) if packet.size]
+
+
 def test_other_format_and_codec(identity: str, folder: Path, av: Any, capsys: pytest.CaptureFixture[str]) -> None:
     make_video(Path("v.mkv"), "libx264", sound="aac")
     assert main(["v.mkv", "a.png", "--weights", identity, "--format", "mp4", "--codec", "libx265"]) == 0
