@@ -12,11 +12,14 @@ OUTPUT = Path(__file__).resolve().parent / "output"
 
 
 def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
-    """Save under a temporary name, then rename: an interrupted write leaves the old file as it was."""
+    """Save under a temporary name, then rename: an interrupted write leaves the old file as it was and nothing else."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    save(partial)
-    os.replace(partial, path)
+    try:
+        save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
