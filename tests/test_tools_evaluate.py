@@ -102,7 +102,8 @@ def test_scores_of_every_exit(channel: str, gt_mean: bool, data: Path, weights: 
     assert main(argv) == 0
     written = json.loads((tmp_path / "new" / "x.json").read_text())
     assert written["complete"] is True
-    assert (written["channel"], written["gt_mean"]) == (channel, gt_mean)
+    assert (written["channel"], written["gt_mean"], written["dtype"]) == (channel, gt_mean, "float32")
+    assert written["tile"] in networks.TILES
     assert list(written["images"]) == ["input/0.png", "input/1.png", "input/2.png"]
     assert list(written["mean"]) == ["degraded", "small", "medium", "large"]
     model = sf.SWFormer.from_pretrained(weights)

@@ -142,7 +142,8 @@ def test_earlier_results_are_no_inputs(identity: str, folder: Path, capsys: pyte
         (["a.png", "--quality", "101"], "--quality must be at most 100"),
         (["a.png", "--tile", "50"], "must be auto, none or a multiple of 16, got 50"),
         (["a.png", "--threads", "0"], "must be at least 1"),
-        (["a.png", "--device", "cuda"], "there is no GPU"),
+        (["a.png", "--device", "cuda"], "there is no --device cuda: "),
+        (["a.png", "--device", "xpu"], "there is no --device xpu: "),
         (["a.png", "--device", "abacus"], "abacus"),
         (["a.png", "--weights", "note.txt"], "note.txt must end in .safetensors"),
         (["a.png", "--weights", "none"], "name_or_path must be a file"),
@@ -151,7 +152,7 @@ def test_earlier_results_are_no_inputs(identity: str, folder: Path, capsys: pyte
 def test_what_is_refused_before_any_work(
     argv: list[str], words: str, identity: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if argv[-1] == "cuda" and torch.cuda.is_available():
+    if argv[-1] in ("cuda", "xpu") and getattr(torch, argv[-1]).is_available():
         pytest.skip("there is one")
     Path("empty").mkdir()
     Path("deep/a.png").write_bytes(Path("a.png").read_bytes())

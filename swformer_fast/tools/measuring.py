@@ -41,10 +41,14 @@ class Results:
         self.args, self.exits = args, exits
         self.images: dict[str, dict[str, Scores]] = {}
         self.failed: dict[str, str] = {}
+        self.computed: dict[str, Any] = {}
+        """What was chosen where the command line says "auto"."""
         self.complete = False
 
     def measure(self, pairs: datasets.Pairs, restore: networks.Restorer, others: dict[str, Measure]) -> None:
         """PSNR and SSIM of the channel that is asked for, and others of RGB."""
+        dtype = next(restore.model.parameters()).dtype
+        self.computed = {"dtype": str(dtype).removeprefix("torch."), "tile": restore.tile}
         for degraded_path, clean_path in tqdm(pairs, unit="pair", disable=None):
             name = str(degraded_path.relative_to(self.args.data))
             try:
@@ -96,6 +100,7 @@ class Results:
             "weights": args.weights or f"tiny-{args.task}",
             "channel": args.channel,
             "gt_mean": args.gt_mean,
+            **self.computed,
             "complete": self.complete,
             "mean": self.means,
             "images": self.images,

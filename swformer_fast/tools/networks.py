@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,11 @@ def load(args: argparse.Namespace, exit: str | None = None, deep: bool = False) 
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"there is no GPU for --device {args.device}")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # as PyTorch was built
+        reason = re.split(r"\.\s|\n", str(error))[0]
+        raise ValueError(f"there is no --device {args.device}: {reason}") from error
     dtype = DTYPES.get(args.dtype) or (torch.float32 if deep else best_dtype(device))  # bf16 has eight bits itself
     name = args.weights or f"tiny-{args.task}"
     model = SWFormer.from_pretrained(name, exit=exit).eval().requires_grad_(False).to(device, dtype)
