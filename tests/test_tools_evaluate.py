@@ -98,7 +98,7 @@ def tensor(path: Path) -> Tensor:
 @pytest.mark.parametrize("gt_mean", [False, True])
 def test_scores_of_every_exit(channel: str, gt_mean: bool, data: Path, weights: str, tmp_path: Path) -> None:
     argv = ["--data", str(data), "--layout", "pairs", "--weights", weights, "--exit", "all", "--channel", channel]
-    argv += ["--json", str(tmp_path / "new" / "x.json"), "--dtype", "fp32", *(["--gt-mean"] if gt_mean else [])]
+    argv += ["--json", str(tmp_path / "new" / "x.json"), *(["--gt-mean"] if gt_mean else [])]
     assert main(argv) == 0
     written = json.loads((tmp_path / "new" / "x.json").read_text())
     assert written["complete"] is True

@@ -23,7 +23,8 @@ from .restore import EXTRA, end_as_interrupt
 
 STATUSES = """\
 exit status:
-  0 all is measured; 1 some pairs could not be, which are listed; 2 nothing was begun; 130 interrupted
+  0 all is measured; 1 some pairs could not be, which are listed, or a file not be written; 2 nothing was begun;
+  130 interrupted
 """
 
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_writable(path)
         pairs = datasets.pairs(args.data, args.layout, args.split)
         last = None if args.exit in (None, "all") else args.exit
-        restorer = networks.load(args, last)
+        restorer = networks.load(args, last, deep=True)  # for figures that every machine gives
         others = {name: measuring.by_pyiqa(name, next(restorer.model.parameters()).device) for name in args.metric}
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is missing: {'pip install pyiqa' if error.name == 'pyiqa' else EXTRA}")

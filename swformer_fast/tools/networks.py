@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", *DTYPES),
-        help="what the network computes in; auto: bf16 where the processor multiplies it, for pictures and videos of "
-        "eight bits, else fp32 (%(default)s)",
+        help="what the network computes in; auto: fp32, but for what swformer-restore makes of eight bits bf16 where "
+        "the processor multiplies it (%(default)s)",
     )
     network.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
     network.add_argument(
@@ -107,7 +107,7 @@ class Restorer:
 
 
 def load(args: argparse.Namespace, exit: str | None = None, deep: bool = False) -> Restorer:
-    """The network of the arguments that `add_arguments` added, up to an exit; `deep`: for more than eight bits.
+    """The network of the arguments that `add_arguments` added, up to an exit; `deep`: for more than bf16's eight bits.
 
     Raises ValueError, OSError or RuntimeError in words, for weights and devices that there are none of.
     """
@@ -119,7 +119,7 @@ def load(args: argparse.Namespace, exit: str | None = None, deep: bool = False) 
     except (AssertionError, RuntimeError) as error:  # as PyTorch was built
         reason = re.split(r"\.\s|\n", str(error))[0]
         raise ValueError(f"there is no --device {args.device}: {reason}") from error
-    dtype = DTYPES.get(args.dtype) or (torch.float32 if deep else best_dtype(device))  # bf16 has eight bits itself
+    dtype = DTYPES.get(args.dtype) or (torch.float32 if deep else best_dtype(device))
     name = args.weights or f"tiny-{args.task}"
     model = SWFormer.from_pretrained(name, exit=exit).eval().requires_grad_(False).to(device, dtype)
     if model.in_channels != 3:
