@@ -5,8 +5,9 @@
   swformer-restore night.mp4 --task low-light --exit small
 
 Pictures of any size, with 8 or 16 bits or floats in [0, 1], keep their bits (in PNG and TIFF), transparency, colour
-profile and EXIF; they are turned upright. Videos keep their times and their sound. No input is ever overwritten, and
-each result is whole or absent; Ctrl-C and SIGTERM keep what is done.
+profile and EXIF; they are turned upright. Videos keep their times and their sound, but no subtitles. What has the name
+of an input's result is no input; no other one is ever overwritten, and each result is whole or absent. Ctrl-C and
+SIGTERM keep what is done.
 """
 
 from __future__ import annotations
