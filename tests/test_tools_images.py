@@ -97,6 +97,19 @@ def test_sixteen_bits_of_grey_that_pillow_reads(tmp_path: Path) -> None:
     assert np.array_equal(imagecodecs.png_decode(through(tmp_path / "a.pgm", ".png").read_bytes()), WORDS[..., 0])
 
 
+@pytest.mark.parametrize("bits", [8, 10, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_jpeg_2000_of_any_depth(channels: int, bits: int, tmp_path: Path) -> None:
+    dtype = np.uint8 if bits == 8 else np.uint16
+    pixels = (WORDS[..., :channels].squeeze() >> (16 - bits)).astype(dtype)
+    pixels[0], pixels[1] = 0, 2**bits - 1
+    stored = imagecodecs.jpeg2k_encode(pixels, level=0, reversible=True, bitspersample=bits, codecformat="jp2")
+    (tmp_path / "a.jp2").write_bytes(stored)
+    picture = pictures.read(tmp_path / "a.jp2")
+    assert picture.dtype == dtype.__name__
+    assert np.array_equal(np.rint(picture.pixels * (2**bits - 1)).squeeze(), pixels)
+
+
 @pytest.mark.parametrize("layout", ["tiled", "planar", "lzw", "big", "motorola", "bigtiff", "white is zero"])
 def test_deep_tiff_of_every_layout(layout: str, tmp_path: Path) -> None:
     path, pixels = tmp_path / "a.tif", WORDS[..., :3]

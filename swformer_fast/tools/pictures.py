@@ -97,6 +97,9 @@ def read(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
         orientation = exif.get(ExifTags.Base.Orientation, 1)  # of a TIFF, Pillow has done it
         if head.startswith(PNG) and head[24] == 16:  # of which Pillow drops eight
             pixels, dtype, profile = _scaled(imagecodecs.png_decode(path.read_bytes())), "uint16", True
+        elif image.format == "JPEG2000" and (bits := _bits_of_jpeg2000(data := path.read_bytes())) > 8:
+            # of which Pillow keeps eight, and makes white black
+            pixels, dtype, profile = _checked(imagecodecs.jpeg2k_decode(data), 2**bits - 1), "uint16", True
         else:
             pixels, dtype, profile = _pixels(image)
         icc = image.info.get("icc_profile") if profile else None
@@ -117,6 +120,12 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ValueError(f"has {width} x {height} pixels, more than --max-pixels {max_pixels}")
+
+
+def _bits_of_jpeg2000(data: bytes) -> int:
+    """Of the first channel, as the codestream's header says."""
+    begin = data.index(b"\xff\x4f\xff\x51")
+    return (data[begin + 42] & 127) + 1
 
 
 def _scaled(pixels: np.ndarray, white: int = 65535) -> np.ndarray:
