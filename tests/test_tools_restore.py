@@ -698,6 +698,16 @@ def test_a_damaged_packet_costs_its_frames_alone(
         assert sound == [bytes(packet) for packet in reader.demux(audio=0) if packet.size]
 
 
+def test_videos_that_are_read_and_not_written(identity: str, folder: Path, av: Any) -> None:
+    make_video(Path("v.M4V"), "libx264", sound="aac")
+    assert main(["v.M4V", "--weights", identity]) == 0
+    assert main(["v.M4V", "--weights", identity, "--format", "mp4", "--codec", "mpeg4"]) == 0
+    assert written(folder) == {"v.M4V", "v_restored.mkv", "v_restored.mp4"}
+    before, after = contents(Path("v.M4V")), contents(Path("v_restored.mkv"))
+    assert [len(part) for part in after] == [len(part) for part in before]
+    assert after[2] == before[2]
+
+
 def test_other_format_and_codec(identity: str, folder: Path, av: Any, capsys: pytest.CaptureFixture[str]) -> None:
     make_video(Path("v.mkv"), "libx264", sound="aac")
     assert main(["v.mkv", "a.png", "--weights", identity, "--format", "mp4", "--codec", "libx265"]) == 0

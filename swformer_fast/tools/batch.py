@@ -50,10 +50,10 @@ def _target(file: Found, args: argparse.Namespace) -> Path:
 
 def _suffix(path: Path, asked: str | None) -> str:
     """That of the result: what is asked for, if it is of this kind, or the input's own where that is written."""
-    kind = VIDEOS if is_video(path) else PICTURES
+    kind, other = (VIDEOS, ".mkv") if is_video(path) else (PICTURES, ".png")
     if asked is not None and f".{asked}" in kind:
         return f".{asked}"
-    return path.suffix if path.suffix.lower() in kind else ".png"
+    return path.suffix if path.suffix.lower() in kind else other
 
 
 def _without_results(jobs: list[Job], args: argparse.Namespace) -> list[Job]:

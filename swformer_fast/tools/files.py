@@ -32,7 +32,9 @@ READ = {*PICTURES, ".apng", ".gif", ".jfif", ".jp2", ".jpe", ".pbm", ".pgm", ".p
 """Suffixes that are looked for in folders. A picture that is named itself may have any that Pillow reads."""
 
 VIDEOS = {".mp4": "libx264", ".mov": "libx264", ".mkv": "libx264", ".avi": "mpeg4", ".webm": "libvpx-vp9"}
-"""Videos that are read and written, and the codec of each."""
+"""Videos that are written, and the codec of each."""
+
+READ_VIDEOS = {*VIDEOS, ".3gp", ".flv", ".m2ts", ".m4v", ".mpeg", ".mpg", ".mts", ".vob", ".wmv"}
 
 
 class Found(NamedTuple):
@@ -42,7 +44,7 @@ class Found(NamedTuple):
 
 
 def is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEOS
+    return path.suffix.lower() in READ_VIDEOS
 
 
 def expand(names: Iterable[str], recursive: bool = False) -> list[Found]:
@@ -70,7 +72,7 @@ def _matches(name: str) -> list[Path]:
 
 def _within(folder: Path, recursive: bool) -> list[Found]:
     files = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    known = {*READ, *VIDEOS}
+    known = {*READ, *READ_VIDEOS}
     return [
         Found(file, file.relative_to(folder).parent)
         for file in files

@@ -51,7 +51,7 @@ def command_line() -> argparse.ArgumentParser:
         "--format",
         choices=sorted(suffix[1:] for suffix in (*PICTURES, *VIDEOS)),
         metavar="FORMAT",
-        help="of pictures or of videos: %(choices)s (the input's; PNG for pictures that are read and not written)",
+        help="of pictures or of videos: %(choices)s (the input's; PNG and MKV for those that are read and not written)",
     )
     results.add_argument(
         "--quality", type=networks.positive, default=95, metavar="N", help="of JPEG, WebP and AVIF (%(default)s)"
