@@ -234,6 +234,16 @@ def test_words_of_other_languages_are_kept(encoding: str, suffix: str, tmp_path:
     assert exif_of(tmp_path / f"b{suffix}")[ARTIST].encode("latin-1") == artist
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 65535, "up"])
+def test_orientations_that_there_are_none_of(orientation: int | str, tmp_path: Path) -> None:
+    number = orientation if isinstance(orientation, int) else 1
+    exif = exif_bytes((int(ORIENTATION), 3, 1, struct.pack("<HH", number, 0)))
+    if orientation == "up":
+        exif = exif_bytes((int(ORIENTATION), 2, 3, b"up\0\0"))
+    Image.fromarray(BYTES[..., :3]).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(pictures.read(tmp_path / "a.png").pixels * 255, BYTES[..., :3])
+
+
 def exif_bytes(*entries: tuple[int, int, int, bytes]) -> bytes:
     """EXIF of entries (tag, type, count, the four bytes of value or offset)."""
     lines = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)

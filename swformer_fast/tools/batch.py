@@ -79,7 +79,7 @@ def _check(jobs: list[Job], args: argparse.Namespace) -> None:
             raise ValueError(f"{target} would replace an input: give --suffix or --out")
         other = sources.setdefault(target.resolve(), source)
         if other != source:
-            raise ValueError(f"{other} and {source} would both become {target}")
+            raise ValueError(f"{other} and {source} would both become {target}: restore one in a run of its own")
     inputs = {source.resolve() for source, _ in jobs}
     for target in sources:
         if target in inputs:

@@ -170,9 +170,9 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return converted or image
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """As EXIF's orientation of 1 to 8 says."""
-    if orientation >= 5:
+def _upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
+    """As EXIF's orientation of 1 to 8 says; any other says nothing."""
+    if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
