@@ -296,6 +296,24 @@ def test_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) ->
     assert networks.free_memory(cpu) == networks.FREE
 
 
+def test_free_memory_is_no_more_than_a_container_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, limit in (("job", 3000), ("job/step", "max")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 1000\nfile 500\n")
+    read = Path.read_text
+    monkeypatch.setattr(networks, "CGROUPS", tmp_path)
+    own = ["1:name=systemd:/\n0::/job/step\n"]
+    monkeypatch.setattr(Path, "read_text", lambda self: own[0] if self.name == "cgroup" else read(self))
+    assert networks.free_memory(torch.device("cpu")) == 2000
+    (tmp_path / "job" / "memory.max").write_text("max\n")
+    assert networks.free_memory(torch.device("cpu")) > 2**20
+    (tmp_path / "memory.max").write_text("4000\n")  # as within a container
+    (tmp_path / "memory.stat").write_text("anon 1000\n")
+    own[0] = "0::/\n"
+    assert networks.free_memory(torch.device("cpu")) == 3000
+
+
 def test_dtype_is_bf16_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(sf.backend, "multiplies_bf16", lambda fast=fast: fast)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ TILES = (4096, 2048, 1024, 512, 256, 128)
 PEAK = {"small": 9, "medium": 9, "large": 13}
 PEAK_REFERENCE = 33
 """The same of plain PyTorch, and assumed of a GPU."""
+CGROUPS = Path("/sys/fs/cgroup")
 FREE = 2**31
 """Bytes that are taken to be free where the system does not say."""
 
@@ -153,9 +155,24 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return _physical_memory() // 2
+        free = _physical_memory() // 2
+    return min([free, *_left_to_groups()])
+
+
+def _left_to_groups() -> list[int]:
+    """Bytes that Linux leaves to each control group (version 2) of this process that has a limit (containers)."""
+    left = []
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        own = CGROUPS / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+        for group in (own, *own.parents):
+            file = group / "memory.max"
+            limit = file.read_text().strip() if file.exists() else "max"
+            if limit != "max":
+                used = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+                left.append(max(0, int(limit) - int(used["anon"])))  # what is cached of files goes when there is need
+    return left
 
 
 def _physical_memory() -> int:
