@@ -285,9 +285,12 @@ def push(model: SWFormer, repo_id: str, private: bool | None, token: Any, option
     """Save and upload; returns what upload_folder does."""
     hub = _package("huggingface_hub")
     repo_id = hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    with TemporaryDirectory() as folder:
-        save(model, Path(folder) / repo_id, None, {})
-        return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / repo_id, token=token, **options)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repo_id
+        save(model, folder, None, {})
+        if hub.file_exists(repo_id, CARD_FILE, revision=options.get("revision"), token=token):
+            (folder / CARD_FILE).unlink()
+        return hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
 
 
 # within ---------------------------------------------------------------------------------------------------------------

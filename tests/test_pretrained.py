@@ -348,11 +348,13 @@ def test_a_package_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch
         sf.SWFormer.from_pretrained(folder)
 
 
-def test_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("described", [False, True])
+def test_upload(described: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = network(), {}
 
     def upload(*, repo_id: str, folder_path: Path, token: str, **options: Any) -> str:
-        seen.update(options, repo_id=repo_id, token=token, card=(folder_path / "README.md").read_text())
+        seen.update(options, repo_id=repo_id, token=token)
+        seen["card"] = (folder_path / "README.md").read_text() if (folder_path / "README.md").exists() else None
         seen["output"] = restored(sf.SWFormer.from_pretrained(folder_path))
         return "commit"
 
@@ -360,9 +362,15 @@ def test_upload(monkeypatch: pytest.MonkeyPatch) -> None:
         hub, "create_repo", lambda repo, **options: seen.update(options) or Namespace(repo_id=f"user/{repo}")
     )
     monkeypatch.setattr(hub, "upload_folder", upload)
+    monkeypatch.setattr(
+        hub,
+        "file_exists",
+        lambda *asked, **options: described and (asked, options["token"]) == (("user/model", "README.md"), "secret"),
+    )
     assert model.push_to_hub("model", private=True, token="secret", commit_message="first") == "commit"
     assert torch.equal(seen.pop("output"), restored(model))
-    assert 'from_pretrained("user/model")' in seen.pop("card")
+    card = seen.pop("card")
+    assert card is None if described else 'from_pretrained("user/model")' in card
     assert seen == {
         "repo_id": "user/model",
         "token": "secret",
