@@ -131,6 +131,7 @@ class SWFormer(reference.SWFormer):
     ) -> Any:
         """Upload what `save_pretrained` writes to the Hugging Face Hub's repository "user/name", made where missing.
 
+        A card that is there stays.
         `options` are those of huggingface_hub.upload_folder (`commit_message`, `revision`, `create_pr`), whose result,
         the commit, is returned.
         """

@@ -4,6 +4,7 @@ A file is safetensors whose metadata hold the constructor's options as JSON ("co
 the weights. Importing this loads neither safetensors nor huggingface_hub.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ FOLDER = Path(__file__).parent / "weights"
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 NESTS = ("params_ema", "ema", "params", "state_dict", "model", "model_state_dict")
-"""Names under which trainers keep a state_dict in a checkpoint, the one to take first."""
+"""Names under which trainers keep a state_dict in a checkpoint, the one to take first; any other comes after them."""
 FIRST = "embeddings.0.weight"
 """A parameter that every SWFormer has; what stands before it is a wrapper's name."""
 CARD = """\
@@ -76,8 +77,9 @@ def names() -> list[str]:
 def load_weights(path: str | os.PathLike[str]) -> Weights:
     """Read a .safetensors file, or a .pth, .pt or .ckpt file that holds a state_dict as trainers write it.
 
-    A state_dict is found under one of `NESTS` and behind any prefix ("module.", "_orig_mod.", "model."). Pickled files
-    are read with weights_only=True: nothing in them runs. A file that does not tell the options has them inferred.
+    A state_dict is found under any name, of `NESTS` first, and behind any prefix ("module.", "_orig_mod.", "model.").
+    Pickled files are read with weights_only=True: nothing in them runs. A file that does not tell the options has them
+    inferred.
 
     Raises:
         ValueError: path has another suffix, or the file is damaged, not safe to load, or no SWFormer's.
@@ -117,10 +119,13 @@ def save_weights(
         metadata: what else to say ("task", "psnr"); no strings are written as JSON.
 
     Raises:
-        TypeError, ValueError: model is no SWFormer; a number is too large for dtype; path has another suffix.
+        TypeError, ValueError: model is no SWFormer; dtype is no floating one; a number is too large for it; path has
+            another suffix.
     """
     if not isinstance(model, SWFormer):
         raise TypeError(f"model must be an SWFormer, got {type(model).__name__}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
@@ -147,9 +152,10 @@ def unwrapped(content: Any) -> dict[str, Tensor]:
         if prefix != name and isinstance(content[name], Tensor):
             state = {n[len(prefix) :].replace("_orig_mod.", ""): content[n] for n in names if n.startswith(prefix)}
             return {n: tensor for n, tensor in state.items() if isinstance(tensor, Tensor)}
-    for nest in NESTS:
-        if nest in names and isinstance(content[nest], Mapping):
-            return unwrapped(content[nest])
+    for nest in sorted(names, key=lambda name: NESTS.index(name) if name in NESTS else len(NESTS)):
+        if isinstance(content[nest], Mapping):
+            with contextlib.suppress(ValueError):
+                return unwrapped(content[nest])
     raise ValueError(f"there is no {FIRST!r}")
 
 
@@ -224,7 +230,7 @@ def find(name_or_path: str | os.PathLike[str], **hub_options: Any) -> tuple[Path
     if not config.exists():
         return weights, None
     try:
-        return weights, _options(config.read_text())
+        return weights, _options(config.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{config} holds no options of an SWFormer: {error}") from None
 
@@ -272,16 +278,19 @@ def save(model: SWFormer, folder: str | os.PathLike[str], dtype: torch.dtype | N
         partial.write_text(json.dumps(model.options, indent=2) + "\n")
     if not (folder / CARD_FILE).exists():
         with replacing(folder / CARD_FILE) as partial:
-            partial.write_text(_card(model, folder, metadata))
+            partial.write_text(_card(model, folder, metadata), "utf-8")
 
 
 def push(model: SWFormer, repo_id: str, private: bool | None, token: Any, options: dict[str, Any]) -> Any:
     """Save and upload; returns what upload_folder does."""
     hub = _package("huggingface_hub")
     repo_id = hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    with TemporaryDirectory() as folder:
-        save(model, Path(folder) / repo_id, None, {})
-        return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / repo_id, token=token, **options)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repo_id
+        save(model, folder, None, {})
+        if hub.file_exists(repo_id, CARD_FILE, revision=options.get("revision"), token=token):
+            (folder / CARD_FILE).unlink()
+        return hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
 
 
 # within ---------------------------------------------------------------------------------------------------------------

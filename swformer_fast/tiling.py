@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from .functional import check_floating
 from .reference import EXITS
 from .reference.common import check_choice, check_flag, check_integer, check_positive
-
-MULTIPLE = 16
+from .reference.network import MULTIPLE
 
 
 def restore_tiled(

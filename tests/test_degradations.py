@@ -73,6 +73,21 @@ def test_any_size_stays_in_range(task: str, size: tuple[int, int], dtype: torch.
         assert degraded.max() <= 1  # False for NaN
 
 
+def test_photographs_of_many_pixels(photograph: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.quantile takes no more than 2**24 numbers; of more a part stands for all."""
+    whole = degrade(photograph, "defocus_blur", 1)
+    quantile = torch.quantile
+
+    def limited(numbers: Tensor, *others: Tensor) -> Tensor:
+        assert numbers.numel() <= 10_000
+        return quantile(numbers, *others)
+
+    monkeypatch.setattr(torch, "quantile", limited)
+    monkeypatch.setattr(degradations, "LARGEST_QUANTILE", 10_000)
+    assert psnr(degrade(photograph, "defocus_blur", 1), whole) > 40
+    assert degradations.LARGEST_QUANTILE < 2**24
+
+
 @pytest.mark.parametrize("task", DEGRADATIONS)
 def test_does_harm_but_no_more_than_a_network_can_undo(task: str, photograph: Tensor) -> None:
     ratios = [psnr(degrade(photograph, task, seed), photograph) for seed in range(8)]

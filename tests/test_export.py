@@ -150,6 +150,38 @@ def test_exporting_a_file(weights: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("script", "step", "form"), [("export_package", "compile_package", "pt2"), ("export_onnx", "export", "onnx")]
+)
+def test_what_errs_is_not_kept(
+    script: str,
+    step: str,
+    form: str,
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if script == "export_onnx":
+        pytest.importorskip("onnxscript")
+    module, out = __import__(script), tmp_path / f"new.{form}"
+    out.write_text("old")
+
+    def wrong(content: object, path: Path) -> Any:
+        path.write_text("new")
+        return lambda image: 1.01 * image
+
+    monkeypatch.setattr(module, step, wrong)
+    if script == "export_onnx":
+        monkeypatch.setattr(module, "runtimes", lambda path: [("runtime", lambda image: 1.01 * image)])
+    else:
+        monkeypatch.setattr(module, "export", lambda model: None)
+    assert module.main(["--weights", weights, "--out", str(out)]) == 1
+    assert "not kept: the error is above 1e-05" in capsys.readouterr().out
+    assert out.read_text() == "old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", out.name]
+
+
 @pytest.mark.parametrize("script", ["export_package", "export_onnx"])
 @pytest.mark.parametrize(
     ("options", "words"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import swformer_fast as sf
 from swformer_fast import pretrained
 
+ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, Any] = {"widths": (4, 8, 8), "depths": (1, 2, 1, 1, 1)}
 ORDER = ("wavelet", "spatial", "fourier")
 IMAGE = torch.rand(1, 3, 21, 34, generator=torch.Generator().manual_seed(0))
@@ -148,6 +150,7 @@ def test_every_file_of_the_package(name: str) -> None:
         lambda state: {"n_averaged": torch.tensor(3), **{f"module._orig_mod.{n}": t for n, t in state.items()}},
         lambda state: {n.replace("stages.0.0.", "stages.0.0._orig_mod."): t for n, t in state.items()},
         lambda state: {"ema": {"params": state}},
+        lambda state: {"ema": {"decay": 0.99}, "params_ema": {}, "step": 3, "net_g": state, "optimizer": {"state": {}}},
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt"])
@@ -207,6 +210,9 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         pretrained.save_weights(nn.DataParallel(network()), path)
     with pytest.raises(ValueError, match=r"path must end in \.safetensors, got .*model\.pth"):
         pretrained.save_weights(network(), path.with_suffix(".pth"))
+    for dtype in ("fp16", torch.int8):
+        with pytest.raises(TypeError, match=r"dtype must be a floating torch\.dtype or None, got "):
+            pretrained.save_weights(network(), path, dtype)
     model = network()
     model.heads[0].weight.data[0] = -1e5
     with pytest.raises(ValueError, match=r"the numbers of 'heads\.0\.weight', got torch\.float16: they reach 100000"):
@@ -342,11 +348,13 @@ def test_a_package_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch
         sf.SWFormer.from_pretrained(folder)
 
 
-def test_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("described", [False, True])
+def test_upload(described: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = network(), {}
 
     def upload(*, repo_id: str, folder_path: Path, token: str, **options: Any) -> str:
-        seen.update(options, repo_id=repo_id, token=token, card=(folder_path / "README.md").read_text())
+        seen.update(options, repo_id=repo_id, token=token)
+        seen["card"] = (folder_path / "README.md").read_text() if (folder_path / "README.md").exists() else None
         seen["output"] = restored(sf.SWFormer.from_pretrained(folder_path))
         return "commit"
 
@@ -354,9 +362,15 @@ def test_upload(monkeypatch: pytest.MonkeyPatch) -> None:
         hub, "create_repo", lambda repo, **options: seen.update(options) or Namespace(repo_id=f"user/{repo}")
     )
     monkeypatch.setattr(hub, "upload_folder", upload)
+    monkeypatch.setattr(
+        hub,
+        "file_exists",
+        lambda *asked, **options: described and (asked, options["token"]) == (("user/model", "README.md"), "secret"),
+    )
     assert model.push_to_hub("model", private=True, token="secret", commit_message="first") == "commit"
     assert torch.equal(seen.pop("output"), restored(model))
-    assert 'from_pretrained("user/model")' in seen.pop("card")
+    card = seen.pop("card")
+    assert card is None if described else 'from_pretrained("user/model")' in card
     assert seen == {
         "repo_id": "user/model",
         "token": "secret",
@@ -379,6 +393,17 @@ def test_the_card(tmp_path: Path) -> None:
     path.write_text("my own")
     model.save_pretrained(path.parent)
     assert path.read_text() == "my own"
+
+
+def test_words_of_other_languages(tmp_path: Path) -> None:
+    """Wherever the system's encoding is another one, as on Windows."""
+    code = "import sys, swformer_fast as sf\n"
+    code += "sf.SWFormer.from_preset('tiny').save_pretrained(sys.argv[1], author='\\u0141ukasz')"
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
+    run = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(run, check=True, env={**environment, "PYTHONPATH": path})
+    assert "| author | Łukasz |" in (tmp_path / "README.md").read_text("utf-8")
 
 
 class Ours(sf.SWFormer, hub.PyTorchModelHubMixin):

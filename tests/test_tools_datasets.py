@@ -59,6 +59,7 @@ def test_rain200(files: list[str], expected: tuple[str, str] | None, tmp_path: P
 def test_rain200_in_the_order_of_numbers(tmp_path: Path) -> None:
     for n in (10, 2, 1):
         make(tmp_path, f"test/rain/X2/norain-{n}x2.png", f"test/norain/norain-{n}.png", f"train/norain-{n}.png")
+    make(tmp_path, "test/.thumbnails/norain-3x2.png")
     assert [clean for _, clean in found(tmp_path, "rain200")] == [f"test/norain/norain-{n}.png" for n in (1, 2, 10)]
 
 

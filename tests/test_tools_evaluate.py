@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -97,11 +98,12 @@ def tensor(path: Path) -> Tensor:
 @pytest.mark.parametrize("gt_mean", [False, True])
 def test_scores_of_every_exit(channel: str, gt_mean: bool, data: Path, weights: str, tmp_path: Path) -> None:
     argv = ["--data", str(data), "--layout", "pairs", "--weights", weights, "--exit", "all", "--channel", channel]
-    argv += ["--json", str(tmp_path / "new" / "x.json"), "--dtype", "fp32", *(["--gt-mean"] if gt_mean else [])]
+    argv += ["--json", str(tmp_path / "new" / "x.json"), *(["--gt-mean"] if gt_mean else [])]
     assert main(argv) == 0
     written = json.loads((tmp_path / "new" / "x.json").read_text())
     assert written["complete"] is True
-    assert (written["channel"], written["gt_mean"]) == (channel, gt_mean)
+    assert (written["channel"], written["gt_mean"], written["dtype"]) == (channel, gt_mean, "float32")
+    assert written["tile"] in networks.TILES
     assert list(written["images"]) == ["input/0.png", "input/1.png", "input/2.png"]
     assert list(written["mean"]) == ["degraded", "small", "medium", "large"]
     model = sf.SWFormer.from_pretrained(weights)
@@ -173,6 +175,31 @@ def test_interrupt_keeps_what_is_measured(
     assert written["complete"] is False
     assert list(written["images"]) == ["input/0.png", "input/1.png"]
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["x.json"]
+
+
+def test_names_that_no_encoding_has(data: Path, weights: str, tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xe6\x97\xa5 \xff.png")
+    for folder in ("input", "target"):
+        (data / folder / "0.png").rename(data / folder / name)
+    argv = ["--data", str(data), "--layout", "pairs", "--weights", weights, "--exit", "small"]
+    assert main([*argv, "--json", str(tmp_path / "x.json"), "--markdown", str(tmp_path / "x.md")]) == 0
+    assert f"input/{name}" in json.loads((tmp_path / "x.json").read_text())["images"]
+    assert "| input/日 \\udcff.png |" in (tmp_path / "x.md").read_text("utf-8")
+
+
+def test_a_full_disk_loses_no_means(
+    data: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    argv = ["--data", str(data), "--layout", "pairs", "--weights", weights, "--exit", "small"]
+    assert main([*argv, "--json", str(tmp_path / "x.json")]) == 1
+    printed = capsys.readouterr()
+    assert "| mean of 3 | PSNR | SSIM |" in printed.out
+    assert printed.err.endswith("not written: [Errno 28] No space left on device\n")
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_metrics_of_pyiqa(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_sixteen_bits_stay_as_they_are(channels: int, suffix: str, tmp_path: Pat
 def test_sixteen_bits_of_grey_that_pillow_reads(tmp_path: Path) -> None:
     Image.fromarray(WORDS[..., 0]).save(tmp_path / "a.pgm")
     assert np.array_equal(imagecodecs.png_decode(through(tmp_path / "a.pgm", ".png").read_bytes()), WORDS[..., 0])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_jpeg_2000_of_any_depth(channels: int, bits: int, tmp_path: Path) -> None:
+    dtype = np.uint8 if bits == 8 else np.uint16
+    pixels = (WORDS[..., :channels].squeeze() >> (16 - bits)).astype(dtype)
+    pixels[0], pixels[1] = 0, 2**bits - 1
+    stored = imagecodecs.jpeg2k_encode(pixels, level=0, reversible=True, bitspersample=bits, codecformat="jp2")
+    (tmp_path / "a.jp2").write_bytes(stored)
+    picture = pictures.read(tmp_path / "a.jp2")
+    assert picture.dtype == dtype.__name__
+    assert np.array_equal(np.rint(picture.pixels * (2**bits - 1)).squeeze(), pixels)
 
 
 @pytest.mark.parametrize("layout", ["tiled", "planar", "lzw", "big", "motorola", "bigtiff", "white is zero"])
@@ -203,6 +217,51 @@ def test_every_orientation_is_as_pillow_turns_it(orientation: int, tmp_path: Pat
     )
     deep = pictures._upright(WORDS[..., :3], orientation)
     assert np.array_equal(np.rint(pictures.read(tmp_path / "a.tif").pixels * 65535), deep)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".avif", "16.png"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_words_of_other_languages_are_kept(encoding: str, suffix: str, tmp_path: Path) -> None:
+    exif, artist, owner = Image.Exif(), "Jörg Müller ©".encode(encoding), "Zoë".encode(encoding)
+    exif[ARTIST] = artist
+    exif[ExifTags.IFD.Exif] = {int(ExifTags.Base.CameraOwnerName): owner}
+    Image.fromarray(BYTES[..., :3]).save(tmp_path / "a.jpg", exif=exif)
+    picture = pictures.read(tmp_path / "a.jpg")
+    pictures.write(replace(picture, dtype="uint16" if "16" in suffix else "uint8"), tmp_path / f"b{suffix}")
+    stored = (tmp_path / f"b{suffix}").read_bytes()
+    assert artist in stored
+    assert owner in stored
+    assert exif_of(tmp_path / f"b{suffix}")[ARTIST].encode("latin-1") == artist
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535, "up"])
+def test_orientations_that_there_are_none_of(orientation: int | str, tmp_path: Path) -> None:
+    number = orientation if isinstance(orientation, int) else 1
+    exif = exif_bytes((int(ORIENTATION), 3, 1, struct.pack("<HH", number, 0)))
+    if orientation == "up":
+        exif = exif_bytes((int(ORIENTATION), 2, 3, b"up\0\0"))
+    Image.fromarray(BYTES[..., :3]).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(pictures.read(tmp_path / "a.png").pixels * 255, BYTES[..., :3])
+
+
+def exif_bytes(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of entries (tag, type, count, the four bytes of value or offset)."""
+    lines = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + lines + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_tags_of_a_wrong_type_are_left_out(suffix: str, tmp_path: Path) -> None:
+    """Fractions that are written as text."""
+    make, text, gps = (int(ExifTags.Base.Make), 2, 4, b"Own\0"), (2, 4, b"abc\0"), int(ExifTags.IFD.GPSInfo)
+    resolution = (int(ExifTags.Base.XResolution), *text)
+    first = exif_bytes(make, resolution, (gps, 4, 1, struct.pack("<I", 8 + 2 + 3 * 12 + 4)))
+    altitude = struct.pack("<HHHI", 1, int(ExifTags.GPS.GPSAltitude), *text[:2]) + text[2] + bytes(4)
+    Image.fromarray(BYTES[..., :3]).save(tmp_path / "a.jpg", exif=first + altitude)
+    kept = exif_of(through(tmp_path / "a.jpg", suffix))
+    assert kept[ExifTags.Base.Make] == "Own"
+    assert kept.get(resolution[0]) != "abc"
+    assert ExifTags.GPS.GPSAltitude not in kept.get_ifd(gps)
 
 
 def test_tags_of_a_tiff_stay_out_of_other_formats(tmp_path: Path) -> None:

@@ -142,7 +142,8 @@ def test_earlier_results_are_no_inputs(identity: str, folder: Path, capsys: pyte
         (["a.png", "--quality", "101"], "--quality must be at most 100"),
         (["a.png", "--tile", "50"], "must be auto, none or a multiple of 16, got 50"),
         (["a.png", "--threads", "0"], "must be at least 1"),
-        (["a.png", "--device", "cuda"], "there is no GPU"),
+        (["a.png", "--device", "cuda"], "there is no --device cuda: "),
+        (["a.png", "--device", "xpu"], "there is no --device xpu: "),
         (["a.png", "--device", "abacus"], "abacus"),
         (["a.png", "--weights", "note.txt"], "note.txt must end in .safetensors"),
         (["a.png", "--weights", "none"], "name_or_path must be a file"),
@@ -151,7 +152,7 @@ def test_earlier_results_are_no_inputs(identity: str, folder: Path, capsys: pyte
 def test_what_is_refused_before_any_work(
     argv: list[str], words: str, identity: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if argv[-1] == "cuda" and torch.cuda.is_available():
+    if argv[-1] in ("cuda", "xpu") and getattr(torch, argv[-1]).is_available():
         pytest.skip("there is one")
     Path("empty").mkdir()
     Path("deep/a.png").write_bytes(Path("a.png").read_bytes())
@@ -160,6 +161,37 @@ def test_what_is_refused_before_any_work(
     weights = [] if "--weights" in argv else ["--weights", identity]
     assert re.search(words, refused(capsys, *argv, *weights).replace("\n", " "))
     assert written(folder) == before
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "."]])
+def test_a_picture_of_another_format_is_not_replaced(
+    out: list[str], identity: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(PIXELS[::-1]).save("a.jpg")
+    Path("b.png").unlink()
+    before = Path("a.png").read_bytes()
+    argv = [".", "--suffix", "", "--format", "png", "--weights", identity, *out]
+    for overwrite in ([], ["--overwrite"]):
+        assert "would replace an input: give --suffix or --out" in refused(capsys, *argv, *overwrite)
+    assert Path("a.png").read_bytes() == before
+    Path("a.png").unlink()
+    for _ in range(2):  # what an interrupted run left is gone on with
+        assert main([*argv, "--skip-existing"]) == 0
+    assert written(folder) == {"a.jpg"}
+
+
+def test_hidden_files_and_folders_are_left_out(identity: str, folder: Path) -> None:
+    for name in (".hidden/d.png", "deep/.thumbnails/e.png", "deep/.f.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(Path("a.png").read_bytes())
+    assert main([".", "--recursive", "--out", "new", "--weights", identity]) == 0
+    assert {str(file.relative_to("new")) for file in Path("new").rglob("*.png")} == {
+        "a_restored.png",
+        "b_restored.png",
+        "deep/c_restored.png",
+    }
+    assert main([".hidden", "--weights", identity]) == 0  # but for one that is named
+    assert Path(".hidden/d_restored.png").exists()
 
 
 def test_either_task_or_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,10 +296,47 @@ def test_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) ->
     assert networks.free_memory(cpu) == networks.FREE
 
 
+def test_free_memory_is_no_more_than_a_container_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, limit in (("job", 3000), ("job/step", "max")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 1000\nfile 500\n")
+    read = Path.read_text
+    monkeypatch.setattr(networks, "CGROUPS", tmp_path)
+    own = ["1:name=systemd:/\n0::/job/step\n"]
+    monkeypatch.setattr(Path, "read_text", lambda self: own[0] if self.name == "cgroup" else read(self))
+    assert networks.free_memory(torch.device("cpu")) == 2000
+    (tmp_path / "job" / "memory.max").write_text("max\n")
+    assert networks.free_memory(torch.device("cpu")) > 2**20
+    (tmp_path / "memory.max").write_text("4000\n")  # as within a container
+    (tmp_path / "memory.stat").write_text("anon 1000\n")
+    own[0] = "0::/\n"
+    assert networks.free_memory(torch.device("cpu")) == 3000
+
+
 def test_dtype_is_bf16_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(sf.backend, "multiplies_bf16", lambda fast=fast: fast)
         assert networks.best_dtype(torch.device("cpu")) == dtype
+
+
+@pytest.mark.parametrize("name", ["a.png", "deep.png", "deep.tif"])
+def test_more_than_eight_bits_are_computed_in_fp32(
+    name: str, random: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import imagecodecs
+    import tifffile
+
+    words = np.random.default_rng(1).integers(0, 65536, (20, 30, 3), np.uint16)
+    Path("deep.png").write_bytes(imagecodecs.png_encode(words))
+    tifffile.imwrite("deep.tif", (words / 65535).astype(np.float32), photometric="rgb")
+    monkeypatch.setattr(sf.backend, "multiplies_bf16", lambda: True)
+    assert main([name, "--weights", random, "--out", "auto.tif"]) == 0
+    for dtype in ("bf16", "fp32"):
+        assert main([name, "--weights", random, "--out", f"{dtype}.tif", "--dtype", dtype]) == 0
+    auto, bf16, fp32 = (pictures.read(Path(f"{dtype}.tif")).pixels for dtype in ("auto", "bf16", "fp32"))
+    assert not np.array_equal(bf16, fp32)
+    assert np.array_equal(auto, bf16 if name == "a.png" else fp32)
 
 
 def test_weights_for_other_channels(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,7 +347,16 @@ def test_weights_for_other_channels(folder: Path, capsys: pytest.CaptureFixture[
 # failures
 
 
-def test_a_bad_file_stops_nothing(identity: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_file_stops_nothing(
+    identity: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    computed: list[Tensor] = []
+
+    def restorer(self: networks.Restorer, image: Tensor) -> Tensor:
+        computed.append(image)
+        return image
+
+    monkeypatch.setattr(networks.Restorer, "__call__", restorer)
     Path("aa.png").write_bytes(Path("a.png").read_bytes()[:200])
     Path("ab.jpg").write_text("no picture")
     Image.fromarray(np.zeros((50, 50), np.uint8)).save("ac.png")
@@ -293,6 +371,7 @@ def test_a_bad_file_stops_nothing(identity: str, folder: Path, capsys: pytest.Ca
     assert "cannot identify" in reasons["ab.jpg"]
     assert reasons["ac.png"] == "has 50 x 50 pixels, more than --max-pixels 2000"
     assert reasons["ad.mp4"].startswith("cannot be restored: ")
+    assert len(computed) == 2  # what cannot be written is not computed
     assert reasons["ae.png"] == "has transparency, which JPEG cannot hold: try --format png"
     assert {file.name for file in Path("out").iterdir()} == {"a_restored.jpg", "b_restored.jpg"}
 
@@ -343,18 +422,20 @@ def test_interrupt_keeps_what_is_done(
 
 
 SLOW = """
-import signal, sys, time
-from swformer_fast.tools import networks, restore
-def slow(self, image, exit=None):
+import sys, time
+from swformer_fast.tools import pictures, restore
+def slow(picture, path, quality):
+    path.write_bytes(b"half")
     print("begun", flush=True)
-    time.sleep(0 if "once" in vars(slow) else 60)
-networks.Restorer.__call__ = slow
+    time.sleep(60)
+pictures.write = slow
 sys.exit(restore.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="no SIGINT for a process")
-def test_ctrl_c_from_a_terminal(identity: str, folder: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="no signals for a process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_from_a_terminal_and_the_end_of_a_job(number: signal.Signals, identity: str, folder: Path) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, ".", "--weights", identity],
@@ -365,7 +446,7 @@ def test_ctrl_c_from_a_terminal(identity: str, folder: Path) -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
@@ -531,6 +612,118 @@ def test_videos_of_telephones_are_turned_upright(identity: str, folder: Path, av
     (before, *_), (after, *_) = contents(Path("v.mp4")), contents(Path("v_restored.mp4"))
     assert after[0].shape == (64, 48, 3)
     assert abs(np.rot90(before[3], -1).astype(int) - after[3]).mean() < 3  # a quarter clockwise
+
+
+def test_a_cover_is_not_the_video(identity: str, folder: Path, av: Any) -> None:
+    make_video(Path("plain.mkv"), "libx264", sound="aac")
+    with av.open("plain.mkv") as reader, av.open("v.mkv", "w") as writer:
+        cover = writer.add_stream("mjpeg")
+        cover.height, cover.width, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        copies = [writer.add_stream_from_template(stream) for stream in reader.streams]
+        frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 99, np.uint8), format="rgb24")
+        frame.pts = 0
+        for packet in cover.encode(frame.reformat(format="yuvj420p")):
+            writer.mux(packet)
+        for packet in reader.demux():
+            if packet.size:
+                packet.stream = copies[packet.stream.index]
+                writer.mux(packet)
+    with av.open("v.mkv") as reader:
+        assert reader.streams[0].width == 32
+    assert main(["v.mkv", "--weights", identity]) == 0
+    (before, *_), (after, *_) = contents(Path("plain.mkv")), contents(Path("v_restored.mkv"))
+    assert len(before) == len(after)
+    assert abs(before[3].astype(int) - after[3]).mean() < 3
+
+
+def test_what_is_said_of_each_sound_is_kept(identity: str, folder: Path, av: Any) -> None:
+    make_video(Path("plain.mkv"), "libx264", sound="aac")
+    with av.open("plain.mkv") as reader, av.open("v.mkv", "w") as writer:
+        picture, sound = reader.streams
+        copies = [writer.add_stream_from_template(stream) for stream in (picture, sound, sound)]
+        for copy, language in zip(copies[1:], ("ger", "fre"), strict=True):
+            copy.metadata["language"] = language
+        copies[2].disposition = av.stream.Disposition.default
+        for packet in reader.demux(picture):
+            if packet.size:
+                packet.stream = copies[0]
+                writer.mux(packet)
+        for copy in copies[1:]:
+            reader.seek(0)
+            for packet in reader.demux(sound):
+                if packet.size:
+                    packet.stream = copy
+                    writer.mux(packet)
+    assert main(["v.mkv", "--weights", identity]) == 0
+    for name in ("v.mkv", "v_restored.mkv"):
+        with av.open(name) as reader:
+            said = [(s.metadata["language"], bool(s.disposition.value)) for s in reader.streams.audio]
+            assert said == [("ger", False), ("fre", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "kind"),
+    [
+        ("v.mkv", "libx264rgb", "rgb24"),
+        ("v.mov", "png", "rgb24"),
+        ("v.mkv", "ffv1", "gray"),
+        ("v.avi", "mjpeg", "yuvj420p"),
+    ],
+)
+def test_colours_that_the_result_stores_in_another_way(
+    name: str, codec: str, kind: str, identity: str, folder: Path, av: Any
+) -> None:
+    """RGB, grey, and full range in a file that cannot say so."""
+    make_video(Path(name), codec, kind=kind)
+    assert main([name, "--weights", identity, "--dtype", "fp32"]) == 0
+    (before, *_), (after, *_) = contents(Path(name)), contents(Path(f"v_restored{name[1:]}"))
+    assert abs(before[3].astype(int) - after[3]).mean() < 3
+
+
+@pytest.mark.parametrize(("name", "form"), [("v.avi", "avi"), ("v.mkv", "h264")])
+def test_frames_without_times_of_their_own(name: str, form: str, identity: str, folder: Path, av: Any) -> None:
+    """AVI keeps no times of H.264's frames, which come in disorder, a bare stream none at all."""
+    with av.open(name, "w", format=form) as writer:
+        stream = writer.add_stream("libx264", rate=25, options={"bf": "3"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for i in range(24):
+            pixels = np.full((48, 64, 3), 10 * i, np.uint8)
+            pixels[:, 2 * i : 2 * i + 4] = 255
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        writer.mux(stream.encode())
+    assert main([name, "--weights", identity]) == 0
+    after, times, _ = contents(Path(name.replace("v", "v_restored", 1)))
+    assert len(after) == len(stored(Path(name))) == 24
+    assert sorted(set(times)) == times
+    assert times[-1] - times[0] == pytest.approx(23 / 25, abs=2 / 25)
+
+
+def test_a_damaged_packet_costs_its_frames_alone(
+    identity: str, folder: Path, av: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_video(Path("v.mkv"), "libx264", sound="flac")
+    with av.open("v.mkv") as reader:
+        packet = [bytes(packet) for packet in reader.demux(video=0)][3]
+    data = Path("v.mkv").read_bytes()
+    assert data.count(packet) == 1
+    Path("v.mkv").write_bytes(data.replace(packet, b"\xff" * len(packet)))
+    assert main(["v.mkv", "--weights", identity]) == 0
+    assert "v.mkv is damaged: 1 packets and their frames are left out" in capsys.readouterr().err
+    frames, _, sound = contents(Path("v_restored.mkv"))
+    assert 0 < len(frames) < 6
+    with av.open("v.mkv") as reader:
+        assert sound == [bytes(packet) for packet in reader.demux(audio=0) if packet.size]
+
+
+def test_videos_that_are_read_and_not_written(identity: str, folder: Path, av: Any) -> None:
+    make_video(Path("v.M4V"), "libx264", sound="aac")
+    assert main(["v.M4V", "--weights", identity]) == 0
+    assert main(["v.M4V", "--weights", identity, "--format", "mp4", "--codec", "mpeg4"]) == 0
+    assert written(folder) == {"v.M4V", "v_restored.mkv", "v_restored.mp4"}
+    before, after = contents(Path("v.M4V")), contents(Path("v_restored.mkv"))
+    assert [len(part) for part in after] == [len(part) for part in before]
+    assert after[2] == before[2]
 
 
 def test_other_format_and_codec(identity: str, folder: Path, av: Any, capsys: pytest.CaptureFixture[str]) -> None:

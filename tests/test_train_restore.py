@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import signal
 import subprocess
@@ -172,15 +173,18 @@ def assert_equal_states(left: Path, right: Path) -> None:
 LOSS = train_restore.loss_fn
 
 
+SIGNALS = itertools.cycle((signal.SIGINT, signal.SIGTERM))
+
+
 def interrupted_loss(*args: Any) -> Tensor:
-    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(next(SIGNALS))
     return LOSS(*args)
 
 
 def test_interrupted_training_resumes_bit_for_bit(
     small: dict[str, Tensor], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """By Ctrl-C in every step, and by an end without warning in the third, after the save of the second."""
+    """By Ctrl-C and SIGTERM in every step, and by an end without warning in the third, after the save of the second."""
     assert run("whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(train_restore, "loss_fn", interrupted_loss)

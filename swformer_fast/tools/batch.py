@@ -38,7 +38,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     else:
         if args.out is not None and args.out.suffix and len(found) == 1 and not args.out.is_dir():
             raise ValueError(f"--out {args.out} must end in {', '.join((*PICTURES, *VIDEOS))}, or be a folder")
-        jobs = _without_results([Job(file.path, _target(file, args)) for file in found])
+        jobs = _without_results([Job(file.path, _target(file, args)) for file in found], args)
     _check(jobs, args)
     return [job for job in jobs if not (args.skip_existing and job.target.exists())]
 
@@ -50,16 +50,22 @@ def _target(file: Found, args: argparse.Namespace) -> Path:
 
 def _suffix(path: Path, asked: str | None) -> str:
     """That of the result: what is asked for, if it is of this kind, or the input's own where that is written."""
-    kind = VIDEOS if is_video(path) else PICTURES
+    kind, other = (VIDEOS, ".mkv") if is_video(path) else (PICTURES, ".png")
     if asked is not None and f".{asked}" in kind:
         return f".{asked}"
-    return path.suffix if path.suffix.lower() in kind else ".png"
+    return path.suffix if path.suffix.lower() in kind else other
 
 
-def _without_results(jobs: list[Job]) -> list[Job]:
+def _without_results(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
     """An earlier run's results are no inputs, where they lie among them."""
-    results = {job.target.resolve() for job in jobs if job.target.resolve() != job.source.resolve()}
-    return [job for job in jobs if job.source.resolve() not in results]
+    places = [(job.source.resolve(), job.target.resolve()) for job in jobs]
+    results = {
+        target
+        for source, target in places
+        # Beside its source and without a suffix a picture may as well be another one, which is not replaced.
+        if target != source and (args.suffix or args.skip_existing or target.parent != source.parent)
+    }
+    return [job for job, (source, _) in zip(jobs, places, strict=True) if source not in results]
 
 
 def _check(jobs: list[Job], args: argparse.Namespace) -> None:
@@ -73,7 +79,7 @@ def _check(jobs: list[Job], args: argparse.Namespace) -> None:
             raise ValueError(f"{target} would replace an input: give --suffix or --out")
         other = sources.setdefault(target.resolve(), source)
         if other != source:
-            raise ValueError(f"{other} and {source} would both become {target}")
+            raise ValueError(f"{other} and {source} would both become {target}: restore one in a run of its own")
     inputs = {source.resolve() for source, _ in jobs}
     for target in sources:
         if target in inputs:
@@ -91,9 +97,15 @@ def _check(jobs: list[Job], args: argparse.Namespace) -> None:
 
 
 def run(
-    jobs: Iterable[Job], restore: Callable[[Tensor], Tensor], args: argparse.Namespace, outcomes: dict[Path, str | None]
+    jobs: Iterable[Job],
+    restore: Callable[[Tensor, bool], Tensor],
+    args: argparse.Namespace,
+    outcomes: dict[Path, str | None],
 ) -> None:
-    """Restore one after another, and say of each input why it could not be; None: it is done."""
+    """Restore one after another, and say of each input why it could not be; None: it is done.
+
+    `restore` takes an image (3, H, W) and whether it has more than eight bits.
+    """
     bar = tqdm(jobs, unit="file", disable=None)
     for source, target in bar:
         bar.set_postfix_str(source.name)
@@ -105,7 +117,9 @@ def run(
                     restore_video(restore, source, partial, args.codec, args.crf)
                 else:
                     picture = pictures.read(source, args.max_pixels or pictures.MAX_PIXELS)
-                    pictures.write(picture.restored(restore(picture.rgb())), partial, args.quality)
+                    pictures.check_alpha(picture, target)
+                    restored = restore(picture.rgb(), picture.dtype != "uint8")
+                    pictures.write(picture.restored(restored), partial, args.quality)
             outcomes[source] = None
         except Exception as error:  # whatever a library says of a damaged file
             outcomes[source] = _sentence(error)

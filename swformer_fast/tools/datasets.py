@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .files import READ
+from .files import READ, is_hidden
 
 Pairs = list[tuple[Path, Path]]
 
@@ -125,9 +125,7 @@ def _folders(tried: list[tuple[Path, Path]], split: str) -> tuple[list[Path], li
 
 def _pictures(folder: Path, recursive: bool = False) -> list[Path]:
     files = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(
-        (file for file in files if file.suffix.lower() in READ and not file.name.startswith(".")), key=_natural
-    )
+    return sorted((file for file in files if file.suffix.lower() in READ and not is_hidden(file, folder)), key=_natural)
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:

@@ -5,7 +5,7 @@
 
 Prints the means of PSNR and SSIM, degraded beside restored, and writes those of each picture. Restored pictures are
 clipped to [0, 1] and not rounded. SSIM has the Gaussian window of its paper (11 pixels, sigma 1.5, inside the picture).
-Ctrl-C keeps what is measured by then.
+Ctrl-C and SIGTERM keep what is measured by then.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from ..reference import EXITS
 from . import datasets, networks
 from .files import check_writable
-from .restore import EXTRA
+from .restore import EXTRA, end_as_interrupt
 
 STATUSES = """\
 exit status:
-  0 all is measured; 1 some pairs could not be, which are listed; 2 nothing was begun; 130 interrupted
+  0 all is measured; 1 some pairs could not be, which are listed, or a file not be written; 2 nothing was begun;
+  130 interrupted
 """
 
 
@@ -51,6 +52,7 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line()
     args = parser.parse_args(argv)
+    end_as_interrupt()
     try:
         from . import measuring
 
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_writable(path)
         pairs = datasets.pairs(args.data, args.layout, args.split)
         last = None if args.exit in (None, "all") else args.exit
-        restorer = networks.load(args, last)
+        restorer = networks.load(args, last, deep=True)  # for figures that every machine gives
         others = {name: measuring.by_pyiqa(name, next(restorer.model.parameters()).device) for name in args.metric}
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is missing: {'pip install pyiqa' if error.name == 'pyiqa' else EXTRA}")
@@ -70,12 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = measuring.Results(args, exits)
     with contextlib.suppress(KeyboardInterrupt):
         results.measure(pairs, restorer, others)
-    results.write()
     print(results.summary())
     for name, reason in results.failed.items():
         print(f"{name} {reason}", file=sys.stderr)
     if not results.complete:
         print(f"interrupted: {len(results.images)} of {len(pairs)} pairs are measured", file=sys.stderr)
+    try:
+        results.write()
+    except OSError as error:
+        print(f"not written: {error}", file=sys.stderr)
+        return 1
+    if not results.complete:
         return 130
     return 1 if results.failed else 0
 

@@ -32,7 +32,9 @@ READ = {*PICTURES, ".apng", ".gif", ".jfif", ".jp2", ".jpe", ".pbm", ".pgm", ".p
 """Suffixes that are looked for in folders. A picture that is named itself may have any that Pillow reads."""
 
 VIDEOS = {".mp4": "libx264", ".mov": "libx264", ".mkv": "libx264", ".avi": "mpeg4", ".webm": "libvpx-vp9"}
-"""Videos that are read and written, and the codec of each."""
+"""Videos that are written, and the codec of each."""
+
+READ_VIDEOS = {*VIDEOS, ".3gp", ".flv", ".m2ts", ".m4v", ".mpeg", ".mpg", ".mts", ".vob", ".wmv"}
 
 
 class Found(NamedTuple):
@@ -42,7 +44,7 @@ class Found(NamedTuple):
 
 
 def is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEOS
+    return path.suffix.lower() in READ_VIDEOS
 
 
 def expand(names: Iterable[str], recursive: bool = False) -> list[Found]:
@@ -70,12 +72,17 @@ def _matches(name: str) -> list[Path]:
 
 def _within(folder: Path, recursive: bool) -> list[Found]:
     files = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    known = {*READ, *VIDEOS}
+    known = {*READ, *READ_VIDEOS}
     return [
         Found(file, file.relative_to(folder).parent)
         for file in files
-        if file.suffix.lower() in known and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in known and not is_hidden(file, folder) and file.is_file()
     ]
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether its name or that of a folder on the way to it begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def check_writable(path: Path) -> None:

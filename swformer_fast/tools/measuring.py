@@ -41,10 +41,14 @@ class Results:
         self.args, self.exits = args, exits
         self.images: dict[str, dict[str, Scores]] = {}
         self.failed: dict[str, str] = {}
+        self.computed: dict[str, Any] = {}
+        """What was chosen where the command line says "auto"."""
         self.complete = False
 
     def measure(self, pairs: datasets.Pairs, restore: networks.Restorer, others: dict[str, Measure]) -> None:
         """PSNR and SSIM of the channel that is asked for, and others of RGB."""
+        dtype = next(restore.model.parameters()).dtype
+        self.computed = {"dtype": str(dtype).removeprefix("torch."), "tile": restore.tile}
         for degraded_path, clean_path in tqdm(pairs, unit="pair", disable=None):
             name = str(degraded_path.relative_to(self.args.data))
             try:
@@ -85,7 +89,7 @@ class Results:
         for path, text in ((args.json, self._json), (args.markdown, self._markdown)):
             if path is not None:
                 with replacing(path) as partial:
-                    partial.write_text(text())
+                    partial.write_text(text(), "utf-8", "backslashreplace")
 
     def _json(self) -> str:
         args = self.args
@@ -96,6 +100,7 @@ class Results:
             "weights": args.weights or f"tiny-{args.task}",
             "channel": args.channel,
             "gt_mean": args.gt_mean,
+            **self.computed,
             "complete": self.complete,
             "mean": self.means,
             "images": self.images,

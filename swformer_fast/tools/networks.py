@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ TILES = (4096, 2048, 1024, 512, 256, 128)
 PEAK = {"small": 9, "medium": 9, "large": 13}
 PEAK_REFERENCE = 33
 """The same of plain PyTorch, and assumed of a GPU."""
+CGROUPS = Path("/sys/fs/cgroup")
 FREE = 2**31
 """Bytes that are taken to be free where the system does not say."""
 
@@ -60,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", *DTYPES),
-        help="what the network computes in; auto: bf16 where the processor multiplies it, else fp32 (%(default)s)",
+        help="what the network computes in; auto: fp32, but for what swformer-restore makes of eight bits bf16 where "
+        "the processor multiplies it (%(default)s)",
     )
     network.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
     network.add_argument(
@@ -104,17 +108,20 @@ class Restorer:
         return restored.clamp(0, 1)
 
 
-def load(args: argparse.Namespace, exit: str | None = None) -> Restorer:
-    """The network of the arguments that `add_arguments` added, up to an exit.
+def load(args: argparse.Namespace, exit: str | None = None, deep: bool = False) -> Restorer:
+    """The network of the arguments that `add_arguments` added, up to an exit; `deep`: for more than bf16's eight bits.
 
     Raises ValueError, OSError or RuntimeError in words, for weights and devices that there are none of.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"there is no GPU for --device {args.device}")
-    dtype = DTYPES.get(args.dtype) or best_dtype(device)
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # as PyTorch was built
+        reason = re.split(r"\.\s|\n", str(error))[0]
+        raise ValueError(f"there is no --device {args.device}: {reason}") from error
+    dtype = DTYPES.get(args.dtype) or (torch.float32 if deep else best_dtype(device))
     name = args.weights or f"tiny-{args.task}"
     model = SWFormer.from_pretrained(name, exit=exit).eval().requires_grad_(False).to(device, dtype)
     if model.in_channels != 3:
@@ -148,9 +155,24 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return _physical_memory() // 2
+        free = _physical_memory() // 2
+    return min([free, *_left_to_groups()])
+
+
+def _left_to_groups() -> list[int]:
+    """Bytes that Linux leaves to each control group (version 2) of this process that has a limit (containers)."""
+    left = []
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        own = CGROUPS / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+        for group in (own, *own.parents):
+            file = group / "memory.max"
+            limit = file.read_text().strip() if file.exists() else "max"
+            if limit != "max":
+                used = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+                left.append(max(0, int(limit) - int(used["anon"])))  # what is cached of files goes when there is need
+    return left
 
 
 def _physical_memory() -> int:

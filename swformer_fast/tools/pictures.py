@@ -97,6 +97,9 @@ def read(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
         orientation = exif.get(ExifTags.Base.Orientation, 1)  # of a TIFF, Pillow has done it
         if head.startswith(PNG) and head[24] == 16:  # of which Pillow drops eight
             pixels, dtype, profile = _scaled(imagecodecs.png_decode(path.read_bytes())), "uint16", True
+        elif image.format == "JPEG2000" and (bits := _bits_of_jpeg2000(data := path.read_bytes())) > 8:
+            # of which Pillow keeps eight, and makes white black
+            pixels, dtype, profile = _checked(imagecodecs.jpeg2k_decode(data), 2**bits - 1), "uint16", True
         else:
             pixels, dtype, profile = _pixels(image)
         icc = image.info.get("icc_profile") if profile else None
@@ -117,6 +120,12 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ValueError(f"has {width} x {height} pixels, more than --max-pixels {max_pixels}")
+
+
+def _bits_of_jpeg2000(data: bytes) -> int:
+    """Of the first channel, as the codestream's header says."""
+    begin = data.index(b"\xff\x4f\xff\x51")
+    return (data[begin + 42] & 127) + 1
 
 
 def _scaled(pixels: np.ndarray, white: int = 65535) -> np.ndarray:
@@ -161,9 +170,9 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return converted or image
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """As EXIF's orientation of 1 to 8 says."""
-    if orientation >= 5:
+def _upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
+    """As EXIF's orientation of 1 to 8 says; any other says nothing."""
+    if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
@@ -173,14 +182,32 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _kept(exif: Image.Exif, tiff: bool) -> bytes | None:
-    """All but orientation and thumbnail, which are of the old picture."""
+    """All but orientation and thumbnail, which are of the old picture, and what is damaged."""
     kept = Image.Exif()
-    for tag, value in exif.items():
+    for tag in exif:
+        value = _as_stored(exif.get(tag))
         if tag in DIRECTORIES:
-            kept[tag] = {key: v for key, v in exif.get_ifd(tag).items() if key != ExifTags.IFD.Interop}
-        elif tag != ExifTags.Base.Orientation and (not tiff or tag in TEXTS):
+            lines = ((key, _as_stored(v)) for key, v in exif.get_ifd(tag).items())
+            kept[tag] = {key: v for key, v in lines if key != ExifTags.IFD.Interop and _is_sound(tag, {key: v})}
+        elif tag != ExifTags.Base.Orientation and (not tiff or tag in TEXTS) and _is_sound(tag, value):
             kept[tag] = value
     return kept.tobytes() if len(kept) else None
+
+
+def _as_stored(value: Any) -> Any:
+    """Text of more than ASCII as the bytes that it is, which Pillow reads as Latin-1 and would write as "?"."""
+    return value.encode("latin-1") if isinstance(value, str) and not value.isascii() else value
+
+
+def _is_sound(tag: int, value: Any) -> bool:
+    """Whether it can be written again: some cameras and editors give a tag a type that is not its own."""
+    exif = Image.Exif()
+    exif[tag] = value
+    try:
+        exif.tobytes()
+    except Exception:  # Pillow raises whatever comes of the wrong type
+        return False
+    return True
 
 
 # TIFF of more than eight bits, of which Pillow reads grey alone
@@ -240,6 +267,7 @@ def write(picture: Picture, path: Path, quality: int = 95) -> None:
 
     Raises ValueError where alpha would be lost.
     """
+    check_alpha(picture, path)
     form = PICTURES[path.suffix.lower()]
     pixels = _encoded(picture, form)
     if form.name == "TIFF":
@@ -250,9 +278,14 @@ def write(picture: Picture, path: Path, quality: int = 95) -> None:
         _write_with_pillow(picture, pixels, path, form, quality)
 
 
-def _encoded(picture: Picture, form: Format) -> np.ndarray:
+def check_alpha(picture: Picture, path: Path) -> None:
+    """Raises ValueError where the format of the suffix has none and the picture has."""
+    form = PICTURES[path.suffix.lower()]
     if picture.pixels.shape[2] > picture.colours and not form.alpha:
         raise ValueError(f"has transparency, which {form.name} cannot hold: try --format png")
+
+
+def _encoded(picture: Picture, form: Format) -> np.ndarray:
     dtype = picture.dtype if picture.dtype in form.dtypes else form.dtypes[-1]
     pixels = picture.pixels.clip(0, 1) * np.float32(WHITE[dtype])
     return pixels if dtype == "float32" else np.rint(pixels).astype(dtype)
@@ -286,7 +319,7 @@ def _write_tiff(picture: Picture, pixels: np.ndarray, path: Path) -> None:
         iccprofile=picture.profile,
         metadata=None,
         software=False,
-        extratags=[(int(tag), "s", 0, str(exif[tag]), True) for tag in TEXTS if tag in exif],
+        extratags=[(int(tag), "s", 0, str(exif[tag]).encode("latin-1"), True) for tag in TEXTS if tag in exif],
     )
     _append_directories(path, {tag: exif.get_ifd(tag) for tag in DIRECTORIES if tag in exif})
 
@@ -302,9 +335,9 @@ def _append_directories(path: Path, directories: dict[int, dict[int, Any]]) -> N
         entries = [file.read(12) for _ in range(count)]
         for tag, directory in directories.items():
             offset = _even_end(file)
-            lines = ImageFileDirectory_v2(ifh=b"II*\0\0\0\0\0")
+            lines = ImageFileDirectory_v2(ifh=b"II*\0\0\0\0\0", group=tag)
             for key, value in directory.items():
-                lines[key] = value
+                lines[key] = _as_stored(value)
             file.write(lines.tobytes(offset))
             entries.append(struct.pack("<HHII", tag, 4, 1, offset))
         offset = _even_end(file)

@@ -5,15 +5,19 @@
   swformer-restore night.mp4 --task low-light --exit small
 
 Pictures of any size, with 8 or 16 bits or floats in [0, 1], keep their bits (in PNG and TIFF), transparency, colour
-profile and EXIF; they are turned upright. Videos keep their times and their sound. No input is ever overwritten, and
-each result is whole or absent; Ctrl-C keeps what is done.
+profile and EXIF; they are turned upright. Videos keep their times and their sound, but no subtitles. What has the name
+of an input's result is no input; no other one is ever overwritten, and each result is whole or absent. Ctrl-C and
+SIGTERM keep what is done.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from ..reference import EXITS
@@ -47,7 +51,7 @@ def command_line() -> argparse.ArgumentParser:
         "--format",
         choices=sorted(suffix[1:] for suffix in (*PICTURES, *VIDEOS)),
         metavar="FORMAT",
-        help="of pictures or of videos: %(choices)s (the input's; PNG for pictures that are read and not written)",
+        help="of pictures or of videos: %(choices)s (the input's; PNG and MKV for those that are read and not written)",
     )
     results.add_argument(
         "--quality", type=networks.positive, default=95, metavar="N", help="of JPEG, WebP and AVIF (%(default)s)"
@@ -65,9 +69,16 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def end_as_interrupt() -> None:
+    """SIGTERM, by which batch systems and containers end a program, does what Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line()
     args = parser.parse_args(argv)
+    end_as_interrupt()
     outcomes: dict[Path, str | None] = {}
     status = 0
     try:
@@ -77,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not jobs:
             print("nothing to do: every result exists")
             return 0
-        batch.run(jobs, networks.load(args, args.exit), args, outcomes)
+        load = cache(partial(networks.load, args, args.exit))
+        load(False)  # what is wrong with it is told before any work
+        batch.run(jobs, lambda image, deep: load(deep)(image), args, outcomes)
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is missing: {EXTRA}")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
