@@ -33,7 +33,7 @@ def authors_parser(script: str, description: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="(%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     add("--out", type=Path, default=OUTPUT / script, help="folder to write to (%(default)s)")
-    add("--every", type=int, default=1, help="a picture each so many iterations (%(default)s)")
+    add("--every", type=int, default=1, help="a picture each so many iterations, 0 for none (%(default)s)")
     add("--quick", action="store_true", help="a few iterations, to see that it works")
     return parser
 
@@ -87,7 +87,7 @@ class Diary:
 
     def add(self, loss: float, image: Tensor) -> None:
         """The next iteration."""
-        if len(self.losses) % self.every == 0:
+        if self.every and len(self.losses) % self.every == 0:
             self.write(f"rec_img_{len(self.losses)}.png", image)
         self.losses.append(loss)
 

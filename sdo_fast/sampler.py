@@ -263,6 +263,7 @@ class ShortcutSampler:
         """`__call__` with the path of this call given."""
         check_latents(latents, generator)
         path = draw(as_path(path), self._schedule, next(iter(each(generator)), None))
+        self._check_reuse(path)
         latents, model_kwargs, uncond_kwargs = out_of_inference_mode((latents, model_kwargs, uncond_kwargs))
         eps = self.guided(latents, model_kwargs, uncond_kwargs)
         self.drawn = path
@@ -282,13 +283,16 @@ class ShortcutSampler:
     def _check(self, path: Path) -> None:
         """Raise where a path does nothing, or not with these options."""
         refuse_vanishing(self.solver, self._schedule, path)
+        self._check_reuse(path)
         if path.stop is None and not path.noises:
             return
-        if self.config.reuse is not None:
-            raise ValueError(f"reuse must be None with a path that stops early or has noises, got {self.config.path!r}")
         stop = self.solver.steps.stop - 1 if path.stop is None else path.stop
         if not all(map(math.isfinite, posterior_mean(self.solver, stop))):
             raise ValueError(f"path must stop where the state is more than noise, got {self.config.path!r}")
+
+    def _check_reuse(self, path: Path) -> None:
+        if self.config.reuse is not None and (path.stop is not None or path.noises):
+            raise ValueError(f"reuse must be None with a path that stops early or has noises, got {path}")
 
     def _reusing(
         self, reuse: TrajectoryCache, eps: GuidedModel, latents: Tensor, steps: Iterable[int], path: Path

@@ -436,6 +436,8 @@ class TestErrors:
         for path in ("refl", "draft_lv"):
             with pytest.raises(ValueError, match="reuse must be None"):
                 ShortcutSampler(model, ddim(), 5, path=path, reuse=TrajectoryCache())
+            with pytest.raises(ValueError, match="reuse must be None"):
+                ShortcutSampler(model, ddim(), 5, reuse=TrajectoryCache()).sample(torch.randn(1, 3, 6, 6), path)
         with pytest.raises(ValueError, match="no stop for its noises"):
             ShortcutSampler(model, ddim(), 5, path=Path({1: 1.0}, noises=2))
         terminal = ddim(rescale_betas_zero_snr=True, clip_sample=True)

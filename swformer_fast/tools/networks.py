@@ -114,7 +114,7 @@ def load(args: argparse.Namespace, exit: str | None = None, deep: bool = False) 
     Raises ValueError, OSError or RuntimeError in words, for weights and devices that there are none of.
     """
     if args.threads:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(min(args.threads, os.cpu_count() or 1))  # OpenMP crashes on very many
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         torch.empty(0, device=device)
