@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 # A checkout that is not installed; subprocesses too.
