@@ -339,6 +339,21 @@ def test_more_than_eight_bits_are_computed_in_fp32(
     assert np.array_equal(auto, bf16 if name == "a.png" else fp32)
 
 
+@pytest.mark.parametrize(("fast", "dtype", "count"), [(True, "auto", 2), (False, "auto", 1), (True, "bf16", 1)])
+def test_no_network_is_loaded_twice(
+    fast: bool, dtype: str, count: int, identity: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one is for what has more bits than the first one's numbers."""
+    import imagecodecs
+
+    Path("deep.png").write_bytes(imagecodecs.png_encode(PIXELS.astype(np.uint16) * 257))
+    monkeypatch.setattr(sf.backend, "multiplies_bf16", lambda: fast)
+    loaded, load = [], networks.load
+    monkeypatch.setattr(networks, "load", lambda *args: loaded.append(args) or load(*args))
+    assert main(["a.png", "b.png", "deep.png", "--weights", identity, "--dtype", dtype]) == 0
+    assert len(loaded) == count
+
+
 def test_weights_for_other_channels(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sf.pretrained.save_weights(network(in_channels=1), "grey.safetensors")
     assert "is for images of 1 channels, not for RGB" in refused(capsys, "a.png", "--weights", "grey.safetensors")

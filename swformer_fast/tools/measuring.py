@@ -47,8 +47,7 @@ class Results:
 
     def measure(self, pairs: datasets.Pairs, restore: networks.Restorer, others: dict[str, Measure]) -> None:
         """PSNR and SSIM of the channel that is asked for, and others of RGB."""
-        dtype = next(restore.model.parameters()).dtype
-        self.computed = {"dtype": str(dtype).removeprefix("torch."), "tile": restore.tile}
+        self.computed = {"dtype": str(restore.dtype).removeprefix("torch."), "tile": restore.tile}
         for degraded_path, clean_path in tqdm(pairs, unit="pair", disable=None):
             name = str(degraded_path.relative_to(self.args.data))
             try:

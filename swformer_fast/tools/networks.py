@@ -96,6 +96,10 @@ class Restorer:
     tile: int | None
     """None: whole pictures."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
     def __call__(self, image: Tensor, exit: str | None = None) -> Tensor:
         height, width = image.shape[1:]
         below, right = max(0, MULTIPLE - height), max(0, MULTIPLE - width)

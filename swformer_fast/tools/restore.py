@@ -89,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("nothing to do: every result exists")
             return 0
         load = cache(partial(networks.load, args, args.exit))
-        load(False)  # what is wrong with it is told before any work
-        batch.run(jobs, lambda image, deep: load(deep)(image), args, outcomes)
+        first = load(False)  # what is wrong with it is told before any work
+        another = args.dtype == "auto" and first.dtype.itemsize < 4
+        batch.run(jobs, lambda image, deep: load(deep and another)(image), args, outcomes)
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is missing: {EXTRA}")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
